@@ -1,0 +1,23 @@
+"""YAML to one typed, validated `Config`. It is parsed once and never enters the maths."""
+
+from chatrlhf.config.load import load_config
+from chatrlhf.config.schema import (
+    ActorConfig,
+    Config,
+    CriticConfig,
+    GenKwargs,
+    RewardConfig,
+    TinyConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "ActorConfig",
+    "Config",
+    "CriticConfig",
+    "GenKwargs",
+    "RewardConfig",
+    "TinyConfig",
+    "TrainerConfig",
+    "load_config",
+]

@@ -1,0 +1,107 @@
+"""ChatLLaMA's and trlX's names, translated into this project's.
+
+Facts from ChatLLaMA's published config.yaml and trlX's PPO method config. What a key meant is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chatrlhf.errors import ConfigError
+
+# their key -> our key, a section at a time
+RENAMED: dict[str, dict[str, str]] = {
+    "trainer_config": {
+        "actor_eps_clip": "cliprange",
+        "critic_eps_clip": "cliprange_value",
+        "beta_s": "entropy_coef",
+        "ent_coef": "entropy_coef",
+        "gamma_discounted": "gamma",
+        "epochs": "ppo_epochs",
+        "generation_kwargs": "gen_kwargs",
+        "minibatch_size": "micro_batch_size",
+    },
+    "actor_config": {"additional_prompt_tokens": "additonal_prompt_tokens", "freeze_embeddings": "froze_embeddings"},
+}
+
+# StableVicuna's table lists these below "generation_kwargs" without indenting them.
+FLAT_GENERATION_KEYS = (
+    "max_length",
+    "min_length",
+    "max_new_tokens",
+    "min_new_tokens",
+    "top_k",
+    "top_p",
+    "do_sample",
+    "temperature",
+    "repetition_penalty",
+)
+
+
+def translate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Rename keys and derive what ChatLLaMA counts differently.
+
+    Args:
+        raw: the parsed YAML, sections as dictionaries.
+
+    Returns:
+        A new dictionary with this project's names, and notes for the reader.
+
+    Raises:
+        ConfigError: a key and its alias are both given.
+    """
+    config = {name: dict(value) if isinstance(value, dict) else value for name, value in raw.items()}
+    notes: list[str] = []
+    for section, renamed in RENAMED.items():
+        values = config.get(section)
+        if not isinstance(values, dict):
+            continue
+        for theirs, ours in renamed.items():
+            if theirs not in values:
+                continue
+            if ours in values:
+                raise ConfigError(f"{section}: {theirs!r} and {ours!r} are one setting; keep one of them")
+            values[ours] = values.pop(theirs)
+    trainer = config.get("trainer_config")
+    if isinstance(trainer, dict):
+        _fold_generation_keys(trainer)
+        _count_episodes(trainer)
+        if trainer.get("target") is not None:
+            notes.append(
+                "trainer_config.target is compared with the k1 estimate of the KL over the response (nats per sequence); "
+                "trlX compares exp(d) - 1 - d summed over prompt and response"
+            )
+    return config, notes
+
+
+def _fold_generation_keys(trainer: dict[str, Any]) -> None:
+    flat = {key: trainer.pop(key) for key in FLAT_GENERATION_KEYS if key in trainer}
+    nested = trainer.get("gen_kwargs")
+    if nested is None:
+        nested = {}
+    if isinstance(nested, dict):
+        for key in flat:
+            if key in nested:
+                raise ConfigError(f"trainer_config: {key!r} stands in gen_kwargs and beside it; keep one of them")
+        if "gen_kwargs" in trainer or flat:
+            trainer["gen_kwargs"] = {**nested, **flat}
+
+
+def _count_episodes(trainer: dict[str, Any]) -> None:
+    """Rollouts in all and between two updates, from ChatLLaMA's episodes, timesteps and examples."""
+
+    def product(*keys: str) -> int | None:
+        values = [trainer.get(key, 1 if key == "num_examples" else None) for key in keys]
+        if any(not isinstance(value, int) or isinstance(value, bool) for value in values):
+            return None  # absent or malformed: the schema says which
+        total = 1
+        for value in values:
+            total *= value
+        return total
+
+    total = product("num_episodes", "max_timesteps", "num_examples")
+    between = product("update_timesteps", "num_examples")
+    if total is not None:
+        trainer.setdefault("total_episodes", total)
+    if between is not None:
+        trainer.setdefault("num_rollouts", between)

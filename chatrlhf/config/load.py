@@ -1,0 +1,207 @@
+"""From a YAML file (or a dictionary) and overrides to a `Config`, with errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, translate
+from chatrlhf.config.schema import Config
+from chatrlhf.errors import ConfigError
+
+LOW_TEMPERATURE = 0.5
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | Sequence[str] | None = None
+) -> Config:
+    """Read, translate, override and validate a configuration.
+
+    Args:
+        source: path of a YAML file, or its content as a dictionary, or a finished `Config`.
+        overrides: ``{"section.key": value}``, or command-line words ``["section.key=value"]`` whose values are
+            read as YAML.
+
+    Returns:
+        The validated configuration. Relative paths in it are tried from the YAML file's folder, then from
+        the working directory.
+
+    Raises:
+        ConfigError: file missing, not YAML, unknown key (the nearest known one is named), wrong value.
+    """
+    base_dir: Path | None = None
+    where = "configuration"
+    if isinstance(source, Config):
+        # What was written goes on; values derived from it, such as a batch size, are derived anew.
+        base_dir = source.base_dir
+        raw = source._written if source._written is not None else source.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(source, Mapping):
+        raw = dict(source)
+    else:
+        path = Path(source).expanduser()
+        raw, base_dir, where = _read_yaml(path), path.resolve().parent, str(path)
+    raw = _none_strings_to_null(raw)
+    # Overrides may use anybody's names too, so each layer is translated before the upper covers the lower.
+    raw, notes = translate({key: value for key, value in raw.items() if value is not None})
+    upper, upper_notes = translate(_nested(_parse_overrides(overrides)))
+    written = _covered(raw, upper)
+    try:
+        config = Config.model_validate(written)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error)}") from None
+    config._base_dir, config._written = base_dir, written
+    config._notes = list(dict.fromkeys(notes + upper_notes)) + _surprises(config)
+    return config
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one line: key, what was received, what was expected."""
+    parts = []
+    for item in error.errors():
+        loc = [str(part) for part in item["loc"]]
+        key = ".".join(loc)
+        if item["type"] == "extra_forbidden":
+            near = _nearest_key(loc)
+            parts.append(f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else ""))
+        elif item["type"] == "value_error":
+            section = f"{key}: " if key else ""
+            parts.append(f"{section}{item['ctx']['error']}")
+        else:
+            parts.append(f"{key}: {item['msg'].lower()}, got {item['input']!r}")
+    return "; ".join(parts)
+
+
+def resolve_path(config: Config, key: str, value: str) -> Path:
+    """Find a file that the configuration names.
+
+    Args:
+        config: its YAML file's folder is tried first, then the working directory.
+        key: the key it stands under, for the message.
+        value: the path as written.
+
+    Raises:
+        ConfigError: it exists in neither place; both are named.
+    """
+    path = Path(value).expanduser()
+    tried = [path] if path.is_absolute() else [base / path for base in (config.base_dir, Path.cwd()) if base]
+    for candidate in tried:
+        if candidate.exists():
+            return candidate
+    places = " and ".join(dict.fromkeys(str(candidate) for candidate in tried))
+    raise ConfigError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {str(path)!r} does not exist (working directory {Path.cwd()})") from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML text file ({error})") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections such as 'actor_config:', got a {type(raw).__name__}")
+    return raw
+
+
+def _parse_overrides(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+    if overrides is None:
+        return {}
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    parsed = {}
+    for word in overrides:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {word!r}: expected section.key=value, such as trainer_config.actor_lr=1e-5")
+        try:
+            parsed[key.strip()] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: the value {value!r} is not valid YAML ({error})") from None
+    return parsed
+
+
+def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {key}: {parent!r} is a value, not a section")
+        node[last] = value
+    return _none_strings_to_null(tree)
+
+
+def _covered(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """``upper`` laid over ``lower``, section by section."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _covered(merged[key], value) if both else value
+    return merged
+
+
+def _none_strings_to_null(value: Any) -> Any:
+    """YAML's null is ``null`` or nothing; a bare ``None`` arrives as the string "None"."""
+    if isinstance(value, dict):
+        return {key: _none_strings_to_null(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_none_strings_to_null(item) for item in value]
+    return None if value == "None" else value
+
+
+def _nearest_key(loc: list[str]) -> str | None:
+    """The known key most like the last part of ``loc``, looked for in its section first, then everywhere."""
+    section: Any = Config
+    for part in loc[:-1]:
+        section = _section_type(section.model_fields[part].annotation)
+    known = [*section.model_fields, *RENAMED.get(loc[0], {})]
+    if loc[0] == "trainer_config":
+        known += FLAT_GENERATION_KEYS
+    near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.6)
+    if near:
+        return ".".join([*loc[:-1], near[0]])
+    everywhere = {
+        field: f"{name}.{field}"
+        for name, info in Config.model_fields.items()
+        if (inner := _section_type(info.annotation)) is not None
+        for field in inner.model_fields
+    }
+    everywhere.update({name: name for name in Config.model_fields})
+    near = difflib.get_close_matches(loc[-1], list(everywhere), n=1, cutoff=0.6)
+    return everywhere[near[0]] if near else None
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    candidates = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _surprises(config: Config) -> list[str]:
+    notes = []
+    temperature = config.trainer_config.gen_kwargs.temperature or config.actor_config.temperature
+    if temperature is not None and temperature < LOW_TEMPERATURE:
+        notes.append(
+            f"rollout temperature {temperature:g} is low: the policy explores little (ChatLLaMA's 0.1 never took "
+            "effect there); 1.0 is usual"
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""Rows on disk, how they are rendered, and how they become tokens."""

@@ -1,0 +1,31 @@
+"""Errors meant for people: one line that says what was received, what was expected, what to change."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something in the user's files, settings or function is wrong; the command line prints it in one line."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; the message names the key."""
+
+
+class DataError(UserError):
+    """A data file that cannot be used; the message names file, row and field."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class RewardError(UserError):
+    """A reward function, model or endpoint that gave something other than one finite number a completion."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has left a valid checkpoint behind."""
+
+    def __init__(self, signal_number: int, checkpoint: object) -> None:
+        super().__init__(f"stopped by signal {signal_number}; continue with --resume (checkpoint {checkpoint})")
+        self.signal_number = signal_number

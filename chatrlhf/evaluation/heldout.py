@@ -1,0 +1,105 @@
+"""A policy on held-out prompts: what it says, the learned reward, the true criteria, its distance to the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from chatrlhf.errors import RewardError
+from chatrlhf.generation.engine import RolloutEngine
+from chatrlhf.rl.scoring import Scorer
+from chatrlhf.types import PromptBatch
+
+# Criteria of each completion; a plain number a completion is taken as the one criterion "score".
+EvalFunction = Callable[[list[str], list[str]], Sequence[Mapping[str, float] | float]]
+
+
+@dataclass
+class HeldOutReport:
+    """One policy on the held-out prompts; plain values only, so that a checkpoint can carry it as JSON."""
+
+    prompts: list[str]
+    completions: list[str]
+    rewards: list[float]
+    kl: float  # nats per sequence
+    length: float  # tokens
+    finished: float  # share
+    distinct: float  # share of completions that no other prompt got
+    criteria: dict[str, list[float]] = field(default_factory=dict)  # by name, one number a prompt
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards) / len(self.rewards)
+
+    @property
+    def true_score(self) -> float | None:
+        """Mean sum of the criteria; None without an `eval_fn`."""
+        if not self.criteria:
+            return None
+        return sum(map(sum, self.criteria.values())) / len(self.prompts)
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names they are logged by."""
+        values = {
+            "eval/reward": self.reward,
+            "eval/kl": self.kl,
+            "eval/length": self.length,
+            "eval/finished": self.finished,
+            "eval/distinct": self.distinct,
+        }
+        if self.true_score is not None:
+            values["eval/true_score"] = self.true_score
+        return values | {f"eval/{name}": sum(each) / len(each) for name, each in self.criteria.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class HeldOut:
+    """The held-out prompts and how their completions are judged."""
+
+    prompts: PromptBatch
+    engine: RolloutEngine
+    scorer: Scorer
+    eval_fn: EvalFunction | None
+    seed: int
+
+    def evaluate(self) -> HeldOutReport:
+        """Sample one completion a prompt, with the same random numbers each time, and judge it."""
+        rollout = self.engine.generate(self.prompts, self.seed)
+        old, ref, _, _ = self.scorer.likelihoods(rollout)
+        mask = rollout.response_mask
+        kl = float(((old - ref) * mask).sum(dim=1).mean())
+        texts, completions = rollout.prompts.texts, rollout.completions
+        return HeldOutReport(
+            prompts=texts,
+            completions=completions,
+            rewards=self.scorer.reward(rollout).tolist(),
+            kl=kl,
+            length=float(rollout.lengths.float().mean()),
+            finished=float(rollout.finished.float().mean()),
+            distinct=len(set(completions)) / len(completions),
+            criteria=_criteria(self.eval_fn, texts, completions),
+        )
+
+
+def _criteria(
+    function: EvalFunction | None, prompts: list[str], completions: list[str]
+) -> dict[str, list[float]]:
+    if function is None:
+        return {}
+    judged = list(function(list(prompts), list(completions)))
+    if len(judged) != len(completions):
+        raise RewardError(
+            f"trainer_config.eval_fn returned {len(judged)} results for {len(completions)} completions; return one each"
+        )
+    rows = [dict(row) if isinstance(row, Mapping) else {"score": float(row)} for row in judged]
+    names = list(rows[0])
+    try:
+        return {name: [float(row[name]) for row in rows] for name in names}
+    except KeyError as error:
+        raise RewardError(f"trainer_config.eval_fn: a completion lacks the criterion {error}") from None
+
+

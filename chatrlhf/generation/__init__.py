@@ -1,0 +1,1 @@
+"""Sampling responses: the rollout engine."""

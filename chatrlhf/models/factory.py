@@ -1,0 +1,231 @@
+"""Models by name: made on the spot (`tiny`), from a folder, or from the hub."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from chatrlhf.config.schema import ActorConfig, CriticConfig, RewardConfig, TinyConfig
+from chatrlhf.data.collate import Encoder
+from chatrlhf.data.templates import Template, get_template
+from chatrlhf.errors import ConfigError
+from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
+from chatrlhf.models.scalar_head import ScalarHead
+from chatrlhf.models.sequences import is_causal
+from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer, train_tokenizer
+from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
+
+TINY = "tiny"
+
+
+def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> tuple[nn.Module, Any]:
+    """The model that `actor_config.model` names, in float32, and its tokenizer.
+
+    Args:
+        texts: what the tokenizer of `model: tiny` is trained on.
+
+    Raises:
+        ConfigError: it cannot be loaded; the reason is given.
+    """
+    if config.model == TINY:
+        tokenizer = (
+            load_tokenizer(config.tokenizer_path, "actor_config.tokenizer_path")
+            if config.tokenizer_path
+            else train_tokenizer(texts, config.tiny.vocab_size)
+        )
+        model: nn.Module = LlamaForCausalLM(_tiny_config(config.tiny, tokenizer))
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, config.model, "actor_config.model", _hub_kwargs(config))
+        tokenizer = load_tokenizer(
+            config.tokenizer_path or config.model, "actor_config.tokenizer_path", **_hub_kwargs(config)
+        )
+        _check_vocabulary(model, tokenizer, "actor_config")
+    if config.froze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    return model.to(device), tokenizer
+
+
+def load_policy(folder: Path, device: torch.device) -> tuple[nn.Module, Any, Template | None]:
+    """A policy that a stage left behind: model in float32, tokenizer, template."""
+    model = _from_pretrained(AutoModelForCausalLM, str(folder), "actor_config.model", {})
+    return model.to(device), load_tokenizer(str(folder), "actor_config.model"), Template.load(folder)
+
+
+def new_reward_model(
+    config: RewardConfig, actor: ActorConfig, actor_folder: Path | None, texts: list[str], device: torch.device
+) -> RewardScorer:
+    """A reward model ready to be trained: the backbone of `reward_config.model` under a fresh head.
+
+    Args:
+        actor_folder: the fine-tuned actor, for `model: actor`; None where there is none.
+        texts: what the tokenizer of `model: tiny` is trained on.
+    """
+    name, key = config.model, "reward_config.model"
+    template = get_template(config.template or actor.template, "reward_config.template")
+    if name == "actor":
+        if actor_folder is None:
+            raise ConfigError(f"{key}: 'actor' starts from the fine-tuned actor, which is not there; run --type ACTOR first")
+        backbone, tokenizer = _backbone(str(actor_folder), key, {}), load_tokenizer(str(actor_folder), key)
+        template = Template.load(actor_folder) or template if config.template is None else template
+    elif name == TINY:
+        policy, tokenizer = load_actor(actor.model_copy(update={"model": TINY}), texts, device)
+        backbone = policy.base_model
+    else:
+        backbone = _backbone(name, key, _hub_kwargs(config))
+        tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **_hub_kwargs(config))
+        _check_vocabulary(backbone, tokenizer, "reward_config")
+    pooling = "last" if is_causal(backbone) else "first"
+    head = ScalarHead(backbone.config.hidden_size, config.model_head_hidden_size)
+    max_length = min(config.max_sequence_length, context_length(backbone))
+    model = RewardModel(backbone, head, pooling).to(device)
+    return RewardScorer(model, Encoder(tokenizer, template, max_length))
+
+
+def trained_reward_model(folder: Path, config: RewardConfig, device: torch.device) -> RewardScorer:
+    """The reward model of an earlier REWARD stage, or the folder that `reward_config.model` names."""
+    if (folder / SETTINGS).exists():
+        return load_reward_model(folder, device)
+    if config.model and (Path(config.model) / SETTINGS).exists():
+        return load_reward_model(config.model, device)
+    raise ConfigError(
+        f"no reward model in {folder} and none in reward_config.model ({config.model}); run --type REWARD first, "
+        "or set reward_config.reward_fn"
+    )
+
+
+def make_topology(
+    policy: nn.Module,
+    tokenizer: Any,
+    reward: RewardScorer | None,
+    config: CriticConfig,
+    distribution: Any,
+    needs_critic: bool,
+) -> tuple[PolicyOnly, str]:
+    """The topology that the configuration asks for, and one line that says where the critic starts from.
+
+    A critic starts from the reward model only where that is causal, of the policy's kind and has its
+    tokenizer: then it already knows what a good prefix looks like. Otherwise it starts from a copy of the
+    policy under a head that predicts 0.
+    """
+    if not needs_critic:
+        return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
+    device = next(policy.parameters()).device
+    mlp = config.model_head_hidden_size
+    hidden = policy.config.get_text_config().hidden_size
+    if config.model == "shared":
+        head = ScalarHead(hidden, mlp).zero_().to(device)
+        return SharedTrunk(policy, head, distribution), "critic: a value head on the policy's trunk, starting at 0"
+    if config.model is None:
+        reason = _why_not_from(reward, policy, tokenizer)
+        if reason is None:
+            head = copy.deepcopy(reward.model.head).fold_(reward.model.scale, reward.model.shift)
+            backbone = copy.deepcopy(reward.model.backbone).requires_grad_(True)
+            return SeparateCritic(policy, backbone, head, distribution), "critic: starts from the reward model"
+        head = ScalarHead(hidden, mlp).zero_().to(device)
+        critic = SeparateCritic(policy, copy.deepcopy(policy.base_model), head, distribution)
+        return critic, f"critic: a copy of the policy under a zero head ({reason})"
+    folder = Path(config.model)
+    if (folder / SETTINGS).exists():
+        named = load_reward_model(folder, device)
+        reason = _why_not_from(named, policy, tokenizer)
+        if reason is not None:
+            raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
+        head = named.model.head.fold_(named.model.scale, named.model.shift)
+        backbone = named.model.backbone
+    else:
+        backbone = _backbone(config.model, "critic_config.model", {}).to(device)
+        if not is_causal(backbone):
+            raise ConfigError(f"critic_config.model: {config.model!r} is not causal, so it has no value before a token")
+        if not same_tokenizer(tokenizer, load_tokenizer(config.model, "critic_config.model")):
+            raise ConfigError(f"critic_config.model: {config.model!r} has another tokenizer than the actor")
+        head = ScalarHead(backbone.config.hidden_size, mlp).zero_().to(device)
+    return SeparateCritic(policy, backbone, head, distribution), f"critic: {config.model}"
+
+
+def context_length(model: nn.Module) -> int:
+    """Positions a model can take; a large number for models without a bound (ALiBi)."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of the names and shapes of all parameters: equal for models that can exchange weights."""
+    shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tiny_model(config: TinyConfig, tokenizer: Any) -> nn.Module:
+    """A small Llama for a tokenizer, with random weights from torch's generator."""
+    return LlamaForCausalLM(_tiny_config(config, tokenizer))
+
+
+def _tiny_config(config: TinyConfig, tokenizer: Any) -> LlamaConfig:
+    intermediate = config.intermediate_size or -(-config.hidden_size * 8 // 3 // 32) * 32
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=intermediate,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _why_not_from(reward: RewardScorer | None, policy: nn.Module, tokenizer: Any) -> str | None:
+    if reward is None:
+        return "the reward is not a model"
+    if reward.model.pooling != "last":
+        return "the reward model is not causal"
+    if reward.model.config.model_type != policy.config.model_type:
+        return f"the reward model is a {reward.model.config.model_type}, the policy a {policy.config.model_type}"
+    if not same_tokenizer(tokenizer, reward.tokenizer):
+        return "the reward model has another tokenizer"
+    return None
+
+
+def _hub_kwargs(config: ActorConfig | RewardConfig) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    return kwargs | ({"revision": config.revision} if config.revision else {})
+
+
+def _backbone(name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
+    return _from_pretrained(AutoModel, name, key, kwargs)
+
+
+def _from_pretrained(auto: Any, name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        return auto.from_pretrained(name, dtype=torch.float32, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        if (Path(name) / "consolidated.00.pth").exists():
+            raise ConfigError(
+                f"{key}: {name!r} holds Meta's original LLaMA files; convert them first with transformers' "
+                "convert_llama_weights_to_hf.py"
+            ) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = "a folder without a usable model" if Path(name).is_dir() else "no folder here and not on the hub"
+        raise ConfigError(f"{key}: {name!r} cannot be loaded, it is {kind} ({reason})") from None
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any, section: str) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"{section}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings; "
+            "name the tokenizer that belongs to the model"
+        )

@@ -1,0 +1,149 @@
+"""A model that scores completions: a backbone, a scalar head, pooling by mask, and its normalisation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from chatrlhf.data.collate import Encoder, pad_right
+from chatrlhf.data.templates import Template
+from chatrlhf.errors import CheckpointError
+from chatrlhf.models.scalar_head import ScalarHead
+from chatrlhf.models.tokenizer import load_tokenizer
+
+SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
+
+
+class RewardModel(nn.Module):
+    """score = scale * head(hidden state of the pooled token) + shift.
+
+    Pooling is ``last`` for causal backbones and ``first`` for bidirectional ones, whose first token sees all.
+    The head is trained on targets of mean 0 and deviation 1 (regression) or on differences (pairs); scale and
+    shift bring its output back to the user's units, or to mean 0 and deviation 1 over the training
+    completions, and are stored with it.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, head: ScalarHead, pooling: str = "last", scale: float = 1.0, shift: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.pooling, self.scale, self.shift = pooling, scale, shift
+        self.backbone.config.use_cache = False
+
+    @property
+    def config(self) -> Any:
+        """The backbone's configuration; TRL's trainer reads it."""
+        return self.backbone.config
+
+    def add_model_tags(self, tags: Any) -> None:
+        """TRL tags models for the hub; nothing is published from here."""
+
+    def raw(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The head's output before normalisation, [B], for ids [B, T] padded on either side."""
+        mask = attention_mask.bool()
+        # Padding to the right, whatever came in: then positions count from 0 and the result is the same.
+        order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
+        if self.pooling == "last":  # a causal model: right-padding cannot reach the last real token
+            states = self.backbone(input_ids=input_ids).last_hidden_state
+            rows = torch.arange(len(states), device=states.device)
+            return self.head(states[rows, mask.sum(dim=1) - 1])
+        return self.head(self.backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state[:, 0])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
+        """What TRL's RewardTrainer expects: ``.logits`` [B, 1], before normalisation."""
+        return SequenceClassifierOutput(logits=self.raw(input_ids, attention_mask)[:, None])
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Normalised scores, [B] float32."""
+        return self.scale * self.raw(input_ids, attention_mask) + self.shift
+
+
+@dataclass
+class RewardScorer:
+    """A reward model with the tokenizer and template it was trained with: text in, scores out."""
+
+    model: RewardModel
+    encoder: Encoder
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.encoder.tokenizer
+
+    @property
+    def template(self) -> Template:
+        return self.encoder.template
+
+    def encode(self, prompt: str, completion: str, finished: bool = True) -> list[int]:
+        """Ids of a prompt and its completion; EOS at the end only of a completion that came to one.
+
+        A row beyond the context loses tokens from the front of its prompt: the completion is what is judged.
+        """
+        ids = self.encoder.completion(completion)
+        ids = self.encoder.prompt(prompt) + (ids if finished else ids[:-1])
+        return ids[-self.encoder.max_length :]
+
+    @torch.no_grad()
+    def score_ids(self, rows: list[list[int]], batch_size: int = 64) -> Tensor:
+        """Scores of token rows, [len(rows)] float32 on the CPU, in batches of rows of similar length."""
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        scores = torch.empty(len(rows))
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(rows), batch_size):
+            chosen = by_length[start : start + batch_size]
+            ids, mask = pad_right([rows[i] for i in chosen], self.tokenizer.pad_token_id)
+            scores[chosen] = self.model.score(ids.to(device), mask.to(device)).float().cpu()
+        return scores
+
+    def score(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """Scores of texts, each completion taken as a whole reply (closed by EOS)."""
+        rows = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        return self.score_ids(rows).tolist()
+
+    __call__ = score
+
+    def save(self, folder: Path) -> None:
+        """Backbone (for AutoModel), tokenizer, template, head and settings."""
+        self.model.backbone.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.template.save(folder)
+        save_file({name: t.contiguous() for name, t in self.model.head.state_dict().items()}, folder / HEAD)
+        settings = {
+            "mlp_size": self.model.head.mlp_size,
+            "pooling": self.model.pooling,
+            "scale": self.model.scale,
+            "shift": self.model.shift,
+            "max_length": self.encoder.max_length,
+        }
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def load_reward_model(path: str | Path, device: str | torch.device = "cpu", **kwargs: Any) -> RewardScorer:
+    """A trained reward model; calling it with (prompts, completions) scores exactly as in training.
+
+    Raises:
+        CheckpointError: the folder holds none.
+    """
+    folder = Path(path)
+    if not (folder / SETTINGS).exists():
+        raise CheckpointError(f"{folder}: no reward model here ({SETTINGS} is missing); train one with --type REWARD")
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    # float32 unless asked otherwise: that is what was trained.
+    kwargs.setdefault("dtype", torch.float32)
+    backbone = AutoModel.from_pretrained(folder, **kwargs)
+    head = ScalarHead(backbone.config.hidden_size, settings["mlp_size"])
+    head.load_state_dict(load_file(folder / HEAD))
+    model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
+    tokenizer = load_tokenizer(str(folder), key="reward_config.model")
+    template = Template.load(folder) or Template()
+    return RewardScorer(model, Encoder(tokenizer, template, settings["max_length"]))

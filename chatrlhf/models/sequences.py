@@ -1,0 +1,135 @@
+"""Prompt and response joined into one right-padded row, and a causal model read at the response positions.
+
+Right-padding needs no attention mask in a causal model: what stands behind a real token cannot reach it. So
+the fast causal kernels apply, and neither the width of the padding nor its side can change a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from chatrlhf.functional.logprobs import SamplingDistribution, entropy_from_logits, selected_logprobs
+
+
+@dataclass
+class Sequences:
+    """B rows of prompt + response. Legend: T = longest row, N = real response tokens of all rows."""
+
+    input_ids: Tensor  # [B, T] int64, right-padded
+    attention_mask: Tensor  # [B, T] bool
+    response_ids: Tensor  # [B, R] int64
+    response_mask: Tensor  # [B, R] bool
+    slots: Tensor  # [N] int64, index into B*T of the position that predicts each real response token
+    positions: Tensor  # [N] int64, t of each real response token
+    min_new_tokens: Tensor  # [N] int64, of each token's row
+
+    @property
+    def tokens(self) -> Tensor:
+        """The real response tokens, [N]."""
+        return self.response_ids[self.response_mask]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One number a real token, [N], back in its place in [B, R]; 0 where masked."""
+        empty = values.new_zeros(self.response_mask.shape)
+        return empty.masked_scatter(self.response_mask, values)
+
+
+def join(
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    response_ids: Tensor,
+    response_mask: Tensor,
+    min_new_tokens: Tensor | None = None,
+) -> Sequences:
+    """Join prompts [B, P] (padding anywhere) and responses [B, R] (right-padded) into right-padded rows.
+
+    Each row needs at least one prompt token: the first response token is predicted by the last prompt token.
+    """
+    ids = torch.cat([prompt_ids, response_ids], dim=1)
+    mask = torch.cat([prompt_mask, response_mask], dim=1)
+    # A stable sort moves the real tokens to the left and keeps their order.
+    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+    lengths = mask.sum(dim=1)
+    width = int(lengths.max())
+    rows, steps = response_mask.nonzero(as_tuple=True)
+    prompt_lengths = prompt_mask.sum(dim=1)
+    if min_new_tokens is None:
+        min_new_tokens = torch.zeros_like(prompt_lengths)
+    return Sequences(
+        input_ids=ids.gather(1, order)[:, :width],
+        attention_mask=torch.arange(width, device=ids.device) < lengths[:, None],
+        response_ids=response_ids,
+        response_mask=response_mask,
+        slots=rows * width + prompt_lengths[rows] - 1 + steps,
+        positions=steps,
+        min_new_tokens=min_new_tokens[rows],
+    )
+
+
+def response_states(backbone: nn.Module, sequences: Sequences) -> Tensor:
+    """Last hidden states at the positions that predict the response tokens, [N, d]."""
+    states = backbone(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+    return states.reshape(-1, states.shape[-1])[sequences.slots]
+
+
+def response_logits(model: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
+    """A causal model's logits for the real response tokens, [N, V].
+
+    Args:
+        model: a transformers model with a language-modelling head.
+        states: `response_states` of its backbone, where the caller has them.
+    """
+    if head_is_plain(model):
+        if states is None:
+            states = response_states(model.base_model, sequences)
+        return model.get_output_embeddings()(states)
+    logits = model(input_ids=sequences.input_ids, use_cache=False).logits
+    return logits.reshape(-1, logits.shape[-1])[sequences.slots]
+
+
+def response_logprobs(
+    logits: Tensor, sequences: Sequences, distribution: SamplingDistribution, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the sampled tokens, and the entropies where asked for, each [B, R] float32."""
+    logits = distribution.adjust(logits, sequences.positions, sequences.min_new_tokens)
+    logprobs = sequences.spread(selected_logprobs(logits, sequences.tokens))
+    return logprobs, sequences.spread(entropy_from_logits(logits)) if with_entropy else None
+
+
+@torch.no_grad()
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether a model's logits are its output embedding applied to its last hidden states, and nothing more.
+
+    Tried once a model on three tokens, because some families cap or scale their logits; for those the whole
+    model is run. The answer is kept on the model.
+    """
+    known = getattr(model, "_chatrlhf_head_is_plain", None)
+    if known is None:
+        training = model.training
+        model.eval()
+        ids = torch.arange(3, device=next(model.parameters()).device)[None]
+        head = model.get_output_embeddings()
+        known = head is not None and torch.allclose(
+            head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state),
+            model(input_ids=ids, use_cache=False).logits,
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        model.train(training)
+        model._chatrlhf_head_is_plain = known
+    return known
+
+
+@torch.no_grad()
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether a position's state is independent of what follows it; tried on four tokens."""
+    training = backbone.training
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 4]], device=device)
+    states = backbone(input_ids=ids).last_hidden_state[:, :3].float()
+    backbone.train(training)
+    return torch.allclose(states[0], states[1], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,110 @@
+"""What PPO trains: a policy and, where the algorithm needs one, a value function, behind one call.
+
+The scorer and the update ask for `evaluate`; whether values come from a critic of their own, from a head on
+the policy's trunk, or not at all, is decided here once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.scalar_head import ScalarHead
+from chatrlhf.models.sequences import (
+    Sequences,
+    head_is_plain,
+    response_logits,
+    response_logprobs,
+    response_states,
+)
+
+
+@dataclass
+class Evaluation:
+    """A topology's view of given responses; every field [B, R] float32, 0 where masked."""
+
+    logprobs: Tensor
+    values: Tensor | None
+    entropy: Tensor | None
+
+
+class PolicyOnly(nn.Module):
+    """A policy without a value function (RLOO, GRPO); the base of the other topologies."""
+
+    def __init__(self, policy: nn.Module, distribution: SamplingDistribution) -> None:
+        super().__init__()
+        self.policy, self.distribution = policy, distribution
+        # Dropout would make the ratio of a fresh policy differ from 1. No mode is ever switched back.
+        self.eval()
+
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False) -> Evaluation:
+        """Log-probabilities of the sampled tokens, values before each, and entropies where asked for."""
+        logits = response_logits(self.policy, sequences)
+        logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
+        return Evaluation(logprobs, None, entropy)
+
+    def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
+        """Parameters with the learning rate each is trained at."""
+        return [{"params": _trainable(self.policy), "lr": actor_lr}]
+
+
+class SeparateCritic(PolicyOnly):
+    """A critic with a backbone of its own."""
+
+    def __init__(
+        self, policy: nn.Module, critic: nn.Module, value_head: ScalarHead, distribution: SamplingDistribution
+    ) -> None:
+        super().__init__(policy, distribution)
+        self.critic, self.value_head = critic, value_head
+        self.eval()
+
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False) -> Evaluation:
+        evaluation = super().evaluate(sequences, with_entropy)
+        evaluation.values = sequences.spread(self.value_head(response_states(self.critic, sequences)))
+        return evaluation
+
+    def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
+        critic = [*_trainable(self.critic), *_trainable(self.value_head)]
+        return [*super().parameter_groups(actor_lr, critic_lr), {"params": critic, "lr": critic_lr}]
+
+
+class SharedTrunk(PolicyOnly):
+    """A value head on the policy's own last hidden states; one forward gives both."""
+
+    def __init__(self, policy: nn.Module, value_head: ScalarHead, distribution: SamplingDistribution) -> None:
+        super().__init__(policy, distribution)
+        self.value_head = value_head
+        self.eval()
+
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False) -> Evaluation:
+        states = response_states(self.policy.base_model, sequences)
+        # Where the head is not plain, the model is run whole a second time: correct first.
+        reusable = states if head_is_plain(self.policy) else None
+        logits = response_logits(self.policy, sequences, reusable)
+        logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
+        return Evaluation(logprobs, sequences.spread(self.value_head(states)), entropy)
+
+    def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
+        groups = super().parameter_groups(actor_lr, critic_lr)
+        return [*groups, {"params": _trainable(self.value_head), "lr": critic_lr}]
+
+
+class Reference:
+    """The frozen model that the KL term holds the policy to."""
+
+    def __init__(self, model: nn.Module, distribution: SamplingDistribution) -> None:
+        self.model, self.distribution = model.eval().requires_grad_(False), distribution
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences) -> Tensor:
+        """[B, R] float32, of the same distribution that is sampled; 0 where masked."""
+        logits = response_logits(self.model, sequences)
+        return response_logprobs(logits, sequences, self.distribution)[0]
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

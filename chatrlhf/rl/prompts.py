@@ -1,0 +1,54 @@
+"""Which prompts each step samples, as a function of seed and step alone, so that a resumed run goes on the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from chatrlhf.data.collate import prompt_batch
+from chatrlhf.types import PromptBatch
+
+
+@dataclass
+class PromptSchedule:
+    """Endless epochs over the prompts, each in an order of its own."""
+
+    prompts: Sequence[Sequence[int]]  # token ids
+    texts: Sequence[str]  # the user input of each
+    pad_token_id: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    seed: int
+
+    def batch(self, step: int) -> PromptBatch:
+        """The prompts of a step (0 = first), each repeated ``samples_per_prompt`` times."""
+        first = step * self.prompts_per_step
+        chosen = [self._at(position) for position in range(first, first + self.prompts_per_step)]
+        return prompt_batch(
+            [self.prompts[i] for i in chosen],
+            [self.texts[i] for i in chosen],
+            self.pad_token_id,
+            self.samples_per_prompt,
+        )
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.prompts))
+        return int(self._order(epoch)[place])
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(len(self.prompts), generator=step_generator(self.seed, epoch, "prompts"))
+
+
+def step_seed(seed: int, step: int, purpose: str) -> int:
+    """A seed of its own for each step and purpose, so that no generator has to be carried along."""
+    digest = 14695981039346656037  # FNV-1a, 64 bit: stable over processes and versions, unlike hash()
+    for byte in f"{seed}/{step}/{purpose}".encode():
+        digest = (digest ^ byte) * 1099511628211 % 2**64
+    return digest % 2**63
+
+
+def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
+    """A CPU generator seeded with `step_seed`."""
+    return torch.Generator().manual_seed(step_seed(seed, step, purpose))

@@ -1,0 +1,147 @@
+"""Where scores come from: a trained model, a Python function or an HTTP endpoint, behind one call."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from chatrlhf.data.collate import Encoder
+from chatrlhf.errors import ConfigError, RewardError
+from chatrlhf.models.reward_model import RewardScorer
+from chatrlhf.models.tokenizer import same_tokenizer
+from chatrlhf.types import Rollout
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+HTTP_TIMEOUT_SECONDS = 120
+
+
+class RewardSource(Protocol):
+    """Gives one finite number a response, [B] float32 on the CPU."""
+
+    def __call__(self, rollout: Rollout) -> Tensor: ...
+
+
+@dataclass
+class FunctionReward:
+    """A Python function ``(prompts, completions) -> scores``; prompts are the user inputs, untemplated."""
+
+    function: RewardFunction
+    name: str
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        return self.texts(rollout.prompts.texts, rollout.completions)
+
+    def texts(self, prompts: list[str], completions: list[str]) -> Tensor:
+        """Scores of texts. Raises RewardError where they are not one finite number each."""
+        return checked_scores(self.function(list(prompts), list(completions)), completions, self.name)
+
+
+@dataclass
+class ModelReward:
+    """A trained reward model.
+
+    Where its tokenizer and template are the policy's, it scores the very ids that were sampled; otherwise it
+    re-encodes prompt and completion in its own way. A response that was cut by length ends without EOS, and
+    one that a stop string ended is scored by its text, which no longer holds the string.
+    """
+
+    scorer: RewardScorer
+    policy_encoder: Encoder
+
+    def __post_init__(self) -> None:
+        self.same_ids = (
+            same_tokenizer(self.scorer.tokenizer, self.policy_encoder.tokenizer)
+            and self.scorer.template == self.policy_encoder.template
+        )
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        eos = self.scorer.tokenizer.eos_token_id
+        rows = []
+        for i, length in enumerate(rollout.lengths.tolist()):
+            response = rollout.response_ids[i, :length].tolist()
+            finished = bool(rollout.finished[i])
+            if self.same_ids and finished == (response[-1] == eos):
+                prompt = rollout.prompts.input_ids[i][rollout.prompts.attention_mask[i]].tolist()
+                rows.append((prompt + response)[-self.scorer.encoder.max_length :])
+            else:
+                rows.append(self.scorer.encode(rollout.prompts.texts[i], rollout.completions[i], finished))
+        return checked_scores(self.scorer.score_ids(rows), rollout.completions, "the reward model")
+
+
+def http_reward(url: str) -> RewardFunction:
+    """A reward function that posts ``{"prompts": [...], "completions": [...]}`` and reads ``{"scores": [...]}``."""
+
+    def post(prompts: list[str], completions: list[str]) -> Sequence[float]:
+        body = json.dumps({"prompts": prompts, "completions": completions}).encode()
+        request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_SECONDS) as response:
+                answer = json.load(response)
+        except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
+            raise RewardError(f"reward_config.reward_fn: {url} gave no scores ({error})") from None
+        scores = answer.get("scores") if isinstance(answer, dict) else answer
+        if not isinstance(scores, list):
+            raise RewardError(f"reward_config.reward_fn: {url} answered without a list of scores: {str(answer)[:80]!r}")
+        return scores
+
+    return post
+
+
+def load_function(name: str, key: str) -> Callable[..., Any]:
+    """A function by ``package.module:function``; the working directory is importable.
+
+    Raises:
+        ConfigError: the name is malformed, the module does not import, or it has no such function.
+    """
+    module_name, separator, function_name = name.partition(":")
+    if not separator or not module_name or not function_name:
+        raise ConfigError(f"{key}: expected 'package.module:function', got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{key}: module {module_name!r} cannot be imported ({error})") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"{key}: module {module_name!r} has no function {function_name!r}")
+    return function
+
+
+def resolve_reward_fn(name: str) -> FunctionReward:
+    """`reward_config.reward_fn` as a reward source."""
+    if name.startswith(("http://", "https://")):
+        return FunctionReward(http_reward(name), name)
+    return FunctionReward(load_function(name, "reward_config.reward_fn"), name)
+
+
+def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
+    """Scores as float32 [B], after checking that there is one finite number a completion.
+
+    Raises:
+        RewardError: it names the first completion whose score is missing or is no number.
+    """
+    if isinstance(scores, Tensor):
+        scores = scores.detach().float().cpu().reshape(-1).tolist()
+    try:
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        raise RewardError(f"{name}: expected a list of numbers, got {type(scores).__name__} {str(scores)[:60]}") from None
+    if len(values) != len(completions):
+        raise RewardError(f"{name}: returned {len(values)} scores for {len(completions)} completions; return one each")
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise RewardError(f"{name}: score {i} is {value} (completion {completions[i][:60]!r}); return a finite number")
+    return torch.tensor(values, dtype=torch.float32)

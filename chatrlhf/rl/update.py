@@ -1,0 +1,145 @@
+"""The update: epochs over minibatches, each minibatch one optimizer step, cut into microbatches for memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chatrlhf.functional.kl import k3
+from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
+from chatrlhf.models.sequences import join
+from chatrlhf.models.topology import PolicyOnly
+from chatrlhf.rl.experience import Algorithm
+from chatrlhf.types import Experience
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """The knobs of the objective and of how it is descended."""
+
+    epochs: int
+    batch_size: int  # sequences per optimizer step
+    micro_batch_size: int  # sequences per backward
+    cliprange: float = 0.2
+    cliprange_value: float | None = 0.2
+    vf_coef: float = 1.0
+    entropy_coef: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+
+@dataclass
+class Updater:
+    """Improves a topology by one rollout's experience."""
+
+    topology: PolicyOnly
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    algorithm: Algorithm
+    settings: UpdateSettings
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def update(self, experience: Experience, kl_coef: float, generator: torch.Generator) -> dict[str, float]:
+        """Run all epochs.
+
+        Args:
+            experience: B rows, a multiple of the batch size.
+            kl_coef: beta, for algorithms that carry the KL term in the loss.
+            generator: shuffles the rows, so that a resumed run sees the same minibatches.
+
+        Returns:
+            Token-weighted means over all minibatches, by metric name.
+        """
+        experience = experience.to(self.device)
+        totals: dict[str, float] = defaultdict(float)
+        minibatches = 0
+        for epoch in range(self.settings.epochs):
+            order = torch.randperm(len(experience), generator=generator)
+            for index in order.split(self.settings.batch_size):
+                stats = self.step(experience.select(index.to(self.device)), kl_coef)
+                if epoch == 0 and minibatches == 0:
+                    totals["ppo/first_ratio_error"] = stats["ratio_error"]
+                for name, value in stats["means"].items():
+                    totals[name] += value
+                minibatches += 1
+        first = totals.pop("ppo/first_ratio_error")
+        return {name: total / minibatches for name, total in totals.items()} | {"ppo/first_ratio_error": first}
+
+    def step(self, minibatch: Experience, kl_coef: float) -> dict[str, Any]:
+        """One optimizer step on a minibatch. Its statistics are left on the device until the step is done."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self.backward(minibatch, kl_coef)
+        grad_norm = self._clip_gradients()
+        self.optimizer.step()
+        self.scheduler.step()
+        names = list(sums)
+        # One transfer a step, not one a number.
+        values = torch.stack([sums[name] for name in names] + [grad_norm]).tolist()
+        means = dict(zip([*names, "ppo/grad_norm"], values, strict=True))
+        return {"ratio_error": means.pop("ratio_error"), "means": means}
+
+    def backward(self, minibatch: Experience, kl_coef: float) -> dict[str, Tensor]:
+        """Accumulate the minibatch's gradient; returns sums that are already means over the minibatch.
+
+        The weights are made for the whole minibatch, so the gradient does not depend on the microbatches.
+        """
+        weights = token_weights(minibatch.response_mask, self.algorithm.aggregation)
+        # Value loss and statistics are plain means over tokens, whatever the policy loss is.
+        token_mean = token_weights(minibatch.response_mask, "token_mean")
+        sums: dict[str, Tensor] = {}
+        for rows in torch.arange(len(minibatch), device=self.device).split(self.settings.micro_batch_size):
+            loss, stats = self._loss(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
+            loss.backward()
+            for name, value in stats.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _loss(
+        self, micro: Experience, weights: Tensor, token_mean: Tensor, kl_coef: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This microbatch's share of the loss and of the statistics, 0-d each."""
+        settings = self.settings
+        sequences = join(
+            micro.prompt_ids, micro.prompt_mask, micro.response_ids, micro.response_mask, micro.min_new_tokens
+        )
+        with self.autocast():
+            evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
+        logprobs = evaluation.logprobs
+        per_token = policy_loss(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
+        if self.algorithm.kl_in == "loss":
+            per_token = per_token + kl_coef * k3(logprobs, micro.ref_logprobs)
+        policy = (weights * per_token).sum()
+        loss = policy
+        stats = {"loss/policy": policy.detach()}
+        if evaluation.values is not None:
+            per_value = value_loss(evaluation.values, micro.old_values, micro.returns, settings.cliprange_value)
+            value = (token_mean * per_value).sum()
+            loss = loss + settings.vf_coef * value
+            stats["loss/value"] = value.detach()
+        if evaluation.entropy is not None:
+            # Minus: the bonus rewards entropy.
+            loss = loss - settings.entropy_coef * (weights * evaluation.entropy).sum()
+        with torch.no_grad():
+            clipped = policy_clipped(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
+            stats["ppo/clipfrac"] = (token_mean * clipped).sum()
+            # KL(old || new) with samples of the old: the k3 estimate with the roles turned round.
+            stats["ppo/approx_kl"] = (token_mean * k3(micro.old_logprobs, logprobs)).sum()
+            stats["ratio_error"] = (token_mean * (torch.exp(logprobs - micro.old_logprobs) - 1).abs()).sum()
+        return loss, stats
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip each parameter group by its own norm; returns the policy's norm before clipping.
+
+        Policy and critic are clipped apart, so that a critic far from its target does not slow the policy down.
+        """
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm or float("inf"))
+            for group in self.optimizer.param_groups
+        ]
+        return norms[0].detach().float()

@@ -1,0 +1,1 @@
+"""The three trainers, and the checkpoints they share."""

@@ -1,0 +1,140 @@
+"""Folders that are complete or absent: written beside their place, hashed, then published by one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from chatrlhf.errors import CheckpointError
+
+CONTENTS = "contents.json"
+WRITING = ".writing-"
+REPLACED = ".replaced-"
+
+
+@dataclass
+class CheckpointStore:
+    """The checkpoints of one stage: ``folder/step-NNNNNN``, the newest ``keep`` of them."""
+
+    folder: Path
+    keep: int
+    warn: Callable[[str], None]
+
+    def publish(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Publish what ``write`` puts into the folder it is given, then drop the oldest beyond ``keep``."""
+        path = publish_folder(self.folder / f"step-{step:06d}", write)
+        for old in self._steps()[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def newest(self) -> tuple[int, Path] | None:
+        """The newest valid checkpoint as (step, path); None where none was ever published.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is valid.
+        """
+        candidates = self._steps()
+        problem = ""
+        for path in reversed(candidates):
+            problem = why_invalid(path) or ""
+            if not problem:
+                return int(path.name.removeprefix("step-")), path
+            self.warn(f"checkpoint {path} is damaged ({problem}); trying the one before")
+        if candidates:
+            raise CheckpointError(
+                f"{self.folder}: none of its {len(candidates)} checkpoints is valid (last: {problem}); "
+                "restore one, or start again without --resume"
+            )
+        return None
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder.exists() else []
+
+
+def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a folder beside ``target``, list its files with size and SHA-256, and rename it to ``target``.
+
+    A kill at any moment leaves either the old ``target`` (or none) or the new one, and at most a folder with
+    a dot in front, which the next publication clears away.
+    """
+    writing = target.parent / f"{WRITING}{target.name}"
+    replaced = target.parent / f"{REPLACED}{target.name}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if replaced.exists() and not target.exists():  # killed between the two renames below
+        replaced.rename(target)
+    for leftover in (writing, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    writing.mkdir()
+    write(writing)
+    contents = {str(path.relative_to(writing)): _describe(path) for path in _files(writing)}
+    text = json.dumps(contents, indent=2, sort_keys=True) + "\n"
+    (writing / CONTENTS).write_text(text, encoding="utf-8")
+    for path in [*_files(writing), writing]:
+        _sync(path)
+    if target.exists():
+        target.rename(replaced)
+    writing.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def why_invalid(folder: Path) -> str | None:
+    """What is wrong with a published folder; None where every file has the size and hash it was published with."""
+    listing = folder / CONTENTS
+    try:
+        contents = json.loads(listing.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{CONTENTS} is missing"
+    except json.JSONDecodeError:
+        return f"{CONTENTS} is not valid JSON"
+    for name, expected in contents.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
+        if _describe(path) != expected:
+            return f"{name} does not have its SHA-256"
+    return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file by one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{WRITING}{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    _sync(beside)
+    os.replace(beside, path)
+
+
+def _describe(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _digest(file: object) -> object:
+    """hashlib.file_digest for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's entries, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,203 @@
+"""The RL stage: sample, score, learn; the loop everyone comes to read is `PPOTrainer.train`."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_model
+
+from chatrlhf.errors import CheckpointError, Interrupted
+from chatrlhf.evaluation.heldout import HeldOut, HeldOutReport
+from chatrlhf.generation.engine import RolloutEngine
+from chatrlhf.models.factory import fingerprint
+from chatrlhf.progress import RunLog
+from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
+from chatrlhf.rl.kl_controller import KLController
+from chatrlhf.rl.prompts import PromptSchedule, step_generator, step_seed
+from chatrlhf.rl.scoring import Scorer
+from chatrlhf.rl.update import Updater
+from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.interrupt import StopRequest
+from chatrlhf.types import ScoredRollout
+
+STAGE = "RL"
+SAMPLES_A_STEP = 2
+
+
+@dataclass
+class PPOTrainer:
+    """Everything one PPO run needs, put together by the pipeline (or by hand, as the benchmarks do).
+
+    Random numbers are functions of seed and step, so the state of a run is: weights, optimizer, schedule, KL
+    coefficient, reward scaling and the step. That is what a checkpoint holds, together with the global
+    generators, which a user's reward function may draw from.
+    """
+
+    prompts: PromptSchedule
+    engine: RolloutEngine
+    scorer: Scorer
+    updater: Updater
+    algorithm: Algorithm
+    estimation: Callable[[float], Estimation]  # from the KL coefficient in force
+    kl: KLController
+    num_steps: int
+    seed: int
+    log: RunLog
+    checkpoints: CheckpointStore | None = None  # None: nothing is saved
+    checkpoint_steps: int = 1000
+    held_out: HeldOut | None = None
+    eval_interval: int | None = None
+
+    before: HeldOutReport | None = None  # the held-out prompts before the first step
+    after: HeldOutReport | None = None  # and at the newest evaluation
+
+    def train(self, resume: bool = False) -> dict[str, float]:
+        """Run all steps, or those behind the newest checkpoint; returns the last metrics.
+
+        Raises:
+            Interrupted: a signal asked to stop; a checkpoint is there.
+            CheckpointError: on ``resume``, the checkpoints are damaged or of another model.
+            RewardError: the reward gave something other than one finite number a response.
+        """
+        start = self._resume() if resume else 0
+        if start == 0:
+            self.log.rewind(STAGE, -1)
+            if self.held_out is not None:
+                self.before = self.after = self.held_out.evaluate()
+                self.log.step(STAGE, 0, self.before.metrics())
+        with self.log.stage(STAGE, self.num_steps, start), StopRequest(self.log.note) as stop:
+            for step in range(start, self.num_steps):
+                clock = [time.perf_counter()]
+                prompts = self.prompts.batch(step)
+                rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"))
+                clock.append(time.perf_counter())
+                scored = self.scorer.score(rollout)
+                clock.append(time.perf_counter())
+                coef = self.kl.coef
+                experience = make_experience(scored, self.algorithm, self.estimation(coef))
+                stats = self.updater.update(experience, coef, step_generator(self.seed, step, "minibatches"))
+                clock.append(time.perf_counter())
+                self.kl.update(scored.kl_to_reference, len(rollout))
+                self._record(step + 1, scored, stats, coef, clock)
+                self._checkpoint(step + 1, stop)
+        return dict(self.log.last.get(STAGE, {}))
+
+    def _record(
+        self, step: int, scored: ScoredRollout, stats: dict[str, float], coef: float, clock: list[float]
+    ) -> None:
+        rollout = scored.rollout
+        lengths, tokens = rollout.lengths.float(), int(rollout.lengths.sum())
+        rollout_s, score_s, update_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
+        metrics: dict[str, Any] = {
+            "reward/mean": float(scored.raw_scores.mean()),
+            "reward/std": float(scored.raw_scores.std(correction=0)),
+            "reward/shaped": float(scored.scores.mean()),
+            "kl/ref": scored.kl_to_reference,
+            "kl/coef": coef,
+            **stats,
+            "ppo/entropy": scored.entropy,
+            "response/length": float(lengths.mean()),
+            "response/finished": float(rollout.finished.float().mean()),
+            "lr/actor": self.updater.optimizer.param_groups[0]["lr"],
+            "episodes": step * len(rollout),
+            "time/rollout": rollout_s,
+            "time/score": score_s,
+            "time/update": update_s,
+            "tokens/s": tokens / (rollout_s + score_s + update_s),
+        }
+        last = step == self.num_steps
+        due = last or (self.eval_interval is not None and step % self.eval_interval == 0)
+        if self.held_out is not None and due:
+            self.after = self.held_out.evaluate()
+            metrics |= self.after.metrics()
+        self.log.step(STAGE, step, metrics)
+        self.log.samples(
+            STAGE,
+            step,
+            [
+                {"prompt": prompt, "completion": completion, "score": float(score)}
+                for prompt, completion, score in zip(
+                    rollout.prompts.texts[:SAMPLES_A_STEP],
+                    rollout.completions[:SAMPLES_A_STEP],
+                    scored.raw_scores[:SAMPLES_A_STEP],
+                    strict=True,
+                )
+            ],
+        )
+
+    def _checkpoint(self, step: int, stop: StopRequest) -> None:
+        if self.checkpoints is None:
+            if stop.signal_number is not None:
+                raise KeyboardInterrupt
+            return
+        if stop.signal_number is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
+            path = self.checkpoints.publish(step, lambda folder: self._write(folder, step))
+            if stop.signal_number is not None and step < self.num_steps:
+                raise Interrupted(stop.signal_number, path)
+
+    def _write(self, folder: Path, step: int) -> None:
+        topology, updater = self.updater.topology, self.updater
+        # save_model, not save_file: it knows about tied weights.
+        save_model(topology, str(folder / "model.safetensors"))
+        python = random.getstate()
+        tensors = {
+            "optimizer": updater.optimizer.state_dict(),
+            "scheduler": updater.scheduler.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python_rng": torch.tensor(python[1], dtype=torch.int64),
+            "numpy_rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
+        }
+        torch.save(tensors, folder / "training.pt")
+        state = {
+            "step": step,
+            "fingerprint": fingerprint(topology),
+            "kl": self.kl.state_dict(),
+            "reward_scaling": self.scorer.scaling.state_dict(),
+            "python_rng": [python[0], python[2]],
+            "numpy_rng": [np.random.get_state()[2], *np.random.get_state()[3:]],
+            "before": self.before.state_dict() if self.before else None,
+            "after": self.after.state_dict() if self.after else None,
+        }
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    def _resume(self) -> int:
+        """Take up the newest valid checkpoint; returns its step, 0 where none was published yet."""
+        newest = self.checkpoints.newest() if self.checkpoints else None
+        if newest is None:
+            self.log.note(f"{STAGE}: no checkpoint was published yet, so it starts at its beginning")
+            return 0
+        step, folder = newest
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        topology, updater = self.updater.topology, self.updater
+        if state["fingerprint"] != fingerprint(topology):
+            raise CheckpointError(
+                f"{folder}: it is a checkpoint of another model (other parameters than this configuration's); "
+                "set the models and critic_config back, or use another output_dir"
+            )
+        load_model(topology, str(folder / "model.safetensors"))
+        tensors = torch.load(folder / "training.pt", weights_only=True)
+        updater.optimizer.load_state_dict(tensors["optimizer"])
+        updater.scheduler.load_state_dict(tensors["scheduler"])
+        self.kl.load_state_dict(state["kl"])
+        self.scorer.scaling.load_state_dict(state["reward_scaling"])
+        torch.set_rng_state(tensors["torch_rng"])
+        if tensors["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(tensors["cuda_rng"])
+        random.setstate((state["python_rng"][0], tuple(tensors["python_rng"].tolist()), state["python_rng"][1]))
+        position, has_gauss, gauss = state["numpy_rng"]
+        keys = tensors["numpy_rng"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, position, has_gauss, gauss))
+        self.before = HeldOutReport(**state["before"]) if state["before"] else None
+        self.after = HeldOutReport(**state["after"]) if state["after"] else None
+        self.log.rewind(STAGE, step)
+        self.log.note(f"{STAGE}: resumed from {folder} (step {step} of {self.num_steps})")
+        return step
