@@ -1,7 +1,7 @@
 """chatrlhf: supervised actor, reward model and PPO with KL control, behind one driver.
 
-    from chatrlhf import load_config, run
-    result = run(load_config("config.yaml"), type="ALL")
+from chatrlhf import load_config, run
+result = run(load_config("config.yaml"), type="ALL")
 """
 
 from __future__ import annotations

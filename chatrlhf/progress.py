@@ -105,9 +105,18 @@ class RunLog:
             if not path.exists():
                 continue
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, stage, step)]
+            if name == METRICS:
+                self._remember(stage, kept)
             beside = path.with_name(f".writing-{name}")
             beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(beside, path)
+
+    def _remember(self, stage: str, lines: Sequence[str]) -> None:
+        """Take up the newest value of each of a stage's metrics, as if this process had recorded them."""
+        self.last[stage] = {}
+        for record in map(json.loads, lines):
+            if record["stage"] == stage:
+                self.last[stage] |= {name: value for name, value in record.items() if name not in ("stage", "step")}
 
     def close(self) -> None:
         """Let the trackers finish."""
@@ -124,7 +133,13 @@ class RunLog:
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and chatter off the terminal; errors still come through."""
     import datasets
+    import torch
     import transformers
+
+    # Where they are installed, these warn while they are imported, about hardware that nothing here asks for.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

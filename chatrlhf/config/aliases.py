@@ -5,6 +5,7 @@ Facts from ChatLLaMA's published config.yaml and trlX's PPO method config. What 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from chatrlhf.errors import ConfigError
@@ -39,7 +40,7 @@ FLAT_GENERATION_KEYS = (
 
 
 def translate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Rename keys and derive what ChatLLaMA counts differently.
+    """Give every key this project's name.
 
     Args:
         raw: the parsed YAML, sections as dictionaries.
@@ -65,11 +66,10 @@ def translate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     trainer = config.get("trainer_config")
     if isinstance(trainer, dict):
         _fold_generation_keys(trainer)
-        _count_episodes(trainer)
         if trainer.get("target") is not None:
             notes.append(
-                "trainer_config.target is compared with the k1 estimate of the KL over the response (nats per sequence); "
-                "trlX compares exp(d) - 1 - d summed over prompt and response"
+                "trainer_config.target is compared with the k1 estimate of the KL over the response (nats per "
+                "sequence); trlX compares exp(d) - 1 - d summed over prompt and response"
             )
     return config, notes
 
@@ -87,21 +87,30 @@ def _fold_generation_keys(trainer: dict[str, Any]) -> None:
             trainer["gen_kwargs"] = {**nested, **flat}
 
 
-def _count_episodes(trainer: dict[str, Any]) -> None:
-    """Rollouts in all and between two updates, from ChatLLaMA's episodes, timesteps and examples."""
+def count_episodes(config: dict[str, Any]) -> dict[str, Any]:
+    """Add rollouts in all and between two updates, from ChatLLaMA's episodes, timesteps and examples.
+
+    Raises:
+        ConfigError: one factor of a product stands alone.
+    """
+    trainer = config.get("trainer_config")
+    if not isinstance(trainer, dict):
+        return config
 
     def product(*keys: str) -> int | None:
         values = [trainer.get(key, 1 if key == "num_examples" else None) for key in keys]
         if any(not isinstance(value, int) or isinstance(value, bool) for value in values):
             return None  # absent or malformed: the schema says which
-        total = 1
-        for value in values:
-            total *= value
-        return total
+        return math.prod(values)
 
-    total = product("num_episodes", "max_timesteps", "num_examples")
-    between = product("update_timesteps", "num_examples")
-    if total is not None:
-        trainer.setdefault("total_episodes", total)
-    if between is not None:
-        trainer.setdefault("num_rollouts", between)
+    derived = {
+        "total_episodes": product("num_episodes", "max_timesteps", "num_examples"),
+        "num_rollouts": product("update_timesteps", "num_examples"),
+    }
+    counted = {key: value for key, value in derived.items() if value is not None and trainer.get(key) is None}
+    trainer = {**trainer, **counted}
+    for key, other in (("num_episodes", "max_timesteps"), ("max_timesteps", "num_episodes")):
+        alone = trainer.get(key) is not None and trainer.get(other) is None
+        if alone and trainer.get("total_episodes") is None:
+            raise ConfigError(f"trainer_config: {key!r} counts only with {other!r}; give both, or total_episodes")
+    return {**config, "trainer_config": trainer}

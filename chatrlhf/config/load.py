@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, translate
+from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
 from chatrlhf.config.schema import Config
 from chatrlhf.errors import ConfigError
 
@@ -53,7 +53,8 @@ def load_config(
     upper, upper_notes = translate(_nested(_parse_overrides(overrides)))
     written = _covered(raw, upper)
     try:
-        config = Config.model_validate(written)
+        # Counted last, so that overriding one factor changes the product.
+        config = Config.model_validate(count_episodes(written))
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error)}") from None
     config._base_dir, config._written = base_dir, written

@@ -42,6 +42,12 @@ class OptimizerKeys(Section):
         return betas
 
 
+def _check_micro_batch(section: Any) -> None:
+    """Gradient accumulation takes whole microbatches."""
+    if section.micro_batch_size is not None and section.micro_batch_size < section.batch_size:
+        _must_divide("batch_size", section.batch_size, "micro_batch_size", section.micro_batch_size)
+
+
 class NotBuiltYet(Section):
     """ChatLLaMA's switches for launchers and adapters."""
 
@@ -118,7 +124,8 @@ class ActorConfig(OptimizerKeys, NotBuiltYet):
         return None if path == "path-to-tokenizer" else path
 
     @model_validator(mode="after")
-    def _fairscale(self) -> ActorConfig:
+    def _no_surprises(self) -> ActorConfig:
+        _check_micro_batch(self)
         if self.use_fairscale:
             raise ValueError(
                 "use_fairscale: True means Meta's original LLaMA files; convert them to the Hugging Face format "
@@ -159,6 +166,11 @@ class RewardConfig(OptimizerKeys, NotBuiltYet):
     def _other_names(cls, loss: Any) -> Any:
         return {"mse": "regression", "bradley_terry": "pairwise", "pairs": "pairwise"}.get(loss, loss)
 
+    @model_validator(mode="after")
+    def _whole_microbatches(self) -> RewardConfig:
+        _check_micro_batch(self)
+        return self
+
 
 class CriticConfig(NotBuiltYet):
     """Where PPO's value function comes from."""
@@ -189,9 +201,7 @@ class GenKwargs(Section):
 
     @model_validator(mode="after")
     def _only_the_plain_sampler(self) -> GenKwargs:
-        why = (
-            "PPO needs the log-probabilities of the distribution that was sampled, for the policy and the reference alike"
-        )
+        why = "PPO needs the log-probabilities of the sampled distribution, for policy and reference alike"
         if not self.do_sample:
             raise ValueError(f"do_sample: False is refused, greedy rollouts have no distribution: {why}")
         if self.top_k not in (None, 0):

@@ -155,9 +155,7 @@ def _parse(text: str, path: Path, row: int | None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"row {row}" if row is not None else f"line {error.lineno}"
-        raise DataError(
-            f"{path}, {place}, column {error.colno}: broken JSON ({error.msg}); correct the file"
-        ) from None
+        raise DataError(f"{path}, {place}, column {error.colno}: broken JSON ({error.msg}); correct the file") from None
 
 
 def _describe(value: Any) -> str:

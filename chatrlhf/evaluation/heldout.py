@@ -85,9 +85,7 @@ class HeldOut:
         )
 
 
-def _criteria(
-    function: EvalFunction | None, prompts: list[str], completions: list[str]
-) -> dict[str, list[float]]:
+def _criteria(function: EvalFunction | None, prompts: list[str], completions: list[str]) -> dict[str, list[float]]:
     if function is None:
         return {}
     judged = list(function(list(prompts), list(completions)))
@@ -101,5 +99,3 @@ def _criteria(
         return {name: [float(row[name]) for row in rows] for name in names}
     except KeyError as error:
         raise RewardError(f"trainer_config.eval_fn: a completion lacks the criterion {error}") from None
-
-

@@ -39,7 +39,9 @@ def show_comparison(console: Console, before: HeldOutReport, after: HeldOutRepor
     console.print(table)
     closed = gap_closed(before, after, best) if best is not None else None
     if closed is not None:
-        console.print(f"RL closed {closed:.2f} of the distance between the SFT actor's true score and the best possible.")
+        console.print(
+            f"RL closed {closed:.2f} of the distance between the SFT actor's true score and the best possible."
+        )
     samples = Table(title="side by side", title_justify="left", show_lines=True)
     for name in ("prompt", "SFT actor", "RL actor"):
         samples.add_column(name, overflow="fold")

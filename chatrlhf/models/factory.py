@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from chatrlhf.config.schema import ActorConfig, CriticConfig, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
-from chatrlhf.models.scalar_head import ScalarHead
+from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer, train_tokenizer
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
@@ -40,7 +41,7 @@ def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> t
             if config.tokenizer_path
             else train_tokenizer(texts, config.tiny.vocab_size)
         )
-        model: nn.Module = LlamaForCausalLM(_tiny_config(config.tiny, tokenizer))
+        model = tiny_model(config.tiny, tokenizer)
     else:
         model = _from_pretrained(AutoModelForCausalLM, config.model, "actor_config.model", _hub_kwargs(config))
         tokenizer = load_tokenizer(
@@ -64,25 +65,26 @@ def new_reward_model(
     """A reward model ready to be trained: the backbone of `reward_config.model` under a fresh head.
 
     Args:
-        actor_folder: the fine-tuned actor, for `model: actor`; None where there is none.
+        actor_folder: the fine-tuned actor, for `model: actor`; None where there is none, and then the actor's
+            own starting point is taken.
         texts: what the tokenizer of `model: tiny` is trained on.
     """
     name, key = config.model, "reward_config.model"
     template = get_template(config.template or actor.template, "reward_config.template")
-    if name == "actor":
-        if actor_folder is None:
-            raise ConfigError(f"{key}: 'actor' starts from the fine-tuned actor, which is not there; run --type ACTOR first")
+    if name == "actor" and actor_folder is not None:
         backbone, tokenizer = _backbone(str(actor_folder), key, {}), load_tokenizer(str(actor_folder), key)
-        template = Template.load(actor_folder) or template if config.template is None else template
-    elif name == TINY:
-        policy, tokenizer = load_actor(actor.model_copy(update={"model": TINY}), texts, device)
+        if config.template is None:
+            template = Template.load(actor_folder) or template
+    elif name in ("actor", TINY):
+        start = actor if name == "actor" else actor.model_copy(update={"model": TINY})
+        policy, tokenizer = load_actor(start, texts, device)
         backbone = policy.base_model
     else:
         backbone = _backbone(name, key, _hub_kwargs(config))
         tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **_hub_kwargs(config))
         _check_vocabulary(backbone, tokenizer, "reward_config")
     pooling = "last" if is_causal(backbone) else "first"
-    head = ScalarHead(backbone.config.hidden_size, config.model_head_hidden_size)
+    head = ScalarHead(state_size(backbone), config.model_head_hidden_size)
     max_length = min(config.max_sequence_length, context_length(backbone))
     model = RewardModel(backbone, head, pooling).to(device)
     return RewardScorer(model, Encoder(tokenizer, template, max_length))
@@ -118,7 +120,7 @@ def make_topology(
         return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
     device = next(policy.parameters()).device
     mlp = config.model_head_hidden_size
-    hidden = policy.config.get_text_config().hidden_size
+    hidden = state_size(policy)
     if config.model == "shared":
         head = ScalarHead(hidden, mlp).zero_().to(device)
         return SharedTrunk(policy, head, distribution), "critic: a value head on the policy's trunk, starting at 0"
@@ -145,7 +147,7 @@ def make_topology(
             raise ConfigError(f"critic_config.model: {config.model!r} is not causal, so it has no value before a token")
         if not same_tokenizer(tokenizer, load_tokenizer(config.model, "critic_config.model")):
             raise ConfigError(f"critic_config.model: {config.model!r} has another tokenizer than the actor")
-        head = ScalarHead(backbone.config.hidden_size, mlp).zero_().to(device)
+        head = ScalarHead(state_size(backbone), mlp).zero_().to(device)
     return SeparateCritic(policy, backbone, head, distribution), f"critic: {config.model}"
 
 
@@ -169,6 +171,18 @@ def parameter_count(model: nn.Module) -> int:
 def tiny_model(config: TinyConfig, tokenizer: Any) -> nn.Module:
     """A small Llama for a tokenizer, with random weights from torch's generator."""
     return LlamaForCausalLM(_tiny_config(config, tokenizer))
+
+
+def meta_model(name: str, key: str, config: ActorConfig | RewardConfig) -> nn.Module:
+    """A model's modules without weights, from its configuration file alone."""
+    kwargs = _hub_kwargs(config)
+    settings = _explained(key, name, lambda: AutoConfig.from_pretrained(name, **kwargs))
+    trust = {"trust_remote_code": config.trust_remote_code}
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(settings, **trust)
+        except ValueError:  # not a causal language model: an encoder as reward model
+            return AutoModel.from_config(settings, **trust)
 
 
 def _tiny_config(config: TinyConfig, tokenizer: Any) -> LlamaConfig:
@@ -209,8 +223,13 @@ def _backbone(name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _from_pretrained(auto: Any, name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
+    return _explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs))
+
+
+def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives, or an error that names the key."""
     try:
-        return auto.from_pretrained(name, dtype=torch.float32, **kwargs)
+        return load()
     except (OSError, ValueError, KeyError) as error:
         if (Path(name) / "consolidated.00.pth").exists():
             raise ConfigError(

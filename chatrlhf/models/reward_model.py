@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.templates import Template
 from chatrlhf.errors import CheckpointError
-from chatrlhf.models.scalar_head import ScalarHead
+from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.tokenizer import load_tokenizer
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
@@ -38,6 +38,7 @@ class RewardModel(nn.Module):
         self.backbone, self.head = backbone, head
         self.pooling, self.scale, self.shift = pooling, scale, shift
         self.backbone.config.use_cache = False
+        self.backbone.config.num_labels = 1  # TRL's trainer asks for it
 
     @property
     def config(self) -> Any:
@@ -141,7 +142,7 @@ def load_reward_model(path: str | Path, device: str | torch.device = "cpu", **kw
     # float32 unless asked otherwise: that is what was trained.
     kwargs.setdefault("dtype", torch.float32)
     backbone = AutoModel.from_pretrained(folder, **kwargs)
-    head = ScalarHead(backbone.config.hidden_size, settings["mlp_size"])
+    head = ScalarHead(state_size(backbone), settings["mlp_size"])
     head.load_state_dict(load_file(folder / HEAD))
     model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
     tokenizer = load_tokenizer(str(folder), key="reward_config.model")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,3 +40,9 @@ class ScalarHead(nn.Module):
         self.out.weight.mul_(scale)
         self.out.bias.mul_(scale).add_(shift)
         return self
+
+
+def state_size(model: Any) -> int:
+    """Width of a transformers model's last hidden states; OPT-350M projects them down to its embeddings."""
+    config = model.config.get_text_config()
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size

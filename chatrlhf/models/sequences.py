@@ -112,12 +112,14 @@ def head_is_plain(model: nn.Module) -> bool:
         model.eval()
         ids = torch.arange(3, device=next(model.parameters()).device)[None]
         head = model.get_output_embeddings()
-        known = head is not None and torch.allclose(
-            head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state),
-            model(input_ids=ids, use_cache=False).logits,
-            rtol=1e-4,
-            atol=1e-5,
-        )
+        if head is None:
+            known = False
+        else:
+            # The head's input is enlarged for both, so that a cap far above a new model's logits shows too.
+            enlarge = head.register_forward_pre_hook(lambda _, inputs: (100 * inputs[0],))
+            plain = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+            known = torch.allclose(plain, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+            enlarge.remove()
         model.train(training)
         model._chatrlhf_head_is_plain = known
     return known

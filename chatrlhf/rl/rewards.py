@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import json
-import math
 import os
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,7 +88,8 @@ def http_reward(url: str) -> RewardFunction:
         try:
             with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_SECONDS) as response:
                 answer = json.load(response)
-        except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
+        # OSError: no connection, an error status, a timeout; ValueError: not JSON, or not even text.
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise RewardError(f"reward_config.reward_fn: {url} gave no scores ({error})") from None
         scores = answer.get("scores") if isinstance(answer, dict) else answer
         if not isinstance(scores, list):
@@ -137,11 +137,16 @@ def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
         scores = scores.detach().float().cpu().reshape(-1).tolist()
     try:
         values = [float(score) for score in scores]
-    except (TypeError, ValueError):
-        raise RewardError(f"{name}: expected a list of numbers, got {type(scores).__name__} {str(scores)[:60]}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise RewardError(
+            f"{name}: expected a list of numbers, got {type(scores).__name__} {str(scores)[:60]}"
+        ) from None
     if len(values) != len(completions):
         raise RewardError(f"{name}: returned {len(values)} scores for {len(completions)} completions; return one each")
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            raise RewardError(f"{name}: score {i} is {value} (completion {completions[i][:60]!r}); return a finite number")
-    return torch.tensor(values, dtype=torch.float32)
+    checked = torch.tensor(values, dtype=torch.float32)  # a number beyond float32 is inf here
+    for i, is_finite in enumerate(checked.isfinite().tolist()):
+        if not is_finite:
+            raise RewardError(
+                f"{name}: score {i} is {values[i]} (completion {completions[i][:60]!r}); return a finite number"
+            )
+    return checked

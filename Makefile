@@ -1,0 +1,64 @@
+# `make run` and `make test` need nothing but make and Python 3.10 or newer: each sets up .venv the first time.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS := deepspeed,quantize,openai,serve,tracking,dev
+
+# Tests start `chatrlhf`, `torchrun` and, through torch, `ninja`: the environment's own must come first.
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two goals at once would run two pips in one environment.
+.NOTPARALLEL:
+.PHONY: help run test test-slow lint clean distclean
+
+help:  ## list the targets
+	@echo "usage: make <target> [PYTHON=python3.12] [ARGS='more arguments']"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+run: $(VENV)/.stamp-run  ## train the embedded default: actor, reward model and RL, on a CPU, in minutes
+	$(BIN)/python main.py config.yaml --type ALL $(ARGS)
+
+test: $(VENV)/.stamp-test  ## the default test suite
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# Exit status 5 means that no test was selected, which is fine here and an error in `test`.
+test-slow: $(VENV)/.stamp-test  ## the tests that take minutes
+	$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]
+
+lint: $(VENV)/.stamp-test  ## check style and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean:  ## remove caches and build results
+	rm -rf build dist .pytest_cache .ruff_cache
+	find . \( -path ./.git -o -path ./$(VENV) \) -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+
+distclean: clean  ## the same, and remove .venv
+	rm -rf $(VENV)
+
+# The stamps make a second call install nothing.
+$(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+# DeepSpeed comes as source and compiles its kernels when they are first used, not here (DS_BUILD_OPS=0).
+$(VENV)/.stamp-test: pyproject.toml constraints.txt | $(BIN)/python
+	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $(VENV)/.stamp-run $@
+
+# Releases of pip before 21.3 (in Python 3.10.0 to 3.10.2) cannot install this project in editable mode; with a
+# newer pip the last command does nothing. A half-made environment is removed, or the next call would take it.
+$(BIN)/python:
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "error: '$(PYTHON)' was not found; name a Python >= 3.10 with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python >= 3.10 is needed, '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1);" \
+		  "name another with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(PIP) install --quiet "pip>=21.3" || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,5 @@
+"""``python -m chatrlhf``."""
+
+from chatrlhf.cli import main
+
+raise SystemExit(main())

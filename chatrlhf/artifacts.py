@@ -1,0 +1,41 @@
+"""`chatrlhf init`: the scripts, configurations, templates and sample data, copied for those who installed a package."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from chatrlhf.errors import UserError
+
+TOP_LEVEL = ("main.py", "config.yaml", "ds_config.json", "templates.json", "artifacts")
+
+
+def artifacts_root() -> Path:
+    """Where they lie: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    bundled = package / "_bundle"
+    return bundled if bundled.exists() else package.parent
+
+
+def copy_artifacts(folder: str | Path) -> list[Path]:
+    """Copy them into ``folder``; returns the files written.
+
+    Raises:
+        UserError: a file is there already; nothing is copied then.
+    """
+    target, root = Path(folder), artifacts_root()
+    sources = [path for name in TOP_LEVEL for path in _files(root / name)]
+    wanted = {source: target / source.relative_to(root) for source in sources}
+    there = [path for path in wanted.values() if path.exists()]
+    if there:
+        raise UserError(f"{there[0]} is there already ({len(there)} files in all); name a new folder")
+    for source, copy in wanted.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, copy)
+    return list(wanted.values())
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)

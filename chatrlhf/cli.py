@@ -1,0 +1,97 @@
+"""The command line. It imports nothing heavy before it knows that there is work to do."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from chatrlhf import __version__
+from chatrlhf.errors import Interrupted, UserError
+
+EXIT_USER_ERROR = 2
+
+DESCRIPTION = """Train an assistant with RLHF: ACTOR (supervised fine-tuning), REWARD (a model that scores
+completions), RL (PPO with KL control), or ALL three."""
+EPILOG = "`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["init"]:
+            return _init(words[1:])
+        return _train(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        print("stopped at once; --resume goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _train(words: Sequence[str]) -> int:
+    args = _parser().parse_args(words)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    overrides = list(args.set)
+    for key, value in (
+        ("actor_config.model", args.actor),
+        ("reward_config.model", args.reward),
+        ("output_dir", args.output_dir),
+    ):
+        if value is not None:
+            overrides.append(f"{key}={_yaml_text(value)}")
+    from chatrlhf.config import load_config
+
+    config = load_config(args.config, overrides)
+    if args.dry_run:
+        from chatrlhf.plan import show_plan
+
+        show_plan(config, args.type)
+        return 0
+    from chatrlhf.pipeline import run
+
+    result = run(config, type=args.type, resume=args.resume)
+    for stage, left in result.stages.items():
+        print(f"{stage}: {left.checkpoint}")
+    print(f"metrics: {result.output_dir / 'metrics.jsonl'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="chatrlhf", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("-t", "--type", default="ALL", choices=["ALL", "ACTOR", "REWARD", "RL"], help="default: ALL")
+    parser.add_argument("-a", "--actor", metavar="MODEL", help="in place of actor_config.model")
+    parser.add_argument("-r", "--reward", metavar="MODEL", help="in place of reward_config.model")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, such as trainer_config.lam=0.9"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="in place of output_dir and of each model_folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoints")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, train nothing")
+    parser.add_argument("--local_rank", type=int, metavar="N", help="set by launchers")
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def _init(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="chatrlhf init", description="Copy the artifacts into a folder.")
+    parser.add_argument("folder")
+    folder = parser.parse_args(words).folder
+    from chatrlhf.artifacts import copy_artifacts
+
+    for path in copy_artifacts(folder):
+        print(path)
+    return 0
+
+
+def _yaml_text(value: str) -> str:
+    """A command-line word as YAML text, whatever it looks like."""
+    return "'" + value.replace("'", "''") + "'"

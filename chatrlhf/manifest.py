@@ -1,0 +1,122 @@
+"""`manifest.json`: what a run has done, from which inputs, with which settings and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from chatrlhf.config.schema import Config
+from chatrlhf.errors import CheckpointError
+from chatrlhf.progress import METRICS, SAMPLES
+from chatrlhf.trainers.checkpoint import write_atomically
+
+FILE_NAME = "manifest.json"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
+# Where each stage leaves its results.
+OUTPUTS = {"ACTOR": ("actor",), "REWARD": ("reward",), "RL": ("actor_rl", "critic")}
+
+
+@dataclass
+class Manifest:
+    """The record of one output folder."""
+
+    run_dir: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def open(run_dir: Path, resume: bool) -> Manifest:
+        """The folder's manifest, or a new one.
+
+        Raises:
+            CheckpointError: ``resume`` is asked for and there is no run to go on with.
+        """
+        path = run_dir / FILE_NAME
+        if not path.exists():
+            if resume:
+                raise CheckpointError(f"--resume: no run in {run_dir} ({FILE_NAME} is missing); leave --resume out")
+            return Manifest(run_dir)
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(
+                f"{path}: it is not valid JSON ({error}); restore it or use another output_dir"
+            ) from None
+        return Manifest(run_dir, stored.get("stages", {}), stored.get("config", {}))
+
+    def begin(self, config: Config, stages: list[str]) -> list[str]:
+        """Write the settings of this run down; returns the keys that differ from the run before."""
+        settings = config.model_dump(mode="json")
+        changed = _differences(self.config, settings) if self.config else []
+        self.config = settings
+        self._save(asked=stages)
+        return changed
+
+    def is_done(self, stage: str) -> bool:
+        return self.stages.get(stage, {}).get("status") == "done"
+
+    def finish(self, stage: str, record: dict[str, Any]) -> None:
+        """Mark a stage as done; its outputs are in place."""
+        self.stages[stage] = {"status": "done", "finished_at": _now(), **record}
+        self._save()
+
+    def set_aside(self, stage: str, note: Callable[[str], None]) -> None:
+        """Before a stage starts afresh, move what an earlier run of it left into ``previous/``; nothing is deleted."""
+        left = [self.run_dir / name for name in (*OUTPUTS[stage], f"checkpoints/{stage}")]
+        left = [path for path in left if path.exists()]
+        if not left:
+            self.stages.pop(stage, None)
+            return
+        number = 1
+        while (target := self.run_dir / "previous" / f"{stage}-{number}").exists():
+            number += 1
+        target.mkdir(parents=True)
+        for path in left:
+            path.rename(target / path.name)
+        for name in (METRICS, SAMPLES, FILE_NAME):
+            if (self.run_dir / name).exists():
+                shutil.copy2(self.run_dir / name, target / name)
+        self.stages.pop(stage, None)
+        self._save()
+        note(f"{stage}: results of an earlier run were moved to {target} (--resume goes on with a run instead)")
+
+    def _save(self, **extra: Any) -> None:
+        stored = {
+            "stages": self.stages,
+            "config": self.config,
+            "seed": self.config.get("seed"),
+            "versions": {name: _version(name) for name in ("chatrlhf", *PACKAGES)}
+            | {"python": platform.python_version()},
+            "updated_at": _now(),
+            **extra,
+        }
+        write_atomically(self.run_dir / FILE_NAME, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        first, second = old.get(key), new.get(key)
+        if isinstance(first, dict) and isinstance(second, dict):
+            changed += _differences(first, second, f"{prefix}{key}.")
+        elif first != second:
+            changed.append(f"{prefix}{key}: {first!r} -> {second!r}")
+    return changed
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,427 @@
+"""The three stages and what they hand over. `ALL` is nothing but a loop over the same three functions."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatrlhf.config.schema import Config
+from chatrlhf.data.collate import Encoder, prompt_batch
+from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
+from chatrlhf.data.templates import get_template
+from chatrlhf.device import autocast_factory, pick_device
+from chatrlhf.distributed import require_single_process
+from chatrlhf.errors import ConfigError, DataError
+from chatrlhf.evaluation.heldout import HeldOut
+from chatrlhf.evaluation.table import show_comparison
+from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.manifest import Manifest
+from chatrlhf.models.factory import (
+    context_length,
+    load_actor,
+    load_policy,
+    make_topology,
+    new_reward_model,
+    parameter_count,
+    trained_reward_model,
+)
+from chatrlhf.models.reward_model import RewardModel, RewardScorer
+from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk
+from chatrlhf.progress import METRICS, RunLog, quiet_libraries
+from chatrlhf.rl.experience import ALGORITHMS, Estimation
+from chatrlhf.rl.kl_controller import KLController
+from chatrlhf.rl.prompts import PromptSchedule, step_seed
+from chatrlhf.rl.reward_scaling import RewardScaling
+from chatrlhf.rl.rewards import (
+    FunctionReward,
+    ModelReward,
+    RewardFunction,
+    RewardSource,
+    load_function,
+    resolve_reward_fn,
+)
+from chatrlhf.rl.scoring import Scorer
+from chatrlhf.rl.update import Updater, UpdateSettings
+from chatrlhf.trainers.checkpoint import CheckpointStore, publish_folder
+from chatrlhf.trainers.ppo import PPOTrainer
+
+STAGES = ("ACTOR", "REWARD", "RL")
+DEFAULT_NEW_TOKENS = 128
+
+
+class Metrics(dict[str, float]):
+    """The last value of each metric of a stage; ``path`` is the run's `metrics.jsonl`."""
+
+    def __init__(self, values: dict[str, float], path: Path) -> None:
+        super().__init__(values)
+        self.path = path
+
+
+@dataclass
+class StageResult:
+    """What a stage left behind."""
+
+    checkpoint: Path  # folder that transformers' Auto classes load
+    metrics: Metrics
+
+
+@dataclass
+class RunResult:
+    """What a run left behind, by stage."""
+
+    output_dir: Path
+    stages: dict[str, StageResult]
+
+
+@dataclass
+class Run:
+    """What all stages of one run share."""
+
+    config: Config
+    inputs: Inputs
+    log: RunLog
+    manifest: Manifest
+    device: torch.device
+    reward: FunctionReward | None  # takes the reward model's place
+    resume: bool
+
+    @property
+    def dir(self) -> Path:
+        return self.manifest.run_dir
+
+    def store(self, stage: str, keep: int) -> CheckpointStore:
+        return CheckpointStore(self.dir / "checkpoints" / stage, keep, self.log.warn)
+
+    def scratch(self, stage: str) -> Path:
+        return self.dir / "checkpoints" / f".scratch-{stage}"
+
+    def seed(self, stage: str) -> int:
+        return step_seed(self.config.seed, 0, stage) % 2**31
+
+    def trained(self, stage: str, folder: str, model: str | None) -> Path | None:
+        """Folder of a stage's result, if it is there and was made from ``model``."""
+        made_from = self.manifest.stages.get(stage, {}).get("model")
+        return self.dir / folder if made_from == model and (self.dir / folder).exists() else None
+
+
+def run(
+    config: Config,
+    type: str = "ALL",
+    reward_fn: RewardFunction | None = None,
+    resume: bool = False,
+) -> RunResult:
+    """Train one stage or all three.
+
+    Args:
+        config: from `load_config`.
+        type: ALL, ACTOR, REWARD or RL.
+        reward_fn: ``(prompts, completions) -> one float each``; no reward model is needed then.
+        resume: go on with the run in the output folder from its newest checkpoints.
+
+    Raises:
+        UserError: one line that says what was received, what was expected and what to change.
+        Interrupted: SIGTERM or Ctrl-C; a valid checkpoint is there.
+    """
+    if type not in ("ALL", *STAGES):
+        raise ConfigError(f"type: expected ALL, {', '.join(STAGES)}, got {type!r}")
+    require_single_process()
+    stages = list(STAGES) if type == "ALL" else [type]
+    # Checks come first: nothing is written before everything that will be read has been read once.
+    reward = _reward_function(config, reward_fn)
+    _check_functions_and_templates(config, stages)
+    inputs = read_inputs(config, stages, needs_judgements=reward is None)
+    manifest = Manifest.open(config.run_dir, resume)
+    changed = manifest.begin(config, stages)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    quiet_libraries()
+    log = RunLog(config.run_dir, config.trackers, config.model_dump(mode="json"))
+    for note in config.notes:
+        log.note(f"note: {note}")
+    for warning in inputs.warnings:
+        log.warn(warning)
+    if resume and changed:
+        log.warn("settings differ from the run that is resumed: " + "; ".join(changed))
+    this = Run(config, inputs, log, manifest, pick_device(), reward, resume)
+    results: dict[str, StageResult] = {}
+    try:
+        for stage in stages:
+            if stage == "REWARD" and reward is not None:
+                log.note(f"REWARD: skipped, the reward is {reward.name}")
+                continue
+            results[stage] = _run_stage(this, stage)
+            gc.collect()
+    finally:
+        log.close()
+    return RunResult(config.run_dir, results)
+
+
+def _run_stage(this: Run, stage: str) -> StageResult:
+    """One stage, unless a resumed run has finished it already."""
+    if this.resume and this.manifest.is_done(stage):
+        this.log.note(f"{stage}: finished before, kept")
+    else:
+        if not this.resume:
+            this.manifest.set_aside(stage, this.log.note)
+        torch.manual_seed(this.seed(stage))
+        record = {"ACTOR": run_actor, "REWARD": run_reward, "RL": run_rl}[stage](this)
+        this.manifest.finish(stage, record)
+    done = this.manifest.stages[stage]
+    return StageResult(this.dir / done["output"], Metrics(done["metrics"], this.dir / METRICS))
+
+
+def run_actor(this: Run) -> dict[str, Any]:
+    """ACTOR: fine-tune the language model on demonstrations; leaves ``actor/``."""
+    from chatrlhf.trainers.sft import train_actor
+
+    config, rows = this.config.actor_config, _given(this.inputs.actor)
+    model, tokenizer = load_actor(config, corpus(this.config), this.device)
+    encoder = _encoder(this.config, model, tokenizer)
+    this.log.note(
+        f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {len(rows.train)} rows, "
+        f"{len(rows.held_out)} held out"
+    )
+    store, scratch = this.store("ACTOR", config.n_checkpoints_to_keep), this.scratch("ACTOR")
+    seed = this.seed("ACTOR")
+    train_actor(
+        model, encoder, rows.train, rows.held_out, config, store, scratch, this.log, this.device, seed, this.resume
+    )
+    _publish_policy(this.dir / "actor", model, encoder)
+    return _record(this, "ACTOR", "actor", config.model, rows)
+
+
+def run_reward(this: Run) -> dict[str, Any]:
+    """REWARD: train a model to score completions; leaves ``reward/``."""
+    from chatrlhf.trainers.reward import loss_for, train_reward_model
+
+    config, rows = this.config.reward_config, _given(this.inputs.reward)
+    actor = this.trained("ACTOR", "actor", this.config.actor_config.model)
+    if config.model == "actor" and actor is None:
+        this.log.warn("REWARD: no fine-tuned actor here, so the reward model starts from actor_config.model as it is")
+    scorer = new_reward_model(config, this.config.actor_config, actor, corpus(this.config), this.device)
+    this.log.note(
+        f"REWARD: {config.model}, {parameter_count(scorer.model):,} parameters, {loss_for(rows.train, config)} on "
+        f"{len(rows.train)} rows, {len(rows.held_out)} held out"
+    )
+    store, scratch = this.store("REWARD", config.n_checkpoints_to_keep), this.scratch("REWARD")
+    seed = this.seed("REWARD")
+    train_reward_model(
+        scorer, rows.train, rows.held_out, config, store, scratch, this.log, this.device, seed, this.resume
+    )
+    publish_folder(this.dir / "reward", scorer.save)
+    return _record(this, "REWARD", "reward", config.model, rows)
+
+
+def run_rl(this: Run) -> dict[str, Any]:
+    """RL: improve the actor against the reward; leaves ``actor_rl/`` and ``critic/``."""
+    config, trainer_config = this.config, this.config.trainer_config
+    policy, encoder = _starting_policy(this)
+    reference, _ = _starting_policy(this)
+    reward_scorer = (
+        None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device)
+    )
+    reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
+    distribution = _distribution(this.config, encoder)
+    algorithm = ALGORITHMS[trainer_config.algorithm]
+    topology, critic_line = make_topology(
+        policy, encoder.tokenizer, reward_scorer, config.critic_config, distribution, algorithm.needs_critic
+    )
+    topology.to(this.device)
+    this.log.note(
+        f"RL: {trainer_config.algorithm}, {parameter_count(topology):,} parameters in training; {critic_line}"
+    )
+    trainer = _ppo_trainer(this, topology, Reference(reference, distribution), encoder, reward)
+    trainer.train(this.resume)
+    _publish_policy(this.dir / "actor_rl", policy, encoder)
+    if algorithm.needs_critic:
+        publish_folder(this.dir / "critic", _critic_scorer(topology, encoder).save)
+    if trainer.before is not None and trainer.after is not None:
+        show_comparison(this.log.console, trainer.before, trainer.after, trainer_config.eval_best)
+    return _record(this, "RL", "actor_rl", config.actor_config.model, _given(this.inputs.prompts))
+
+
+def _ppo_trainer(
+    this: Run, topology: PolicyOnly, reference: Reference, encoder: Encoder, reward: RewardSource
+) -> PPOTrainer:
+    """The parts of the RL stage, each with its own settings."""
+    config = this.config.trainer_config
+    algorithm = ALGORITHMS[config.algorithm]
+    autocast = autocast_factory(config.precision, this.device)
+    limits, stop = _limits(this.config, encoder), config.gen_kwargs.stop
+    rows, pad_id = _given(this.inputs.prompts), encoder.tokenizer.pad_token_id
+    prompts, texts = _encoded_prompts(rows.train, encoder, limits, this, "trainer_config.examples_path")
+    engine = RolloutEngine(
+        topology.policy,
+        topology.distribution,
+        limits,
+        pad_id,
+        lambda ids: encoder.template.strip(encoder.tokenizer.decode(ids, skip_special_tokens=True)),
+        stop,
+        config.chunk_size,
+        autocast,
+    )
+    scaling = RewardScaling(
+        config.scale_reward, config.cliprange_reward, config.missing_eos_penalty, ref_std=config.ref_std
+    )
+    scorer = Scorer(topology, reference, reward, scaling, this.device, max(config.micro_batch_size, 1), autocast)
+    optimizer = torch.optim.AdamW(
+        topology.parameter_groups(config.actor_lr, config.critic_lr),
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=this.device.type in ("cpu", "cuda"),
+    )
+    settings = UpdateSettings(
+        epochs=config.ppo_epochs,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        cliprange=config.cliprange,
+        cliprange_value=config.cliprange_value,
+        vf_coef=config.vf_coef,
+        entropy_coef=config.entropy_coef,
+        max_grad_norm=config.max_grad_norm,
+    )
+    updater = Updater(
+        topology, optimizer, _schedule(optimizer, this.config), algorithm, settings, this.device, autocast
+    )
+    held_out = None
+    if rows.held_out:
+        held_prompts, held_texts = _encoded_prompts(rows.held_out, encoder, limits, this, "the held-out prompts")
+        batch = prompt_batch(held_prompts, held_texts, pad_id)
+        eval_fn = load_function(config.eval_fn, "trainer_config.eval_fn") if config.eval_fn else None
+        held_out = HeldOut(batch, engine, scorer, eval_fn, step_seed(this.config.seed, 0, "held-out"))
+    prompts_a_step = config.num_rollouts // config.samples_per_prompt
+    return PPOTrainer(
+        prompts=PromptSchedule(prompts, texts, pad_id, prompts_a_step, config.samples_per_prompt, this.config.seed),
+        engine=engine,
+        scorer=scorer,
+        updater=updater,
+        algorithm=algorithm,
+        estimation=lambda coef: Estimation(coef, config.gamma, config.lam, config.whiten_advantages),
+        kl=KLController(config.init_kl_coef, config.target, config.horizon),
+        num_steps=config.num_steps,
+        seed=this.config.seed,
+        log=this.log,
+        checkpoints=this.store("RL", config.n_checkpoints_to_keep),
+        checkpoint_steps=config.checkpoint_steps,
+        held_out=held_out,
+        eval_interval=config.eval_interval,
+    )
+
+
+def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder]:
+    """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run."""
+    folder = this.trained("ACTOR", "actor", this.config.actor_config.model)
+    if folder is not None:
+        model, tokenizer, template = load_policy(folder, this.device)
+        return model, _encoder(this.config, model, tokenizer, template)
+    this.log.warn("RL: no fine-tuned actor in this folder, so the policy starts from actor_config.model as it is")
+    torch.manual_seed(this.seed("RL"))  # policy and reference are made equal, also from random weights
+    model, tokenizer = load_actor(this.config.actor_config, corpus(this.config), this.device)
+    return model, _encoder(this.config, model, tokenizer)
+
+
+def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
+    limit = min(config.actor_config.max_sequence_length, context_length(model))
+    return Encoder(tokenizer, template or get_template(config.actor_config.template), limit)
+
+
+def _distribution(config: Config, encoder: Encoder) -> SamplingDistribution:
+    gen, tokenizer = config.trainer_config.gen_kwargs, encoder.tokenizer
+    eos = gen.eos_token_id if gen.eos_token_id is not None else tokenizer.eos_token_id
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    forbidden = set(gen.forbidden_tokens)
+    if tokenizer.pad_token_id not in eos_ids:
+        forbidden.add(tokenizer.pad_token_id)
+    temperature = gen.temperature or config.actor_config.temperature or 1.0
+    return SamplingDistribution(temperature, eos_ids, tuple(sorted(forbidden)))
+
+
+def _limits(config: Config, encoder: Encoder) -> Limits:
+    gen, actor = config.trainer_config.gen_kwargs, config.actor_config
+    longest = min(encoder.max_length, gen.max_length or encoder.max_length)
+    # max_length alone bounds a response, as in trlX; otherwise a response has a limit of its own.
+    default = longest if gen.max_length else DEFAULT_NEW_TOKENS
+    return Limits(
+        max_new_tokens=gen.max_new_tokens or actor.max_tokens or default,
+        max_length=longest,
+        min_new_tokens=gen.min_new_tokens if gen.min_new_tokens is not None else actor.min_tokens or 0,
+        min_length=gen.min_length or 0,
+    )
+
+
+def _encoded_prompts(
+    texts: list[str], encoder: Encoder, limits: Limits, this: Run, source: str
+) -> tuple[list[list[int]], list[str]]:
+    """Prompts as ids; those that leave no room for a response are dropped and counted."""
+    encoded = [(encoder.prompt(text), text) for text in texts]
+    if any(not ids for ids, _ in encoded):
+        row = next(i for i, (ids, _) in enumerate(encoded, start=1) if not ids)
+        raise DataError(f"{source}, row {row}: the prompt is empty, and this tokenizer has no BOS token to start from")
+    kept = [(ids, text) for ids, text in encoded if len(ids) < limits.max_length]
+    if not kept:
+        shortest = min(len(ids) for ids, _ in encoded)
+        raise DataError(
+            f"{source}: all {len(texts)} prompts fill the context (shortest {shortest} tokens, limit "
+            f"{limits.max_length}); raise actor_config.max_sequence_length or gen_kwargs.max_length"
+        )
+    if len(kept) < len(encoded):
+        this.log.warn(f"RL: {len(encoded) - len(kept)} of {len(encoded)} rows of {source} leave no room for a response")
+    return [ids for ids, _ in kept], [text for _, text in kept]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: Config) -> Any:
+    from transformers import get_scheduler
+
+    trainer = config.trainer_config
+    return get_scheduler(trainer.lr_scheduler, optimizer, trainer.warmup_steps, trainer.num_optimizer_steps)
+
+
+def _critic_scorer(topology: PolicyOnly, encoder: Encoder) -> RewardScorer:
+    """The critic in the reward model's file format: its score of a text is V behind the text's last token."""
+    assert isinstance(topology, SeparateCritic | SharedTrunk)
+    backbone = topology.critic if isinstance(topology, SeparateCritic) else topology.policy.base_model
+    return RewardScorer(RewardModel(backbone, topology.value_head), encoder)
+
+
+def _publish_policy(target: Path, model: torch.nn.Module, encoder: Encoder) -> None:
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+        encoder.template.save(folder)
+
+    publish_folder(target, write)
+
+
+def _record(this: Run, stage: str, output: str, model: str | None, rows: Rows) -> dict[str, Any]:
+    return {
+        "model": model,
+        "inputs": rows.files,
+        "rows": {"train": len(rows.train), "held_out": len(rows.held_out)},
+        "output": output,
+        "metrics": this.log.last.get(stage, {}),
+    }
+
+
+def _reward_function(config: Config, reward_fn: Callable[..., Any] | None) -> FunctionReward | None:
+    if reward_fn is not None:
+        return FunctionReward(reward_fn, getattr(reward_fn, "__name__", "reward_fn"))
+    return resolve_reward_fn(config.reward_config.reward_fn) if config.reward_config.reward_fn else None
+
+
+def _check_functions_and_templates(config: Config, stages: list[str]) -> None:
+    get_template(config.actor_config.template)
+    if config.reward_config.template:
+        get_template(config.reward_config.template, "reward_config.template")
+    if "RL" in stages and config.trainer_config.eval_fn:
+        load_function(config.trainer_config.eval_fn, "trainer_config.eval_fn")
+
+
+def _given(rows: Rows | None) -> Rows:
+    assert rows is not None, "a stage runs only after its inputs were read"
+    return rows

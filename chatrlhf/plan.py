@@ -1,0 +1,97 @@
+"""`--dry-run`: the resolved configuration, the batch plan and parameter counts; nothing is trained or written."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import yaml
+from torch import nn
+
+from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
+from chatrlhf.data.inputs import Inputs, corpus, read_inputs
+from chatrlhf.device import pick_device, resolve_precision
+from chatrlhf.models.factory import TINY, meta_model, parameter_count, tiny_model
+from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.rl.experience import ALGORITHMS
+
+
+def show_plan(config: Config, type: str) -> None:
+    """Print what a run of ``type`` would do. Raises UserError where that run would refuse to start."""
+    stages = ["ACTOR", "REWARD", "RL"] if type == "ALL" else [type]
+    has_function = config.reward_config.reward_fn is not None
+    inputs = read_inputs(config, stages, needs_judgements=not has_function)
+    out = sys.stdout
+    yaml.safe_dump(config.model_dump(mode="json"), out, sort_keys=False, allow_unicode=True)
+    print("\n# plan")
+    print(f"output_dir: {config.run_dir}")
+    device = pick_device()
+    print(f"device: {device} (RL in {resolve_precision(config.trainer_config.precision, device)})")
+    for line in _parameter_lines(config, stages, has_function) + _batch_lines(config, stages, inputs):
+        print(line)
+    for warning in [*config.notes, *inputs.warnings]:
+        print(f"warning: {warning}")
+
+
+def _batch_lines(config: Config, stages: list[str], inputs: Inputs) -> list[str]:
+    lines = []
+    for stage, section, rows in (
+        ("ACTOR", config.actor_config, inputs.actor),
+        ("REWARD", config.reward_config, inputs.reward),
+    ):
+        if stage in stages and rows is not None:
+            lines.append(f"{stage}: {_epochs(section, len(rows.train))}; {len(rows.held_out)} rows held out")
+    if "REWARD" in stages and inputs.reward is None:
+        lines.append(f"REWARD: skipped, the reward is {config.reward_config.reward_fn}")
+    if "RL" in stages and inputs.prompts is not None:
+        t = config.trainer_config
+        minibatches = t.num_rollouts // t.batch_size
+        lines += [
+            f"RL: {t.total_episodes} episodes = {t.num_steps} steps x {t.num_rollouts} rollouts "
+            f"({t.num_rollouts // t.samples_per_prompt} prompts x {t.samples_per_prompt}), "
+            f"decoded {t.chunk_size} at a time",
+            f"RL: a step updates {t.ppo_epochs} epochs x {minibatches} minibatches of {t.batch_size} sequences "
+            f"({-(-t.batch_size // t.micro_batch_size)} backwards of {t.micro_batch_size}); "
+            f"{t.num_optimizer_steps} optimizer steps in all",
+            f"RL: {len(inputs.prompts.train)} prompts, each seen "
+            f"{t.total_episodes / t.samples_per_prompt / len(inputs.prompts.train):.1f} times; "
+            f"{len(inputs.prompts.held_out)} held out",
+        ]
+    return lines
+
+
+def _epochs(section: ActorConfig | RewardConfig, rows: int) -> str:
+    steps = -(-rows // section.batch_size)
+    micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
+    return (
+        f"{section.epochs} epochs x {steps} optimizer steps of {section.batch_size} rows "
+        f"({section.batch_size // micro} backwards of {micro}) over {rows} rows"
+    )
+
+
+def _parameter_lines(config: Config, stages: list[str], has_function: bool) -> list[str]:
+    actor = _skeleton(config.actor_config.model, config, config.actor_config, "actor_config.model")
+    lines = [f"actor: {config.actor_config.model}, {parameter_count(actor):,} parameters"]
+    name = config.reward_config.model
+    if not has_function and name is not None:
+        start = config.actor_config.model if name == "actor" else name
+        reward = _skeleton(start, config, config.reward_config, "reward_config.model")
+        lines.append(f"reward model: {name}, {parameter_count(reward.base_model):,} parameters in its backbone")
+    if "RL" in stages:
+        critic = config.critic_config.model
+        if not ALGORITHMS[config.trainer_config.algorithm].needs_critic:
+            lines.append("critic: none")
+        elif critic == "shared":
+            lines.append("critic: a head on the actor's trunk")
+        else:
+            lines.append(f"critic: {critic or 'starts from the reward model where that fits, else from the actor'}")
+    return lines
+
+
+def _skeleton(name: str, config: Config, section: ActorConfig | RewardConfig, key: str) -> nn.Module:
+    """The model without its weights."""
+    if name == TINY:
+        tokenizer = train_tokenizer(corpus(config), config.actor_config.tiny.vocab_size)
+        with torch.device("meta"):
+            return tiny_model(config.actor_config.tiny, tokenizer)
+    return meta_model(name, key, section)

@@ -1,0 +1,1 @@
+"""The embedded sample task: a small town's visitors' desk with a known answer to every request."""

@@ -1,0 +1,173 @@
+"""What the two stages on TRL's trainers share: arguments, logging, publication of checkpoints, resume.
+
+TRL trains; this file makes its checkpoints as safe as the RL stage's. Transformers writes a checkpoint into a
+scratch folder, and only when it is whole is it hashed and renamed into ``checkpoints/<stage>/step-NNNNNN``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from chatrlhf.config.schema import ActorConfig, RewardConfig
+from chatrlhf.device import resolve_precision
+from chatrlhf.errors import CheckpointError, Interrupted
+from chatrlhf.models.factory import fingerprint
+from chatrlhf.progress import RunLog
+from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.interrupt import StopRequest
+
+FINGERPRINT = "model_fingerprint.txt"
+
+# TRL's and transformers' names -> ours. What is not listed is not logged: either it says nothing (runtime,
+# epoch) or it counts from the last start and would differ after a resume (num_tokens).
+METRIC_NAMES = {
+    "loss": "loss/train",
+    "eval_loss": "loss/eval",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+    "mean_token_accuracy": "token_accuracy",
+    "accuracy": "reward/accuracy_train",
+}
+
+
+def common_arguments(
+    config: ActorConfig | RewardConfig, scratch: Path, rows: int, held_out: int, device: torch.device, seed: int
+) -> dict[str, Any]:
+    """Training arguments as the section of a stage gives them.
+
+    Args:
+        rows: training rows, which set the length of an epoch.
+        held_out: evaluation rows; 0 turns evaluation off.
+    """
+    micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    steps_an_epoch = -(-rows // config.batch_size)
+    return {
+        "output_dir": str(scratch),
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": max(micro, 16),
+        "gradient_accumulation_steps": config.batch_size // micro,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.lr_scheduler,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.betas[0],
+        "adam_beta2": config.betas[1],
+        "max_grad_norm": config.max_grad_norm or 0.0,
+        "optim": "adamw_torch_fused",
+        "bf16": resolve_precision(config.precision, device) == "bf16",
+        "use_cpu": device.type == "cpu",
+        # Every step is logged: an average over several would not survive a resume bit for bit.
+        "logging_steps": 1,
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": config.eval_interval or steps_an_epoch,
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_steps,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        "data_seed": seed,
+        "gradient_checkpointing": False,
+        "prediction_loss_only": True,
+        "max_length": None,
+    }
+
+
+class StageCallback(TrainerCallback):
+    """Logs, publishes checkpoints, honours a request to stop, and evaluates and saves at the last step."""
+
+    def __init__(
+        self,
+        stage: str,
+        log: RunLog,
+        store: CheckpointStore,
+        stop: StopRequest,
+        fingerprint: str,
+        on_evaluate: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:
+        self.stage, self.log, self.store, self.stop = stage, log, store, stop
+        self.fingerprint, self.extra_metrics = fingerprint, on_evaluate
+        self.published: Path | None = None
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        metrics = {METRIC_NAMES[name]: value for name, value in logs.items() if name in METRIC_NAMES}
+        if "loss/eval" in metrics and self.extra_metrics is not None:
+            metrics |= self.extra_metrics()
+        if metrics:
+            self.log.step(self.stage, state.global_step, metrics)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> Any:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = True
+        if self.stop.signal_number is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+        def move(folder: Path) -> None:
+            for path in written.iterdir():
+                shutil.move(str(path), folder / path.name)
+            (folder / FINGERPRINT).write_text(self.fingerprint, encoding="utf-8")
+
+        self.published = self.store.publish(state.global_step, move)
+        shutil.rmtree(written)
+
+
+def run_trainer(
+    make_trainer: Callable[[StageCallback, bool], Any],
+    model: torch.nn.Module,
+    stage: str,
+    store: CheckpointStore,
+    scratch: Path,
+    log: RunLog,
+    resume: bool,
+    on_evaluate: Callable[[], Mapping[str, float]] | None = None,
+) -> None:
+    """Train, from the newest checkpoint on ``resume``.
+
+    Args:
+        make_trainer: given the callback and whether the run starts at its beginning, the trainer.
+
+    Raises:
+        Interrupted: a signal asked to stop; a checkpoint is there.
+        CheckpointError: the checkpoints are damaged or of another model.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    newest = store.newest() if resume else None
+    done, path = newest or (0, None)
+    if path is not None and (path / FINGERPRINT).read_text(encoding="utf-8") != fingerprint(model):
+        raise CheckpointError(
+            f"{path}: it is a checkpoint of another model (other parameters than this configuration's); "
+            "set the model back, or use another output_dir"
+        )
+    if path is not None:
+        log.note(f"{stage}: resumed from {path}")
+    elif resume:
+        log.note(f"{stage}: no checkpoint was published yet, so it starts at its beginning")
+    log.rewind(stage, done if path is not None else -1)
+    with StopRequest(log.note) as stop:
+        callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate)
+        trainer = make_trainer(callback, path is None)
+        trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
+        with log.stage(stage, _total_steps(trainer), done):
+            trainer.train(resume_from_checkpoint=str(path) if path else None)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if stop.signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(stop.signal_number, callback.published)
+
+
+def _total_steps(trainer: Any) -> int:
+    batches = len(trainer.get_train_dataloader())
+    steps = -(-batches // trainer.args.gradient_accumulation_steps)
+    return int(steps * trainer.args.num_train_epochs)

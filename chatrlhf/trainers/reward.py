@@ -1,0 +1,216 @@
+"""The REWARD stage: pairs on TRL's RewardTrainer (Bradley-Terry), scores by regression on the same trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from chatrlhf.config.schema import RewardConfig
+from chatrlhf.data.collate import fitting, pad_right
+from chatrlhf.data.records import Preference, ScoredCompletion
+from chatrlhf.errors import ConfigError
+from chatrlhf.evaluation.agreement import pearson, ranking_accuracy, wilson_interval
+from chatrlhf.models.reward_model import RewardScorer
+from chatrlhf.progress import RunLog
+from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
+
+STAGE = "REWARD"
+Judgements = Sequence[ScoredCompletion] | Sequence[Preference]
+
+
+def loss_for(rows: Judgements, config: RewardConfig) -> str:
+    """The loss that the rows allow: ``regression`` for scores, ``pairwise`` for preferences.
+
+    Raises:
+        ConfigError: `reward_config.loss` asks for the other one.
+    """
+    fitting_loss = "pairwise" if isinstance(rows[0], Preference) else "regression"
+    if config.loss not in (None, fitting_loss):
+        shape = "preference rows (chosen, rejected)" if fitting_loss == "pairwise" else "scored rows"
+        raise ConfigError(
+            f"reward_config.loss: {config.loss!r} does not fit the data, which holds {shape}; "
+            f"leave it out or set it to {fitting_loss!r}"
+        )
+    return fitting_loss
+
+
+def train_reward_model(
+    scorer: RewardScorer,
+    train_rows: Judgements,
+    held_out_rows: Judgements,
+    config: RewardConfig,
+    store: CheckpointStore,
+    scratch: Path,
+    log: RunLog,
+    device: torch.device,
+    seed: int,
+    resume: bool,
+) -> None:
+    """Train the reward model in ``scorer`` in place and set its normalisation.
+
+    Raises:
+        DataError: no row fits the context.
+        Interrupted, CheckpointError: see `run_trainer`.
+    """
+    from trl import RewardConfig as TrlRewardConfig
+
+    pairwise = loss_for(train_rows, config) == "pairwise"
+    model = scorer.model
+    source = "reward_config.train_dataset_path"
+    train_rows = _that_fit(train_rows, scorer, source, log)
+    held_out_rows = _that_fit(held_out_rows, scorer, "the held-out rows", log) if held_out_rows else []
+    if not pairwise:
+        scores = torch.tensor([row.score for row in train_rows], dtype=torch.float64)
+        spread = float(scores.std(correction=0))
+        model.shift, model.scale = float(scores.mean()), spread if spread > 0 else 1.0
+    to_dataset = _pairs if pairwise else _targets
+    train = to_dataset(train_rows, scorer)
+    held_out = to_dataset(held_out_rows, scorer) if held_out_rows else None
+
+    def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Any:
+        arguments = common_arguments(config, scratch, len(train), len(held_out_rows), device, seed)
+        arguments |= {"eval_on_start": from_the_beginning and held_out is not None, "remove_unused_columns": False}
+        pad_id = scorer.tokenizer.pad_token_id
+        return _trainer_class(pairwise)(
+            model=model,
+            args=TrlRewardConfig(**arguments, disable_dropout=True),
+            data_collator=None if pairwise else _TargetCollator(pad_id),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=scorer.tokenizer,
+            callbacks=[callback],
+        )
+
+    def agreement() -> dict[str, float]:
+        training = model.training
+        metrics = held_out_agreement(scorer, held_out_rows)
+        model.train(training)
+        return metrics
+
+    run_trainer(make_trainer, model, STAGE, store, scratch, log, resume, agreement)
+    if pairwise:
+        _centre_on(scorer, train_rows)
+    if held_out_rows:
+        log.note(f"{STAGE}: " + describe_agreement(held_out_agreement(scorer, held_out_rows)))
+
+
+def held_out_agreement(scorer: RewardScorer, rows: Judgements) -> dict[str, float]:
+    """How far the model agrees with judgements it has not seen.
+
+    Returns:
+        ``reward/accuracy`` with a 95 % interval (``/accuracy_low``, ``/accuracy_high``): for preferences the share
+        of pairs in the right order; for scores the share over all pairs of rows with different scores, whose
+        interval counts rows, not pairs, since pairs share rows. For scores also ``reward/correlation``
+        (Pearson) and ``reward/rmse`` (units of the score).
+    """
+    if isinstance(rows[0], Preference):
+        chosen = scorer.score_ids([scorer.encode(row.prompt, row.chosen) for row in rows])
+        rejected = scorer.score_ids([scorer.encode(row.prompt, row.rejected) for row in rows])
+        # An even score is a coin toss.
+        right = float((chosen > rejected).sum()) + 0.5 * float((chosen == rejected).sum())
+        accuracy, extra = right / len(rows), {}
+    else:
+        predicted = scorer.score_ids([scorer.encode(row.prompt, row.completion) for row in rows]).tolist()
+        given = [row.score for row in rows]
+        accuracy = ranking_accuracy(predicted, given)
+        squares = sum((p - g) ** 2 for p, g in zip(predicted, given, strict=True))
+        extra = {"reward/correlation": pearson(predicted, given), "reward/rmse": math.sqrt(squares / len(rows))}
+    low, high = wilson_interval(accuracy, len(rows))
+    interval = {"reward/accuracy_low": low, "reward/accuracy_high": high}
+    return {"reward/accuracy": accuracy, **interval, **extra, "reward/held_out_rows": len(rows)}
+
+
+def describe_agreement(metrics: dict[str, float]) -> str:
+    """One line of `held_out_agreement`."""
+    line = (
+        f"held-out accuracy {metrics['reward/accuracy']:.3f} "
+        f"(95 % interval {metrics['reward/accuracy_low']:.3f}-{metrics['reward/accuracy_high']:.3f}, "
+        f"{metrics['reward/held_out_rows']} rows)"
+    )
+    if "reward/correlation" in metrics:
+        line += f", correlation {metrics['reward/correlation']:.3f}, error {metrics['reward/rmse']:.2f} points"
+    return line
+
+
+def _that_fit(rows: Judgements, scorer: RewardScorer, source: str, log: RunLog) -> Any:
+    """Rows within the context; `encode` would cut a longer one, which training must not learn from."""
+
+    def length(row: Any) -> int:
+        replies = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
+        encoder = scorer.encoder
+        return len(encoder.prompt(row.prompt)) + max(len(encoder.completion(reply)) for reply in replies)
+
+    limit = scorer.encoder.max_length
+    kept, dropped = fitting(rows, [length(row) for row in rows], limit, source)
+    if dropped:
+        log.warn(f"{STAGE}: {dropped} of {len(rows)} rows of {source} exceed {limit} tokens and are dropped")
+    return kept
+
+
+def _pairs(rows: Sequence[Preference], scorer: RewardScorer) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "chosen_ids": [scorer.encode(row.prompt, row.chosen) for row in rows],
+            "rejected_ids": [scorer.encode(row.prompt, row.rejected) for row in rows],
+        }
+    )
+
+
+def _targets(rows: Sequence[ScoredCompletion], scorer: RewardScorer) -> Dataset:
+    model = scorer.model
+    return Dataset.from_dict(
+        {
+            "input_ids": [scorer.encode(row.prompt, row.completion) for row in rows],
+            "target": [(row.score - model.shift) / model.scale for row in rows],
+        }
+    )
+
+
+class _TargetCollator:
+    """Rows of ids and one target each, right-padded."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids, mask = pad_right([row["input_ids"] for row in rows], self.pad_id)
+        return {"input_ids": ids, "attention_mask": mask, "target": torch.tensor([row["target"] for row in rows])}
+
+
+def _trainer_class(pairwise: bool) -> Any:
+    """TRL's trainer, or the same with a squared error on standardised scores."""
+    from trl import RewardTrainer
+
+    class PairwiseTrainer(RewardTrainer):
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """No card: TRL would write one beside each checkpoint."""
+
+    class RegressionTrainer(PairwiseTrainer):
+        def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+            return dataset
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            outputs = model(inputs["input_ids"], inputs["attention_mask"])
+            loss = torch.nn.functional.mse_loss(outputs.logits.squeeze(-1), inputs["target"])
+            return (loss, outputs) if return_outputs else loss
+
+    return PairwiseTrainer if pairwise else RegressionTrainer
+
+
+def _centre_on(scorer: RewardScorer, rows: Sequence[Preference]) -> None:
+    """Bradley-Terry leaves the zero free: put it at the mean of the training completions, their deviation at 1."""
+    model = scorer.model
+    model.scale, model.shift = 1.0, 0.0
+    replies = [(row.prompt, reply) for row in rows for reply in (row.chosen, row.rejected)]
+    scores = scorer.score_ids([scorer.encode(prompt, reply) for prompt, reply in replies]).double()
+    spread = float(scores.std(correction=0))
+    model.scale = 1.0 / spread if spread > 0 else 1.0
+    model.shift = -float(scores.mean()) * model.scale

@@ -1,0 +1,71 @@
+"""The ACTOR stage: supervised fine-tuning on TRL's SFTTrainer, on ids and labels that this project makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from chatrlhf.config.schema import ActorConfig
+from chatrlhf.data.collate import Encoder, fitting
+from chatrlhf.data.records import Demonstration
+from chatrlhf.progress import RunLog
+from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
+
+STAGE = "ACTOR"
+
+
+def train_actor(
+    model: nn.Module,
+    encoder: Encoder,
+    train_rows: list[Demonstration],
+    held_out_rows: list[Demonstration],
+    config: ActorConfig,
+    store: CheckpointStore,
+    scratch: Path,
+    log: RunLog,
+    device: torch.device,
+    seed: int,
+    resume: bool,
+) -> None:
+    """Fine-tune ``model`` in place. Rows beyond the context are dropped and counted.
+
+    Raises:
+        DataError: no row fits the context.
+        Interrupted, CheckpointError: see `run_trainer`.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    class Trainer(SFTTrainer):
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """No card: TRL would write one beside each checkpoint."""
+
+    train = _dataset(train_rows, encoder, config, "actor_config.train_dataset_path", log)
+    held_out = _dataset(held_out_rows, encoder, config, "the held-out rows", log) if held_out_rows else None
+
+    def make_trainer(callback: StageCallback, from_the_beginning: bool) -> SFTTrainer:
+        arguments = common_arguments(config, scratch, len(train), len(held_out_rows), device, seed)
+        return Trainer(
+            model=model,
+            args=SFTConfig(**arguments, packing=False, eval_on_start=from_the_beginning and held_out is not None),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=encoder.tokenizer,
+            callbacks=[callback],
+        )
+
+    run_trainer(make_trainer, model, STAGE, store, scratch, log, resume)
+
+
+def _dataset(rows: list[Demonstration], encoder: Encoder, config: ActorConfig, source: str, log: RunLog) -> Dataset:
+    encoded = [encoder.labelled(row.prompt, row.completion, config.loss_on) for row in rows]
+    kept, dropped = fitting(encoded, [len(ids) for ids, _ in encoded], encoder.max_length, source)
+    if dropped:
+        log.warn(
+            f"{STAGE}: {dropped} of {len(rows)} rows of {source} exceed {encoder.max_length} tokens and are dropped"
+        )
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]})
