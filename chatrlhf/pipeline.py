@@ -33,6 +33,7 @@ from chatrlhf.models.factory import (
 )
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk
+from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
@@ -48,7 +49,7 @@ from chatrlhf.rl.rewards import (
 )
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.update import Updater, UpdateSettings
-from chatrlhf.trainers.checkpoint import CheckpointStore, publish_folder
+from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, publish_folder
 from chatrlhf.trainers.ppo import PPOTrainer
 
 STAGES = ("ACTOR", "REWARD", "RL")
@@ -95,11 +96,12 @@ class Run:
     def dir(self) -> Path:
         return self.manifest.run_dir
 
-    def store(self, stage: str, keep: int) -> CheckpointStore:
-        return CheckpointStore(self.dir / "checkpoints" / stage, keep, self.log.warn)
-
-    def scratch(self, stage: str) -> Path:
-        return self.dir / "checkpoints" / f".scratch-{stage}"
+    def files(self, stage: str, keep: int) -> StageFiles:
+        """Where a stage keeps its checkpoints."""
+        checkpoints = self.dir / "checkpoints"
+        store = CheckpointStore(checkpoints / stage, keep, self.log.warn)
+        scratch = checkpoints / f".scratch-{stage}"
+        return StageFiles(stage, store, scratch, self.resume, lambda: self.manifest.set_aside(stage, self.log.note))
 
     def seed(self, stage: str) -> int:
         return step_seed(self.config.seed, 0, stage) % 2**31
@@ -134,13 +136,13 @@ def run(
     stages = list(STAGES) if type == "ALL" else [type]
     # Checks come first: nothing is written before everything that will be read has been read once.
     reward = _reward_function(config, reward_fn)
-    _check_functions_and_templates(config, stages)
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
+    quiet_libraries()
+    preflight(config, stages, inputs, reward is not None, config.run_dir)
     manifest = Manifest.open(config.run_dir, resume)
     changed = manifest.begin(config, stages)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    quiet_libraries()
     log = RunLog(config.run_dir, config.trackers, config.model_dump(mode="json"))
     for note in config.notes:
         log.note(f"note: {note}")
@@ -167,8 +169,6 @@ def _run_stage(this: Run, stage: str) -> StageResult:
     if this.resume and this.manifest.is_done(stage):
         this.log.note(f"{stage}: finished before, kept")
     else:
-        if not this.resume:
-            this.manifest.set_aside(stage, this.log.note)
         torch.manual_seed(this.seed(stage))
         record = {"ACTOR": run_actor, "REWARD": run_reward, "RL": run_rl}[stage](this)
         this.manifest.finish(stage, record)
@@ -187,11 +187,8 @@ def run_actor(this: Run) -> dict[str, Any]:
         f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {len(rows.train)} rows, "
         f"{len(rows.held_out)} held out"
     )
-    store, scratch = this.store("ACTOR", config.n_checkpoints_to_keep), this.scratch("ACTOR")
-    seed = this.seed("ACTOR")
-    train_actor(
-        model, encoder, rows.train, rows.held_out, config, store, scratch, this.log, this.device, seed, this.resume
-    )
+    files, seed = this.files("ACTOR", config.n_checkpoints_to_keep), this.seed("ACTOR")
+    train_actor(model, encoder, rows.train, rows.held_out, config, files, this.log, this.device, seed)
     _publish_policy(this.dir / "actor", model, encoder)
     return _record(this, "ACTOR", "actor", config.model, rows)
 
@@ -209,11 +206,8 @@ def run_reward(this: Run) -> dict[str, Any]:
         f"REWARD: {config.model}, {parameter_count(scorer.model):,} parameters, {loss_for(rows.train, config)} on "
         f"{len(rows.train)} rows, {len(rows.held_out)} held out"
     )
-    store, scratch = this.store("REWARD", config.n_checkpoints_to_keep), this.scratch("REWARD")
-    seed = this.seed("REWARD")
-    train_reward_model(
-        scorer, rows.train, rows.held_out, config, store, scratch, this.log, this.device, seed, this.resume
-    )
+    files, seed = this.files("REWARD", config.n_checkpoints_to_keep), this.seed("REWARD")
+    train_reward_model(scorer, rows.train, rows.held_out, config, files, this.log, this.device, seed)
     publish_folder(this.dir / "reward", scorer.save)
     return _record(this, "REWARD", "reward", config.model, rows)
 
@@ -236,7 +230,9 @@ def run_rl(this: Run) -> dict[str, Any]:
     this.log.note(
         f"RL: {trainer_config.algorithm}, {parameter_count(topology):,} parameters in training; {critic_line}"
     )
-    trainer = _ppo_trainer(this, topology, Reference(reference, distribution), encoder, reward)
+    files = this.files("RL", trainer_config.n_checkpoints_to_keep)
+    trainer = _ppo_trainer(this, topology, Reference(reference, distribution), encoder, reward, files.store)
+    files.begin()
     trainer.train(this.resume)
     _publish_policy(this.dir / "actor_rl", policy, encoder)
     if algorithm.needs_critic:
@@ -247,7 +243,12 @@ def run_rl(this: Run) -> dict[str, Any]:
 
 
 def _ppo_trainer(
-    this: Run, topology: PolicyOnly, reference: Reference, encoder: Encoder, reward: RewardSource
+    this: Run,
+    topology: PolicyOnly,
+    reference: Reference,
+    encoder: Encoder,
+    reward: RewardSource,
+    checkpoints: CheckpointStore,
 ) -> PPOTrainer:
     """The parts of the RL stage, each with its own settings."""
     config = this.config.trainer_config
@@ -307,7 +308,7 @@ def _ppo_trainer(
         num_steps=config.num_steps,
         seed=this.config.seed,
         log=this.log,
-        checkpoints=this.store("RL", config.n_checkpoints_to_keep),
+        checkpoints=checkpoints,
         checkpoint_steps=config.checkpoint_steps,
         held_out=held_out,
         eval_interval=config.eval_interval,
@@ -412,14 +413,6 @@ def _reward_function(config: Config, reward_fn: Callable[..., Any] | None) -> Fu
     if reward_fn is not None:
         return FunctionReward(reward_fn, getattr(reward_fn, "__name__", "reward_fn"))
     return resolve_reward_fn(config.reward_config.reward_fn) if config.reward_config.reward_fn else None
-
-
-def _check_functions_and_templates(config: Config, stages: list[str]) -> None:
-    get_template(config.actor_config.template)
-    if config.reward_config.template:
-        get_template(config.reward_config.template, "reward_config.template")
-    if "RL" in stages and config.trainer_config.eval_fn:
-        load_function(config.trainer_config.eval_fn, "trainer_config.eval_fn")
 
 
 def _given(rows: Rows | None) -> Rows:

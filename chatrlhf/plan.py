@@ -13,6 +13,8 @@ from chatrlhf.data.inputs import Inputs, corpus, read_inputs
 from chatrlhf.device import pick_device, resolve_precision
 from chatrlhf.models.factory import TINY, meta_model, parameter_count, tiny_model
 from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.preflight import preflight
+from chatrlhf.progress import quiet_libraries
 from chatrlhf.rl.experience import ALGORITHMS
 
 
@@ -21,6 +23,8 @@ def show_plan(config: Config, type: str) -> None:
     stages = ["ACTOR", "REWARD", "RL"] if type == "ALL" else [type]
     has_function = config.reward_config.reward_fn is not None
     inputs = read_inputs(config, stages, needs_judgements=not has_function)
+    quiet_libraries()
+    preflight(config, stages, inputs, has_function, config.run_dir)
     out = sys.stdout
     yaml.safe_dump(config.model_dump(mode="json"), out, sort_keys=False, allow_unicode=True)
     print("\n# plan")

@@ -141,7 +141,8 @@ def _rows(
         )
     if held_out_file is None:
         return Rows(*split_by_prompt(rows, fraction, MOST_HELD_OUT[kind]), hashes)
-    held_out_path = resolve_path(config, key.replace("train_dataset", "validation_dataset"), held_out_file)
+    held_out_key = key.replace("train_dataset", "validation_dataset").replace(".examples", ".validation_examples")
+    held_out_path = resolve_path(config, held_out_key, held_out_file)
     return Rows(rows, read(held_out_path), hashes | {str(held_out_path): _hash(held_out_path)})
 
 

@@ -35,22 +35,28 @@ def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> t
     Raises:
         ConfigError: it cannot be loaded; the reason is given.
     """
+    tokenizer = _actor_tokenizer(config, texts)
     if config.model == TINY:
-        tokenizer = (
-            load_tokenizer(config.tokenizer_path, "actor_config.tokenizer_path")
-            if config.tokenizer_path
-            else train_tokenizer(texts, config.tiny.vocab_size)
-        )
         model = tiny_model(config.tiny, tokenizer)
     else:
         model = _from_pretrained(AutoModelForCausalLM, config.model, "actor_config.model", _hub_kwargs(config))
-        tokenizer = load_tokenizer(
-            config.tokenizer_path or config.model, "actor_config.tokenizer_path", **_hub_kwargs(config)
-        )
         _check_vocabulary(model, tokenizer, "actor_config")
     if config.froze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     return model.to(device), tokenizer
+
+
+def tokenizer_and_context(config: ActorConfig, texts: list[str]) -> tuple[Any, int]:
+    """The actor's tokenizer and the positions its model can take, without reading weights."""
+    if config.model == TINY:
+        return _actor_tokenizer(config, texts), config.tiny.max_position_embeddings
+    settings = read_model_config(config.model, "actor_config.model", config)
+    return _actor_tokenizer(config, texts), _positions(settings)
+
+
+def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig) -> Any:
+    """A model's configuration file; a ConfigError that names ``key`` where there is none."""
+    return _explained(key, name, lambda: AutoConfig.from_pretrained(name, **_hub_kwargs(section)))
 
 
 def load_policy(folder: Path, device: torch.device) -> tuple[nn.Module, Any, Template | None]:
@@ -92,10 +98,15 @@ def new_reward_model(
 
 def trained_reward_model(folder: Path, config: RewardConfig, device: torch.device) -> RewardScorer:
     """The reward model of an earlier REWARD stage, or the folder that `reward_config.model` names."""
-    if (folder / SETTINGS).exists():
-        return load_reward_model(folder, device)
+    return load_reward_model(require_reward_model(folder, config), device)
+
+
+def require_reward_model(folder: Path, config: RewardConfig) -> Path:
+    """The folder of `trained_reward_model`. Raises ConfigError where there is none."""
     if config.model and (Path(config.model) / SETTINGS).exists():
-        return load_reward_model(config.model, device)
+        return Path(config.model)  # named outright
+    if (folder / SETTINGS).exists():
+        return folder
     raise ConfigError(
         f"no reward model in {folder} and none in reward_config.model ({config.model}); run --type REWARD first, "
         "or set reward_config.reward_fn"
@@ -153,7 +164,11 @@ def make_topology(
 
 def context_length(model: nn.Module) -> int:
     """Positions a model can take; a large number for models without a bound (ALiBi)."""
-    config = model.config.get_text_config()
+    return _positions(model.config)
+
+
+def _positions(config: Any) -> int:
+    config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
 
 
@@ -175,8 +190,7 @@ def tiny_model(config: TinyConfig, tokenizer: Any) -> nn.Module:
 
 def meta_model(name: str, key: str, config: ActorConfig | RewardConfig) -> nn.Module:
     """A model's modules without weights, from its configuration file alone."""
-    kwargs = _hub_kwargs(config)
-    settings = _explained(key, name, lambda: AutoConfig.from_pretrained(name, **kwargs))
+    settings = read_model_config(name, key, config)
     trust = {"trust_remote_code": config.trust_remote_code}
     with torch.device("meta"):
         try:
@@ -211,6 +225,14 @@ def _why_not_from(reward: RewardScorer | None, policy: nn.Module, tokenizer: Any
     if not same_tokenizer(tokenizer, reward.tokenizer):
         return "the reward model has another tokenizer"
     return None
+
+
+def _actor_tokenizer(config: ActorConfig, texts: list[str]) -> Any:
+    key = "actor_config.tokenizer_path"
+    if config.model == TINY and config.tokenizer_path is None:
+        return train_tokenizer(texts, config.tiny.vocab_size)
+    name, kwargs = config.tokenizer_path or config.model, _hub_kwargs(config)
+    return load_tokenizer(name, key, **kwargs)
 
 
 def _hub_kwargs(config: ActorConfig | RewardConfig) -> dict[str, Any]:

@@ -56,6 +56,23 @@ class CheckpointStore:
         return sorted(self.folder.glob("step-*")) if self.folder.exists() else []
 
 
+@dataclass
+class StageFiles:
+    """Where a stage on TRL's trainer keeps what it writes, and whether it goes on from there."""
+
+    stage: str
+    store: CheckpointStore
+    scratch: Path
+    resume: bool
+    set_aside: Callable[[], None]  # moves an earlier run's results out of the way
+
+    def begin(self) -> None:
+        """To be called when all checks are done, before the first file is written."""
+        if not self.resume:
+            self.set_aside()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     """Fill a folder beside ``target``, list its files with size and SHA-256, and rename it to ``target``.
 

@@ -19,7 +19,7 @@ from chatrlhf.device import resolve_precision
 from chatrlhf.errors import CheckpointError, Interrupted
 from chatrlhf.models.factory import fingerprint
 from chatrlhf.progress import RunLog
-from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles
 from chatrlhf.trainers.interrupt import StopRequest
 
 FINGERPRINT = "model_fingerprint.txt"
@@ -127,11 +127,8 @@ class StageCallback(TrainerCallback):
 def run_trainer(
     make_trainer: Callable[[StageCallback, bool], Any],
     model: torch.nn.Module,
-    stage: str,
-    store: CheckpointStore,
-    scratch: Path,
+    files: StageFiles,
     log: RunLog,
-    resume: bool,
     on_evaluate: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
     """Train, from the newest checkpoint on ``resume``.
@@ -143,8 +140,9 @@ def run_trainer(
         Interrupted: a signal asked to stop; a checkpoint is there.
         CheckpointError: the checkpoints are damaged or of another model.
     """
-    shutil.rmtree(scratch, ignore_errors=True)
-    newest = store.newest() if resume else None
+    files.begin()
+    stage, store = files.stage, files.store
+    newest = store.newest() if files.resume else None
     done, path = newest or (0, None)
     if path is not None and (path / FINGERPRINT).read_text(encoding="utf-8") != fingerprint(model):
         raise CheckpointError(
@@ -153,7 +151,7 @@ def run_trainer(
         )
     if path is not None:
         log.note(f"{stage}: resumed from {path}")
-    elif resume:
+    elif files.resume:
         log.note(f"{stage}: no checkpoint was published yet, so it starts at its beginning")
     log.rewind(stage, done if path is not None else -1)
     with StopRequest(log.note) as stop:
@@ -162,7 +160,7 @@ def run_trainer(
         trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
         with log.stage(stage, _total_steps(trainer), done):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
-    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(files.scratch, ignore_errors=True)
     if stop.signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(stop.signal_number, callback.published)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.agreement import pearson, ranking_accuracy, wilson_interval
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.progress import RunLog
-from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.checkpoint import StageFiles
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
 
 STAGE = "REWARD"
@@ -45,12 +44,10 @@ def train_reward_model(
     train_rows: Judgements,
     held_out_rows: Judgements,
     config: RewardConfig,
-    store: CheckpointStore,
-    scratch: Path,
+    files: StageFiles,
     log: RunLog,
     device: torch.device,
     seed: int,
-    resume: bool,
 ) -> None:
     """Train the reward model in ``scorer`` in place and set its normalisation.
 
@@ -74,7 +71,7 @@ def train_reward_model(
     held_out = to_dataset(held_out_rows, scorer) if held_out_rows else None
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Any:
-        arguments = common_arguments(config, scratch, len(train), len(held_out_rows), device, seed)
+        arguments = common_arguments(config, files.scratch, len(train), len(held_out_rows), device, seed)
         arguments |= {"eval_on_start": from_the_beginning and held_out is not None, "remove_unused_columns": False}
         pad_id = scorer.tokenizer.pad_token_id
         return _trainer_class(pairwise)(
@@ -93,7 +90,7 @@ def train_reward_model(
         model.train(training)
         return metrics
 
-    run_trainer(make_trainer, model, STAGE, store, scratch, log, resume, agreement)
+    run_trainer(make_trainer, model, files, log, agreement)
     if pairwise:
         _centre_on(scorer, train_rows)
     if held_out_rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from chatrlhf.config.schema import ActorConfig
 from chatrlhf.data.collate import Encoder, fitting
 from chatrlhf.data.records import Demonstration
 from chatrlhf.progress import RunLog
-from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.checkpoint import StageFiles
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
 
 STAGE = "ACTOR"
@@ -25,12 +24,10 @@ def train_actor(
     train_rows: list[Demonstration],
     held_out_rows: list[Demonstration],
     config: ActorConfig,
-    store: CheckpointStore,
-    scratch: Path,
+    files: StageFiles,
     log: RunLog,
     device: torch.device,
     seed: int,
-    resume: bool,
 ) -> None:
     """Fine-tune ``model`` in place. Rows beyond the context are dropped and counted.
 
@@ -48,7 +45,7 @@ def train_actor(
     held_out = _dataset(held_out_rows, encoder, config, "the held-out rows", log) if held_out_rows else None
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> SFTTrainer:
-        arguments = common_arguments(config, scratch, len(train), len(held_out_rows), device, seed)
+        arguments = common_arguments(config, files.scratch, len(train), len(held_out_rows), device, seed)
         return Trainer(
             model=model,
             args=SFTConfig(**arguments, packing=False, eval_on_start=from_the_beginning and held_out is not None),
@@ -58,7 +55,7 @@ def train_actor(
             callbacks=[callback],
         )
 
-    run_trainer(make_trainer, model, STAGE, store, scratch, log, resume)
+    run_trainer(make_trainer, model, files, log)
 
 
 def _dataset(rows: list[Demonstration], encoder: Encoder, config: ActorConfig, source: str, log: RunLog) -> Dataset:

@@ -1,0 +1,75 @@
+"""Checks that come before long work: everything a later stage would stumble over, found before the first one starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chatrlhf.config.schema import Config
+from chatrlhf.data.collate import Encoder, fitting
+from chatrlhf.data.inputs import Inputs, corpus
+from chatrlhf.data.records import Preference, ScoredCompletion
+from chatrlhf.data.templates import get_template
+from chatrlhf.models.factory import (
+    TINY,
+    read_model_config,
+    require_reward_model,
+    tokenizer_and_context,
+)
+from chatrlhf.models.reward_model import SETTINGS
+from chatrlhf.rl.rewards import load_function
+
+
+def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: bool, run_dir: Path) -> None:
+    """Check templates, functions, models and lengths of all stages that will run.
+
+    Raises:
+        ConfigError, DataError: the first thing that would fail later.
+    """
+    actor, reward, trainer = config.actor_config, config.reward_config, config.trainer_config
+    template = get_template(actor.template)
+    if reward.template:
+        get_template(reward.template, "reward_config.template")
+    if "RL" in stages and trainer.eval_fn:
+        load_function(trainer.eval_fn, "trainer_config.eval_fn")
+    if "RL" in stages and "REWARD" not in stages and not has_reward_fn:
+        require_reward_model(run_dir / "reward", reward)
+    _check_models(config, stages, has_reward_fn)
+    tokenizer, context = tokenizer_and_context(actor, corpus(config))
+    encoder = Encoder(tokenizer, template, min(actor.max_sequence_length, context))
+    _check_lengths(inputs, encoder, min(reward.max_sequence_length, encoder.max_length))
+
+
+def _check_models(config: Config, stages: list[str], has_reward_fn: bool) -> None:
+    """Every model that is named can be found; its weights are not read."""
+    if config.actor_config.model != TINY:
+        read_model_config(config.actor_config.model, "actor_config.model", config.actor_config)
+    name = config.reward_config.model
+    if "REWARD" in stages and not has_reward_fn and name not in (None, "actor", TINY):
+        read_model_config(name, "reward_config.model", config.reward_config)
+    critic = config.critic_config.model
+    # ChatLLaMA names the critic's model even where the trained reward model takes its place.
+    if "RL" in stages and critic not in (None, "shared") and not (Path(critic) / SETTINGS).exists():
+        read_model_config(critic, "critic_config.model", config.actor_config)
+
+
+def _check_lengths(inputs: Inputs, encoder: Encoder, reward_limit: int) -> None:
+    """At least one row of each file fits the context, counted with the actor's tokenizer."""
+    if inputs.actor is not None:
+        rows = inputs.actor.train
+        lengths = [len(encoder.labelled(row.prompt, row.completion, "completion")[0]) for row in rows]
+        fitting(rows, lengths, encoder.max_length, _file(inputs.actor.files))
+    if inputs.reward is not None:
+        rows = inputs.reward.train
+        lengths = [len(encoder.prompt(row.prompt)) + len(encoder.completion(_longer_reply(row))) for row in rows]
+        fitting(rows, lengths, reward_limit, _file(inputs.reward.files))
+    if inputs.prompts is not None:
+        rows = inputs.prompts.train
+        fitting(rows, [len(encoder.prompt(text)) + 1 for text in rows], encoder.max_length, _file(inputs.prompts.files))
+
+
+def _longer_reply(row: Preference | ScoredCompletion) -> str:
+    return max(row.chosen, row.rejected, key=len) if isinstance(row, Preference) else row.completion
+
+
+def _file(files: dict[str, str]) -> str:
+    return next(iter(files))

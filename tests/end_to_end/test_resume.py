@@ -1,0 +1,209 @@
+"""A run that was killed and resumed ends with the bytes of a run that was not."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from small_run import differences, finish, left_behind, start, write_config, write_files
+
+# Each patches one place of the product so that the process dies there, as if the power had gone.
+DIE = "import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n"
+KILLS = {
+    "during a rollout": """
+import chatrlhf.generation.engine as engine
+forward, calls = engine._Chunk._forward, [0]
+def dying(self, *args):
+    calls[0] += 1
+    return die() if calls[0] == 30 else forward(self, *args)
+engine._Chunk._forward = dying
+""",
+    "inside a PPO epoch": """
+import chatrlhf.rl.update as update
+step, calls = update.Updater.step, [0]
+def dying(self, *args):
+    calls[0] += 1
+    return die() if calls[0] == 15 else step(self, *args)
+update.Updater.step = dying
+""",
+    "while an RL checkpoint is written": """
+import chatrlhf.trainers.ppo as ppo
+save, calls = ppo.save_model, [0]
+def dying(model, path):
+    save(model, path)
+    calls[0] += 1
+    if calls[0] == 2:
+        open(path, "r+b").truncate(100)
+        die()
+ppo.save_model = dying
+""",
+    "while an SFT checkpoint is published": """
+import chatrlhf.trainers.hf_stage as stage
+move, calls = stage.shutil.move, [0]
+def dying(source, target):
+    calls[0] += 1
+    return die() if calls[0] == 12 else move(source, target)
+stage.shutil.move = dying
+""",
+    "between training a reward model and its publication": """
+import chatrlhf.models.reward_model as reward
+def dying(*args): die()
+reward.save_file = dying
+""",
+    "between the two renames that replace a result": """
+import pathlib
+rename = pathlib.Path.rename
+def dying(self, target):
+    return die() if self.name == ".writing-actor_rl" else rename(self, target)
+pathlib.Path.rename = dying
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder)
+    return write_config(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir)))
+    assert status == 0, err
+    return run_dir
+
+
+def resume_and_compare(config: Path, run_dir: Path, undisturbed: Path) -> None:
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), "--resume"))
+    assert status == 0, err
+    assert differences(left_behind(run_dir), left_behind(undisturbed)) == []
+
+
+def killed(config: Path, run_dir: Path, place: str) -> None:
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=DIE + KILLS[place]))
+    assert status == -signal.SIGKILL, f"the run was meant to die {place}: {err}"
+
+
+def test_killed_inside_a_ppo_epoch(config, undisturbed, tmp_path):
+    killed(config, tmp_path / "run", "inside a PPO epoch")
+    resume_and_compare(config, tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", KILLS)
+def test_killed_at_a_chosen_place(config, undisturbed, tmp_path, place):
+    killed(config, tmp_path / "run", place)
+    resume_and_compare(config, tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_ten_random_moments(config, undisturbed, tmp_path):
+    """One run, killed ten times on its way through all three stages."""
+    run_dir, rng = tmp_path / "run", random.Random(0)
+    kills = 0
+    # A run takes about 10 s, of which half is start-up; resumed ones get further each time.
+    while kills < 10:
+        words = ["--resume"] if (run_dir / "manifest.json").exists() else []
+        process = start(str(config), "--output-dir", str(run_dir), *words)
+        deadline = time.monotonic() + rng.uniform(3, 12)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        if process.poll() is not None:
+            assert process.returncode == 0, finish(process)[2]
+            assert differences(left_behind(run_dir), left_behind(undisturbed)) == []
+            shutil.rmtree(run_dir)  # it got through: the next round starts afresh
+            continue
+        process.kill()
+        process.communicate()
+        kills += 1
+    words = ["--resume"] if (run_dir / "manifest.json").exists() else []
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), *words))
+    assert status == 0, err
+    assert differences(left_behind(run_dir), left_behind(undisturbed)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stage", ["ACTOR", "RL"])
+def test_a_signal_leaves_a_valid_checkpoint(config, undisturbed, tmp_path, number, stage):
+    run_dir = tmp_path / "run"
+    hook = "chatrlhf.trainers.hf_stage.StageCallback.on_log" if stage == "ACTOR" else "chatrlhf.rl.update.Updater.step"
+    module, owner, method = hook.rsplit(".", 2)
+    code = f"""
+import os, importlib
+owner = getattr(importlib.import_module("{module}"), "{owner}")
+original, calls = owner.{method}, [0]
+def signalled(self, *args, **kwargs):
+    calls[0] += 1
+    if calls[0] == 6:
+        os.kill(os.getpid(), {int(number)})
+    return original(self, *args, **kwargs)
+owner.{method} = signalled
+"""
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=code))
+    assert status == 128 + number
+    assert "continue with --resume" in err
+    assert list((run_dir / "checkpoints" / stage).glob("step-*"))
+    resume_and_compare(config, run_dir, undisturbed)
+
+
+def test_a_truncated_checkpoint_falls_back_and_none_valid_is_an_error(config, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    shutil.rmtree(run_dir / "actor_rl")
+    manifest = run_dir / "manifest.json"
+    manifest.write_text(
+        manifest.read_text().replace('"RL": {\n      "status": "done"', '"RL": {\n      "status": "open"')
+    )
+    older, newest = sorted((run_dir / "checkpoints" / "RL").glob("step-*"))
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), "--type", "RL", "--resume"))
+    assert status == 0, err
+    assert f"checkpoint {newest} is damaged" in out and f"resumed from {older}" in out
+    assert differences(left_behind(run_dir), left_behind(undisturbed)) == []
+
+    manifest.write_text(
+        manifest.read_text().replace('"RL": {\n      "status": "done"', '"RL": {\n      "status": "open"')
+    )
+    for folder in (run_dir / "checkpoints" / "RL").glob("step-*"):
+        (folder / "training.pt").write_bytes(b"")
+    before = left_behind(run_dir)
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), "--type", "RL", "--resume"))
+    assert status == 2
+    assert err.startswith("error: ") and "none of its 2 checkpoints is valid" in err
+    assert differences(left_behind(run_dir), before) == []
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    manifest = run_dir / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"status": "done"', '"status": "open"'))
+    wider = "actor_config.tiny.hidden_size=48"
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), "--resume", "--set", wider))
+    assert status == 2
+    assert "checkpoint of another model" in err and err.count("\n") == 1
+
+
+def test_resume_where_nothing_ran_is_an_error(config, tmp_path):
+    status, out, err = finish(start(str(config), "--output-dir", str(tmp_path / "nothing"), "--resume"))
+    assert status == 2 and "no run in" in err
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_second_run_without_resume_sets_the_first_aside(config, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), "--type", "ACTOR"))
+    assert status == 0, err
+    kept = run_dir / "previous" / "ACTOR-1"
+    assert (kept / "actor" / "model.safetensors").read_bytes() == (undisturbed / "actor/model.safetensors").read_bytes()
+    assert (kept / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()

@@ -1,0 +1,130 @@
+"""A whole run small enough for a test: files, configuration, the command line in a process, what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+GREETINGS = ("hello there", "good day", "how are you", "what is new", "who is it", "where to", "see you", "thank you")
+
+
+def write_files(folder: Path, rows: int = 60) -> None:
+    """The three datasets in ChatLLaMA's shapes, and preference pairs."""
+    texts = [f"{GREETINGS[i % len(GREETINGS)]} {i // len(GREETINGS)}" for i in range(rows)]
+    replies = [f"well {text}" if i % 2 else f"no {i % 5}" for i, text in enumerate(texts)]
+    actor = [{"user_input": a, "completion": b} for a, b in zip(texts, replies, strict=True)]
+    reward = [row | {"score": float(i % 2) + (i % 5) / 10} for i, row in enumerate(actor)]
+    pairs = [{"user_input": a, "chosen": f"well {a}", "rejected": f"no {i % 5}"} for i, a in enumerate(texts)]
+    prompts = [{"user_input": a} for a in texts]
+    for name, content in (("actor", actor), ("reward", reward), ("pairs", pairs), ("prompts", prompts)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """A configuration of three short stages with every kind of state: schedules, adaptive KL, running scale."""
+    stage = {
+        "lr": 3e-3,
+        "batch_size": 8,
+        "epochs": 1,
+        "checkpoint_steps": 3,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 2,
+    }
+    return {
+        "seed": 5,
+        "num_threads": 1,
+        "actor_config": {
+            "model": "tiny",
+            "tiny": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "vocab_size": 300,
+                "max_position_embeddings": 96,
+            },
+            "train_dataset_path": str(folder / "actor.json"),
+            "max_sequence_length": 96,
+            **stage,
+        },
+        "reward_config": {"train_dataset_path": str(folder / "reward.json"), **stage},
+        "trainer_config": {
+            "examples_path": str(folder / "prompts.json"),
+            "total_episodes": 48,
+            "num_rollouts": 8,
+            "batch_size": 4,
+            "ppo_epochs": 2,
+            "actor_lr": 1e-3,
+            "critic_lr": 1e-3,
+            "gen_kwargs": {"max_new_tokens": 8},
+            "checkpoint_steps": 2,
+            "eval_interval": 3,
+            "scale_reward": "running",
+            "target": 0.5,
+            "horizon": 50,
+        },
+    }
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """`config.yaml` in ``folder``; changes are dotted keys with ``__`` for the dot."""
+    tree = settings(folder)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def start(*words: str, code: str | None = None) -> subprocess.Popen[str]:
+    """The command line in a process of its own; ``code`` runs in it first."""
+    program = (
+        ["-c", code + "\nfrom chatrlhf.cli import main\nraise SystemExit(main())"] if code else [str(ROOT / "main.py")]
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *program, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def left_behind(run_dir: Path) -> dict[str, Any]:
+    """All that must not depend on interruptions: the bytes of every weight and state file, metrics, samples."""
+    found: dict[str, Any] = {}
+    newest = [sorted(stage.glob("step-*"))[-1] for stage in sorted((run_dir / "checkpoints").glob("[A-Z]*"))]
+    for folder in [run_dir / name for name in ("actor", "reward", "actor_rl", "critic")] + newest:
+        for path in sorted(folder.rglob("*")) if folder.exists() else []:
+            if path.suffix in (".safetensors", ".pt", ".pth"):
+                found[str(path.relative_to(run_dir))] = path.read_bytes()
+            if path.name == "state.json":
+                found[str(path.relative_to(run_dir))] = json.loads(path.read_text())
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+        found[name] = [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens/s"} for row in rows]
+    return found
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names under which two runs left different things."""
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
