@@ -10,17 +10,15 @@ from typing import Any
 
 import torch
 
+from chatrlhf.assembly import assemble_ppo, sampling_distribution
 from chatrlhf.config.schema import Config
-from chatrlhf.data.collate import Encoder, prompt_batch
+from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
 from chatrlhf.data.templates import get_template
-from chatrlhf.device import autocast_factory, pick_device
+from chatrlhf.device import pick_device
 from chatrlhf.distributed import require_single_process
-from chatrlhf.errors import ConfigError, DataError
-from chatrlhf.evaluation.heldout import HeldOut
+from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
-from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits, RolloutEngine
 from chatrlhf.manifest import Manifest
 from chatrlhf.models.factory import (
     context_length,
@@ -35,22 +33,16 @@ from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
-from chatrlhf.rl.experience import ALGORITHMS, Estimation
-from chatrlhf.rl.kl_controller import KLController
-from chatrlhf.rl.prompts import PromptSchedule, step_seed
-from chatrlhf.rl.reward_scaling import RewardScaling
+from chatrlhf.rl.experience import ALGORITHMS
+from chatrlhf.rl.prompts import step_seed
 from chatrlhf.rl.rewards import (
     FunctionReward,
     ModelReward,
     RewardFunction,
     RewardSource,
-    load_function,
     resolve_reward_fn,
 )
-from chatrlhf.rl.scoring import Scorer
-from chatrlhf.rl.update import Updater, UpdateSettings
 from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, publish_folder
-from chatrlhf.trainers.ppo import PPOTrainer
 
 STAGES = ("ACTOR", "REWARD", "RL")
 DEFAULT_NEW_TOKENS = 128
@@ -214,24 +206,32 @@ def run_reward(this: Run) -> dict[str, Any]:
 
 def run_rl(this: Run) -> dict[str, Any]:
     """RL: improve the actor against the reward; leaves ``actor_rl/`` and ``critic/``."""
-    config, trainer_config = this.config, this.config.trainer_config
+    config, trainer_config, rows = this.config, this.config.trainer_config, _given(this.inputs.prompts)
     policy, encoder = _starting_policy(this)
     reference, _ = _starting_policy(this)
     reward_scorer = (
         None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device)
     )
     reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
-    distribution = _distribution(this.config, encoder)
+    distribution = sampling_distribution(config, encoder)
     algorithm = ALGORITHMS[trainer_config.algorithm]
     topology, critic_line = make_topology(
-        policy, encoder.tokenizer, reward_scorer, config.critic_config, distribution, algorithm.needs_critic
+        policy,
+        encoder.tokenizer,
+        reward_scorer,
+        config.critic_config,
+        distribution,
+        algorithm.needs_critic,
+        config.reward_config.model,
     )
     topology.to(this.device)
     this.log.note(
         f"RL: {trainer_config.algorithm}, {parameter_count(topology):,} parameters in training; {critic_line}"
     )
     files = this.files("RL", trainer_config.n_checkpoints_to_keep)
-    trainer = _ppo_trainer(this, topology, Reference(reference, distribution), encoder, reward, files.store)
+    trainer = assemble_ppo(
+        config, topology, Reference(reference, distribution), encoder, reward, rows, this.device, this.log, files.store
+    )
     files.begin()
     trainer.train(this.resume)
     _publish_policy(this.dir / "actor_rl", policy, encoder)
@@ -239,80 +239,7 @@ def run_rl(this: Run) -> dict[str, Any]:
         publish_folder(this.dir / "critic", _critic_scorer(topology, encoder).save)
     if trainer.before is not None and trainer.after is not None:
         show_comparison(this.log.console, trainer.before, trainer.after, trainer_config.eval_best)
-    return _record(this, "RL", "actor_rl", config.actor_config.model, _given(this.inputs.prompts))
-
-
-def _ppo_trainer(
-    this: Run,
-    topology: PolicyOnly,
-    reference: Reference,
-    encoder: Encoder,
-    reward: RewardSource,
-    checkpoints: CheckpointStore,
-) -> PPOTrainer:
-    """The parts of the RL stage, each with its own settings."""
-    config = this.config.trainer_config
-    algorithm = ALGORITHMS[config.algorithm]
-    autocast = autocast_factory(config.precision, this.device)
-    limits, stop = _limits(this.config, encoder), config.gen_kwargs.stop
-    rows, pad_id = _given(this.inputs.prompts), encoder.tokenizer.pad_token_id
-    prompts, texts = _encoded_prompts(rows.train, encoder, limits, this, "trainer_config.examples_path")
-    engine = RolloutEngine(
-        topology.policy,
-        topology.distribution,
-        limits,
-        pad_id,
-        lambda ids: encoder.template.strip(encoder.tokenizer.decode(ids, skip_special_tokens=True)),
-        stop,
-        config.chunk_size,
-        autocast,
-    )
-    scaling = RewardScaling(
-        config.scale_reward, config.cliprange_reward, config.missing_eos_penalty, ref_std=config.ref_std
-    )
-    scorer = Scorer(topology, reference, reward, scaling, this.device, max(config.micro_batch_size, 1), autocast)
-    optimizer = torch.optim.AdamW(
-        topology.parameter_groups(config.actor_lr, config.critic_lr),
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=this.device.type in ("cpu", "cuda"),
-    )
-    settings = UpdateSettings(
-        epochs=config.ppo_epochs,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        cliprange=config.cliprange,
-        cliprange_value=config.cliprange_value,
-        vf_coef=config.vf_coef,
-        entropy_coef=config.entropy_coef,
-        max_grad_norm=config.max_grad_norm,
-    )
-    updater = Updater(
-        topology, optimizer, _schedule(optimizer, this.config), algorithm, settings, this.device, autocast
-    )
-    held_out = None
-    if rows.held_out:
-        held_prompts, held_texts = _encoded_prompts(rows.held_out, encoder, limits, this, "the held-out prompts")
-        batch = prompt_batch(held_prompts, held_texts, pad_id)
-        eval_fn = load_function(config.eval_fn, "trainer_config.eval_fn") if config.eval_fn else None
-        held_out = HeldOut(batch, engine, scorer, eval_fn, step_seed(this.config.seed, 0, "held-out"))
-    prompts_a_step = config.num_rollouts // config.samples_per_prompt
-    return PPOTrainer(
-        prompts=PromptSchedule(prompts, texts, pad_id, prompts_a_step, config.samples_per_prompt, this.config.seed),
-        engine=engine,
-        scorer=scorer,
-        updater=updater,
-        algorithm=algorithm,
-        estimation=lambda coef: Estimation(coef, config.gamma, config.lam, config.whiten_advantages),
-        kl=KLController(config.init_kl_coef, config.target, config.horizon),
-        num_steps=config.num_steps,
-        seed=this.config.seed,
-        log=this.log,
-        checkpoints=checkpoints,
-        checkpoint_steps=config.checkpoint_steps,
-        held_out=held_out,
-        eval_interval=config.eval_interval,
-    )
+    return _record(this, "RL", "actor_rl", config.actor_config.model, rows)
 
 
 def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder]:
@@ -330,57 +257,6 @@ def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder]:
 def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
     limit = min(config.actor_config.max_sequence_length, context_length(model))
     return Encoder(tokenizer, template or get_template(config.actor_config.template), limit)
-
-
-def _distribution(config: Config, encoder: Encoder) -> SamplingDistribution:
-    gen, tokenizer = config.trainer_config.gen_kwargs, encoder.tokenizer
-    eos = gen.eos_token_id if gen.eos_token_id is not None else tokenizer.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    forbidden = set(gen.forbidden_tokens)
-    if tokenizer.pad_token_id not in eos_ids:
-        forbidden.add(tokenizer.pad_token_id)
-    temperature = gen.temperature or config.actor_config.temperature or 1.0
-    return SamplingDistribution(temperature, eos_ids, tuple(sorted(forbidden)))
-
-
-def _limits(config: Config, encoder: Encoder) -> Limits:
-    gen, actor = config.trainer_config.gen_kwargs, config.actor_config
-    longest = min(encoder.max_length, gen.max_length or encoder.max_length)
-    # max_length alone bounds a response, as in trlX; otherwise a response has a limit of its own.
-    default = longest if gen.max_length else DEFAULT_NEW_TOKENS
-    return Limits(
-        max_new_tokens=gen.max_new_tokens or actor.max_tokens or default,
-        max_length=longest,
-        min_new_tokens=gen.min_new_tokens if gen.min_new_tokens is not None else actor.min_tokens or 0,
-        min_length=gen.min_length or 0,
-    )
-
-
-def _encoded_prompts(
-    texts: list[str], encoder: Encoder, limits: Limits, this: Run, source: str
-) -> tuple[list[list[int]], list[str]]:
-    """Prompts as ids; those that leave no room for a response are dropped and counted."""
-    encoded = [(encoder.prompt(text), text) for text in texts]
-    if any(not ids for ids, _ in encoded):
-        row = next(i for i, (ids, _) in enumerate(encoded, start=1) if not ids)
-        raise DataError(f"{source}, row {row}: the prompt is empty, and this tokenizer has no BOS token to start from")
-    kept = [(ids, text) for ids, text in encoded if len(ids) < limits.max_length]
-    if not kept:
-        shortest = min(len(ids) for ids, _ in encoded)
-        raise DataError(
-            f"{source}: all {len(texts)} prompts fill the context (shortest {shortest} tokens, limit "
-            f"{limits.max_length}); raise actor_config.max_sequence_length or gen_kwargs.max_length"
-        )
-    if len(kept) < len(encoded):
-        this.log.warn(f"RL: {len(encoded) - len(kept)} of {len(encoded)} rows of {source} leave no room for a response")
-    return [ids for ids, _ in kept], [text for _, text in kept]
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: Config) -> Any:
-    from transformers import get_scheduler
-
-    trainer = config.trainer_config
-    return get_scheduler(trainer.lr_scheduler, optimizer, trainer.warmup_steps, trainer.num_optimizer_steps)
 
 
 def _critic_scorer(topology: PolicyOnly, encoder: Encoder) -> RewardScorer:

@@ -43,7 +43,7 @@ class RunLog:
         self.last: dict[str, dict[str, float]] = {}
         self._progress: Progress | None = None
         self._task: Any = None
-        self._total = 0
+        self._total, self._every = 0, 1
         self._last_line = 0.0
         self._trackers = _start_trackers(trackers, run_dir, config or {})
 
@@ -56,9 +56,13 @@ class RunLog:
         self.note(f"warning: {text}")
 
     @contextmanager
-    def stage(self, stage: str, total: int, done: int = 0) -> Iterator[None]:
-        """Shows the progress of ``total`` steps of a stage, ``done`` of which an earlier run has made."""
-        self._total, self._last_line = total, 0.0
+    def stage(self, stage: str, total: int, done: int = 0, every: int = 1) -> Iterator[None]:
+        """Shows the progress of ``total`` steps of a stage, ``done`` of which an earlier run has made.
+
+        Args:
+            every: steps between two plain lines, where stdout is no terminal; lines also keep 5 seconds apart.
+        """
+        self._total, self._every, self._last_line = total, every, 0.0
         if not self.console.is_terminal:
             self.note(f"{stage}: {total} steps" + (f", {done} of them done" if done else ""))
             yield
@@ -89,9 +93,12 @@ class RunLog:
         line = "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
-        elif line and (time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or step >= self._total):
+        elif line and (self._line_is_due(step) or step >= self._total):
             self._last_line = time.monotonic()
             self.note(f"{stage} {step}/{self._total}  {line}")
+
+    def _line_is_due(self, step: int) -> bool:
+        return step % self._every == 0 and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES
 
     def samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record completions with their scores."""

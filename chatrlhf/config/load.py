@@ -197,8 +197,25 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+# ChatLLaMA's and trlX's keys that are accepted so that their files load, and why nothing here needs them.
+WITHOUT_EFFECT = {
+    "actor_config.additonal_prompt_tokens": "prompts are never padded to a common room",
+    "reward_config.model_folder": "everything goes below actor_config.model_folder or output_dir",
+    "critic_config.model_folder": "everything goes below actor_config.model_folder or output_dir",
+    "critic_config.max_sequence_length": "the critic reads what the actor reads",
+    "trainer_config.ref_mean": "the mean is never subtracted from a score",
+}
+
+
 def _surprises(config: Config) -> list[str]:
     notes = []
+    idle = []
+    for key, reason in WITHOUT_EFFECT.items():
+        section, name = key.split(".")
+        if name in getattr(config, section).model_fields_set and getattr(getattr(config, section), name) is not None:
+            idle.append(f"{key} ({reason})")
+    if idle:
+        notes.append("accepted without effect: " + "; ".join(idle))
     temperature = config.trainer_config.gen_kwargs.temperature or config.actor_config.temperature
     if temperature is not None and temperature < LOW_TEMPERATURE:
         notes.append(

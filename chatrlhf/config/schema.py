@@ -48,6 +48,15 @@ def _check_micro_batch(section: Any) -> None:
         _must_divide("batch_size", section.batch_size, "micro_batch_size", section.micro_batch_size)
 
 
+def _refuse_checkpoint_name(section: Any) -> None:
+    """ChatLLaMA starts from a named checkpoint; here the newest valid one is found."""
+    if section.checkpoint_name is not None:
+        raise ValueError(
+            f"checkpoint_name: {section.checkpoint_name!r} is not used; --resume goes on from the newest valid "
+            "checkpoint, and a model's folder can be named as model; set checkpoint_name to null"
+        )
+
+
 class NotBuiltYet(Section):
     """ChatLLaMA's switches for launchers and adapters."""
 
@@ -125,6 +134,7 @@ class ActorConfig(OptimizerKeys, NotBuiltYet):
 
     @model_validator(mode="after")
     def _no_surprises(self) -> ActorConfig:
+        _refuse_checkpoint_name(self)
         _check_micro_batch(self)
         if self.use_fairscale:
             raise ValueError(
@@ -167,7 +177,8 @@ class RewardConfig(OptimizerKeys, NotBuiltYet):
         return {"mse": "regression", "bradley_terry": "pairwise", "pairs": "pairwise"}.get(loss, loss)
 
     @model_validator(mode="after")
-    def _whole_microbatches(self) -> RewardConfig:
+    def _no_surprises(self) -> RewardConfig:
+        _refuse_checkpoint_name(self)
         _check_micro_batch(self)
         return self
 
@@ -180,6 +191,11 @@ class CriticConfig(NotBuiltYet):
     model_folder: str | None = None
     max_sequence_length: int = Field(2048, ge=4)
     checkpoint_name: str | None = None
+
+    @model_validator(mode="after")
+    def _no_surprises(self) -> CriticConfig:
+        _refuse_checkpoint_name(self)
+        return self
 
 
 class GenKwargs(Section):
@@ -263,6 +279,7 @@ class TrainerConfig(OptimizerKeys):
 
     @model_validator(mode="after")
     def _derive_and_divide(self) -> TrainerConfig:
+        _refuse_checkpoint_name(self)
         if self.samples_per_prompt is None:
             self.samples_per_prompt = 1 if self.algorithm == "ppo" else 4
         if self.algorithm != "ppo" and self.samples_per_prompt < 2:

@@ -120,12 +120,20 @@ def make_topology(
     config: CriticConfig,
     distribution: Any,
     needs_critic: bool,
+    reward_name: str | None = None,
 ) -> tuple[PolicyOnly, str]:
     """The topology that the configuration asks for, and one line that says where the critic starts from.
 
     A critic starts from the reward model only where that is causal, of the policy's kind and has its
     tokenizer: then it already knows what a good prefix looks like. Otherwise it starts from a copy of the
     policy under a head that predicts 0.
+
+    Args:
+        reward: the trained reward model, None where a function gives the reward.
+        reward_name: `reward_config.model`. A critic of that name means the trained reward model, as in ChatLLaMA.
+
+    Raises:
+        ConfigError: a critic that is named cannot be one.
     """
     if not needs_critic:
         return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
@@ -135,8 +143,10 @@ def make_topology(
     if config.model == "shared":
         head = ScalarHead(hidden, mlp).zero_().to(device)
         return SharedTrunk(policy, head, distribution), "critic: a value head on the policy's trunk, starting at 0"
-    if config.model is None:
+    if config.model is None or (config.model == reward_name and reward is not None):
         reason = _why_not_from(reward, policy, tokenizer)
+        if reason is not None and config.model is not None:
+            raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
         if reason is None:
             head = copy.deepcopy(reward.model.head).fold_(reward.model.scale, reward.model.shift)
             backbone = copy.deepcopy(reward.model.backbone).requires_grad_(True)

@@ -129,12 +129,14 @@ def run_trainer(
     model: torch.nn.Module,
     files: StageFiles,
     log: RunLog,
+    every: int,
     on_evaluate: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
     """Train, from the newest checkpoint on ``resume``.
 
     Args:
         make_trainer: given the callback and whether the run starts at its beginning, the trainer.
+        every: optimizer steps between two lines on a plain output.
 
     Raises:
         Interrupted: a signal asked to stop; a checkpoint is there.
@@ -158,7 +160,7 @@ def run_trainer(
         callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate)
         trainer = make_trainer(callback, path is None)
         trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
-        with log.stage(stage, _total_steps(trainer), done):
+        with log.stage(stage, _total_steps(trainer), done, every):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
     shutil.rmtree(files.scratch, ignore_errors=True)
     if stop.signal_number is not None and trainer.state.global_step < trainer.state.max_steps:

@@ -90,7 +90,7 @@ def train_reward_model(
         model.train(training)
         return metrics
 
-    run_trainer(make_trainer, model, files, log, agreement)
+    run_trainer(make_trainer, model, files, log, config.iteration_per_print, agreement)
     if pairwise:
         _centre_on(scorer, train_rows)
     if held_out_rows:

@@ -55,7 +55,7 @@ def train_actor(
             callbacks=[callback],
         )
 
-    run_trainer(make_trainer, model, files, log)
+    run_trainer(make_trainer, model, files, log, config.iteration_per_print)
 
 
 def _dataset(rows: list[Demonstration], encoder: Encoder, config: ActorConfig, source: str, log: RunLog) -> Dataset:

@@ -1,0 +1,162 @@
+"""The parts of the RL stage, each made from its own keys and put together into one trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from chatrlhf.config.schema import Config
+from chatrlhf.data.collate import Encoder, prompt_batch
+from chatrlhf.data.inputs import Rows
+from chatrlhf.device import autocast_factory
+from chatrlhf.errors import DataError
+from chatrlhf.evaluation.heldout import HeldOut
+from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.models.topology import PolicyOnly, Reference
+from chatrlhf.progress import RunLog
+from chatrlhf.rl.experience import ALGORITHMS, Estimation
+from chatrlhf.rl.kl_controller import KLController
+from chatrlhf.rl.prompts import PromptSchedule, step_seed
+from chatrlhf.rl.reward_scaling import RewardScaling
+from chatrlhf.rl.rewards import RewardSource, load_function
+from chatrlhf.rl.scoring import Scorer
+from chatrlhf.rl.update import Updater, UpdateSettings
+from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.ppo import PPOTrainer
+
+DEFAULT_NEW_TOKENS = 128
+
+
+def assemble_ppo(
+    config: Config,
+    topology: PolicyOnly,
+    reference: Reference,
+    encoder: Encoder,
+    reward: RewardSource,
+    rows: Rows,
+    device: torch.device,
+    log: RunLog,
+    checkpoints: CheckpointStore,
+) -> PPOTrainer:
+    """The trainer that the configuration describes.
+
+    Args:
+        topology, reference: on ``device``, with one sampling distribution.
+        rows: prompts, and held-out prompts where there are any.
+
+    Raises:
+        DataError: no prompt leaves room for a response.
+    """
+    trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
+    autocast = autocast_factory(trainer.precision, device)
+    limits, stop = _limits(config, encoder), trainer.gen_kwargs.stop
+    pad_id = encoder.tokenizer.pad_token_id
+    prompts, texts = _encoded_prompts(rows.train, encoder, limits, log, "trainer_config.examples_path")
+    engine = RolloutEngine(
+        topology.policy,
+        topology.distribution,
+        limits,
+        pad_id,
+        lambda ids: encoder.template.strip(encoder.tokenizer.decode(ids, skip_special_tokens=True)),
+        stop,
+        trainer.chunk_size,
+        autocast,
+    )
+    scaling = RewardScaling(
+        trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
+    )
+    scorer = Scorer(topology, reference, reward, scaling, device, max(trainer.micro_batch_size, 1), autocast)
+    optimizer = torch.optim.AdamW(
+        topology.parameter_groups(trainer.actor_lr, trainer.critic_lr),
+        betas=trainer.betas,
+        weight_decay=trainer.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    settings = UpdateSettings(
+        epochs=trainer.ppo_epochs,
+        batch_size=trainer.batch_size,
+        micro_batch_size=trainer.micro_batch_size,
+        cliprange=trainer.cliprange,
+        cliprange_value=trainer.cliprange_value,
+        vf_coef=trainer.vf_coef,
+        entropy_coef=trainer.entropy_coef,
+        max_grad_norm=trainer.max_grad_norm,
+    )
+    updater = Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, autocast)
+    held_out = None
+    if rows.held_out:
+        held_prompts, held_texts = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
+        batch = prompt_batch(held_prompts, held_texts, pad_id)
+        eval_fn = load_function(trainer.eval_fn, "trainer_config.eval_fn") if trainer.eval_fn else None
+        held_out = HeldOut(batch, engine, scorer, eval_fn, step_seed(config.seed, 0, "held-out"))
+    prompts_a_step = trainer.num_rollouts // trainer.samples_per_prompt
+    return PPOTrainer(
+        prompts=PromptSchedule(prompts, texts, pad_id, prompts_a_step, trainer.samples_per_prompt, config.seed),
+        engine=engine,
+        scorer=scorer,
+        updater=updater,
+        algorithm=algorithm,
+        estimation=lambda coef: Estimation(coef, trainer.gamma, trainer.lam, trainer.whiten_advantages),
+        kl=KLController(trainer.init_kl_coef, trainer.target, trainer.horizon),
+        num_steps=trainer.num_steps,
+        seed=config.seed,
+        log=log,
+        checkpoints=checkpoints,
+        checkpoint_steps=trainer.checkpoint_steps,
+        held_out=held_out,
+        eval_interval=trainer.eval_interval,
+    )
+
+
+def sampling_distribution(config: Config, encoder: Encoder) -> SamplingDistribution:
+    """The one distribution of rollouts, policy scoring and reference."""
+    gen, tokenizer = config.trainer_config.gen_kwargs, encoder.tokenizer
+    eos = gen.eos_token_id if gen.eos_token_id is not None else tokenizer.eos_token_id
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    forbidden = set(gen.forbidden_tokens)
+    if tokenizer.pad_token_id not in eos_ids:
+        forbidden.add(tokenizer.pad_token_id)
+    temperature = gen.temperature or config.actor_config.temperature or 1.0
+    return SamplingDistribution(temperature, eos_ids, tuple(sorted(forbidden)))
+
+
+def _limits(config: Config, encoder: Encoder) -> Limits:
+    gen, actor = config.trainer_config.gen_kwargs, config.actor_config
+    longest = min(encoder.max_length, gen.max_length or encoder.max_length)
+    # max_length alone bounds a response, as in trlX; otherwise a response has a limit of its own.
+    default = longest if gen.max_length else DEFAULT_NEW_TOKENS
+    return Limits(
+        max_new_tokens=gen.max_new_tokens or actor.max_tokens or default,
+        max_length=longest,
+        min_new_tokens=gen.min_new_tokens if gen.min_new_tokens is not None else actor.min_tokens or 0,
+        min_length=gen.min_length or 0,
+    )
+
+
+def _encoded_prompts(
+    texts: list[str], encoder: Encoder, limits: Limits, log: RunLog, source: str
+) -> tuple[list[list[int]], list[str]]:
+    """Prompts as ids; those that leave no room for a response are dropped and counted."""
+    encoded = [(encoder.prompt(text), text) for text in texts]
+    if any(not ids for ids, _ in encoded):
+        row = next(i for i, (ids, _) in enumerate(encoded, start=1) if not ids)
+        raise DataError(f"{source}, row {row}: the prompt is empty, and this tokenizer has no BOS token to start from")
+    kept = [(ids, text) for ids, text in encoded if len(ids) < limits.max_length]
+    if not kept:
+        shortest = min(len(ids) for ids, _ in encoded)
+        raise DataError(
+            f"{source}: all {len(texts)} prompts fill the context (shortest {shortest} tokens, limit "
+            f"{limits.max_length}); raise actor_config.max_sequence_length or gen_kwargs.max_length"
+        )
+    if len(kept) < len(encoded):
+        log.warn(f"RL: {len(encoded) - len(kept)} of {len(encoded)} rows of {source} leave no room for a response")
+    return [ids for ids, _ in kept], [text for _, text in kept]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: Config) -> Any:
+    from transformers import get_scheduler
+
+    trainer = config.trainer_config
+    return get_scheduler(trainer.lr_scheduler, optimizer, trainer.warmup_steps, trainer.num_optimizer_steps)
