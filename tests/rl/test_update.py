@@ -1,0 +1,371 @@
+"""The update: its gradient against a float64 twin, however the minibatch is cut, and which way each term pulls."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import twin
+from tiny import (
+    EOS,
+    PAD,
+    PLAIN,
+    assert_same_gradients,
+    engine,
+    gpt2,
+    gradients,
+    llama,
+    prompts,
+    ragged_mask,
+    rollout,
+    updater,
+)
+
+from chatrlhf.device import autocast_factory
+from chatrlhf.functional.kl import k3
+from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.scalar_head import ScalarHead
+from chatrlhf.models.sequences import join
+from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk
+from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
+from chatrlhf.rl.reward_scaling import RewardScaling
+from chatrlhf.rl.rewards import FunctionReward
+from chatrlhf.rl.scoring import Scorer
+from chatrlhf.rl.update import Updater
+from chatrlhf.types import Experience
+
+ODD = SamplingDistribution(temperature=0.8, eos_token_ids=(EOS,), forbidden_ids=(PAD,))
+LENGTHS = [5, 2, 7, 1, 3, 6, 4, 2]
+
+
+def topology(kind: str, distribution: SamplingDistribution = ODD) -> PolicyOnly:
+    policy = llama()
+    torch.manual_seed(5)
+    if kind == "separate":
+        return SeparateCritic(policy, llama(seed=2).base_model, ScalarHead(16), distribution)
+    if kind == "shared":
+        return SharedTrunk(policy, ScalarHead(16), distribution)
+    return PolicyOnly(policy, distribution)
+
+
+@torch.no_grad()
+def evaluate(made: PolicyOnly, experience: Experience):
+    e = experience
+    sequences = join(e.prompt_ids, e.prompt_mask, e.response_ids, e.response_mask, e.min_new_tokens)
+    return made.evaluate(sequences, with_entropy=True)
+
+
+def experience(made: PolicyOnly, spread: float = 0.3, seed: int = 3) -> Experience:
+    """Random responses whose old log-probabilities and values lie around today's: some inside the clips, some not."""
+    batch = rollout(prompts([3, 1, 6, 4, 2, 5, 3, 3]), LENGTHS)
+    mask = batch.response_mask
+    torch.manual_seed(seed)
+    noise = [torch.randn(mask.shape) for _ in range(5)]
+    empty = torch.zeros(mask.shape)
+    prompt = batch.prompts
+    made_up = Experience(
+        prompt.input_ids,
+        prompt.attention_mask,
+        batch.response_ids,
+        mask,
+        batch.min_new_tokens,
+        *[empty] * 3,
+        advantages=noise[0] * mask,
+        returns=None,
+        old_values=None,
+    )
+    now = evaluate(made, made_up)
+    made_up.old_logprobs = (now.logprobs + spread * noise[1]) * mask
+    made_up.ref_logprobs = (now.logprobs + spread * noise[2]) * mask
+    if now.values is not None:
+        made_up.old_values = (now.values + spread * noise[3]) * mask
+        made_up.returns = (now.values + noise[4]) * mask
+    return made_up
+
+
+CASES = [("ppo", "separate"), ("ppo", "shared"), ("rloo", "none"), ("grpo", "none")]
+
+
+# ----- the gradient of the whole loss
+
+
+def twin_loss(made: PolicyOnly, batch: Experience, algorithm: str, beta: float, vf: float, ent: float):
+    """(loss, policy part, value part) in float64, row by row and token by token."""
+    critic = getattr(made, "critic", made.policy.base_model)
+    head = getattr(made, "value_head", None)
+
+    def value_of(prefix):
+        return critic(input_ids=prefix).last_hidden_state[0, -1] @ head.out.weight[0] + head.out.bias[0]
+
+    mask, how = batch.response_mask.tolist(), ALGORITHMS[algorithm].aggregation
+    policy = value = entropy = torch.zeros((), dtype=torch.float64)
+    for i in range(len(batch)):
+        prompt = batch.prompt_ids[i][batch.prompt_mask[i]].tolist()
+        response = batch.response_ids[i, : sum(mask[i])].tolist()
+        rows = twin.row_terms(made.policy, value_of if head else None, prompt, response, 0.8, (PAD,))
+        for t, (logprob, v, h) in enumerate(rows):
+            old, ref, advantage = (x[i, t].item() for x in (batch.old_logprobs, batch.ref_logprobs, batch.advantages))
+            term = twin.ppo_token(logprob, old, advantage, eps=0.2)
+            if algorithm == "grpo":
+                r = torch.exp(ref - logprob)
+                term = term + beta * (r - 1 - torch.log(r))
+            policy = policy + twin.weight(mask, i, how) * term
+            entropy = entropy + twin.weight(mask, i, how) * h
+            if head:
+                term = twin.value_token(v, batch.old_values[i, t].item(), batch.returns[i, t].item(), eps=0.2)
+                value = value + twin.weight(mask, i, "token_mean") * term
+    return policy + vf * value - ent * entropy, policy, value
+
+
+@pytest.mark.parametrize("algorithm, kind", CASES)
+def test_gradient_and_loss_agree_with_the_twin(algorithm, kind):
+    made = topology(kind)
+    batch = experience(made)
+    exact = copy.deepcopy(made).double()
+    loss, policy, value = twin_loss(exact, batch, algorithm, beta=0.3, vf=0.7, ent=0.05)
+    loss.backward()
+    update = updater(made, algorithm, vf_coef=0.7, entropy_coef=0.05, micro_batch_size=3)
+    stats = update.backward(batch, kl_coef=0.3)
+
+    assert_same_gradients(gradients(made), gradients(exact))
+    assert stats["loss/policy"].item() == pytest.approx(policy.item(), rel=1e-4)
+    if kind != "none":
+        assert stats["loss/value"].item() == pytest.approx(value.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("algorithm, kind", CASES)
+def test_microbatches_do_not_change_the_gradient(algorithm, kind):
+    made, results = topology(kind), []
+    batch = experience(made)
+    for size in (8, 2, 3):
+        made.zero_grad()
+        update = updater(made, algorithm, micro_batch_size=size, entropy_coef=0.05)
+        stats = update.backward(batch, kl_coef=0.3)
+        results.append((gradients(made), stats))
+    (whole, whole_stats), *cut = results
+    for got, stats in cut:
+        assert_same_gradients(got, whole)
+        for name, value in whole_stats.items():
+            assert stats[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("algorithm, kind", CASES)
+def test_a_step_in_microbatches_is_a_step_in_one(algorithm, kind):
+    start, after = topology(kind), []
+    batch = experience(start)
+    for size in (8, 2):
+        made = copy.deepcopy(start)
+        updater(made, algorithm, lr=0.1, micro_batch_size=size, max_grad_norm=None).step(batch, kl_coef=0.3)
+        after.append(made.state_dict())
+    for name, weight in after[0].items():
+        torch.testing.assert_close(after[1][name], weight, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(weight, start.state_dict()[name]) for name, weight in after[0].items())
+
+
+def test_padding_of_the_experience_changes_nothing():
+    made = topology("separate")
+    batch = experience(made)
+    wide = Experience(
+        **{
+            name: torch.nn.functional.pad(value, (4, 0) if name.startswith("prompt") else (0, 4))
+            if value.dim() == 2
+            else value
+            for name, value in vars(batch).items()
+        }
+    )
+    results = []
+    for given in (batch, wide):
+        made.zero_grad()
+        updater(made).backward(given, kl_coef=0.0)
+        results.append(gradients(made))
+    assert_same_gradients(results[1], results[0])
+
+
+# ----- which way each term pulls
+
+
+def quiet(batch: Experience, **changes) -> Experience:
+    """The batch without advantages, so that other terms are alone."""
+    return Experience(**{**vars(batch), "advantages": torch.zeros_like(batch.advantages), **changes})
+
+
+def test_the_policy_term_makes_good_tokens_likelier_and_bad_ones_rarer():
+    made = topology("none")
+    batch = experience(made, spread=0.0)
+    before = evaluate(made, batch).logprobs
+    updater(made, "rloo", lr=1e-3, max_grad_norm=None).step(batch, kl_coef=0.0)
+    change = evaluate(made, batch).logprobs - before
+    assert (change * batch.advantages).sum() > 0
+
+
+def test_the_entropy_bonus_raises_entropy():
+    made = topology("none", PLAIN)
+    batch = quiet(experience(made))
+    before = evaluate(made, batch).entropy.sum()
+    updater(made, lr=1e-2, entropy_coef=1.0).step(batch, kl_coef=0.0)
+    assert evaluate(made, batch).entropy.sum() > before + 0.01
+
+
+def test_without_advantages_bonus_and_kl_the_policy_stays():
+    made = topology("none")
+    updater(made, "grpo").backward(quiet(experience(made)), kl_coef=0.0)
+    assert all((gradient == 0).all() for gradient in gradients(made).values())
+
+
+def test_grpos_kl_term_pulls_the_policy_to_its_reference():
+    made = topology("none")
+    batch = quiet(experience(made))
+
+    def mean_k3() -> float:
+        # Averaged over the tokens of a row, then over rows, as GRPO weighs them.
+        kl = k3(evaluate(made, batch).logprobs, batch.ref_logprobs) * batch.response_mask
+        return (kl.sum(1) / batch.response_mask.sum(1)).mean().item()
+
+    before = mean_k3()
+    steps = updater(made, "grpo", lr=3e-3)
+    stats = steps.step(batch, kl_coef=0.5)
+    # Nothing else is in the loss.
+    assert stats["means"]["loss/policy"] == pytest.approx(0.5 * before, rel=1e-4)
+    assert mean_k3() < 0.95 * before
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_kl_in_the_reward_is_not_in_the_loss_too(algorithm):
+    made = topology("none")
+    updater(made, algorithm).backward(quiet(experience(made)), kl_coef=100.0)
+    assert all((gradient == 0).all() for gradient in gradients(made).values())
+
+
+def test_the_value_term_moves_values_towards_returns():
+    made = topology("separate")
+    batch = quiet(experience(made, spread=0.0))
+
+    def error() -> float:
+        return ((evaluate(made, batch).values - batch.returns) ** 2 * batch.response_mask).sum().item()
+
+    before = error()
+    updater(made, lr=1e-2).step(batch, kl_coef=0.0)
+    assert error() < 0.99 * before
+
+
+def test_every_step_starts_from_gradient_0():
+    made = topology("none")
+    batch, still = experience(made), updater(made, "rloo", lr=0.0)
+    first, again = (still.step(batch, kl_coef=0.0)["means"]["ppo/grad_norm"] for _ in range(2))
+    assert first == pytest.approx(again, rel=1e-6)
+
+
+def test_every_step_is_one_step_of_the_schedule():
+    made = topology("none")
+    update = updater(made, "rloo", lr=1.0, epochs=2, batch_size=4)
+    update.scheduler = torch.optim.lr_scheduler.LinearLR(update.optimizer, 1.0, end_factor=0.0, total_iters=8)
+    update.update(experience(made), 0.0, torch.Generator())
+    # 2 epochs of 8 / 4 minibatches: 4 of 8 steps
+    assert update.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
+def distances(made: PolicyOnly, start: PolicyOnly) -> list[float]:
+    """How far the policy and the critic have moved."""
+    groups = zip(made.parameter_groups(0, 0), start.parameter_groups(0, 0), strict=True)
+    moves = [[a - b for a, b in zip(new["params"], old["params"], strict=True)] for new, old in groups]
+    return [torch.cat([move.flatten() for move in group]).norm().item() for group in moves]
+
+
+def test_the_policys_step_does_not_depend_on_a_separate_critics_error():
+    # Policy and critic are clipped by norms of their own.
+    start, after = topology("separate"), []
+    batch = experience(start)
+    for scale in (1.0, 100.0):
+        made = copy.deepcopy(start)
+        given = Experience(**{**vars(batch), "returns": batch.returns * scale})
+        stats = updater(made, lr=1.0, max_grad_norm=0.01, cliprange_value=None).step(given, kl_coef=0.0)
+        after.append(made.policy.state_dict())
+        assert distances(made, start) == pytest.approx([0.01, 0.01], rel=1e-3)
+        assert stats["means"]["ppo/grad_norm"] > 0.01  # as it was before clipping
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+# ----- statistics
+
+
+def test_clipfrac_and_approx_kl_by_hand():
+    made = topology("none")
+    batch = experience(made, spread=0.0)
+    mask = ragged_mask(LENGTHS)
+    # 30 real tokens. Rows 0 and 1 (7 tokens): ratio 1.5 with a good advantage, so clipped. The rest: ratio 1.
+    batch.advantages = torch.ones(mask.shape) * mask
+    batch.old_logprobs[:2] -= torch.tensor(1.5).log() * mask[:2]
+    stats = updater(made, "rloo").backward(batch, kl_coef=0.0)
+    assert stats["ppo/clipfrac"].item() == pytest.approx(7 / 30, rel=1e-5)
+    # KL(old || new) by k3 with r = new / old = 1.5: 0.5 - log 1.5 = 0.09453 on 7 of 30 tokens
+    assert stats["ppo/approx_kl"].item() == pytest.approx(0.09453 * 7 / 30, rel=1e-3)
+    assert stats["ratio_error"].item() == pytest.approx(0.5 * 7 / 30, rel=1e-4)
+
+
+@functools.cache
+def fresh(precision: str):
+    """Statistics of the first update of a policy that came with dropout, sampled and scored by itself."""
+    policy = gpt2(dropout=0.1)
+    reference = Reference(copy.deepcopy(policy), ODD)
+    made = SharedTrunk(policy, ScalarHead(16).zero_(), ODD)
+    autocast = autocast_factory(precision, torch.device("cpu"))
+    sampler = engine(policy, ODD, min_new_tokens=2, autocast=autocast)
+    sampled = sampler.generate(prompts([3, 1, 6, 4] * 2), seed=0)
+    reward = FunctionReward(lambda users, replies: [float(len(reply)) for reply in replies], "length")
+    scored = Scorer(made, reference, reward, RewardScaling(), torch.device("cpu"), 3, autocast).score(sampled)
+    given = make_experience(scored, ALGORITHMS["ppo"], Estimation(kl_coef=0.1))
+    steps = updater(made, lr=1e-2, epochs=2, batch_size=4, micro_batch_size=2, autocast=autocast)
+    return scored, steps.update(given, 0.1, torch.Generator().manual_seed(0))
+
+
+def test_a_fresh_policy_has_ratio_1_and_kl_0():
+    scored, stats = fresh("fp32")
+    assert stats["ppo/first_ratio_error"] < 1e-5
+    assert abs(scored.kl_to_reference) < 1e-5
+
+
+def test_bf16_reports_how_far_the_first_ratio_is_from_1():
+    _, stats = fresh("bf16")
+    assert 0 <= stats["ppo/first_ratio_error"] < 0.1
+    assert stats["loss/value"] > 0
+
+
+def test_the_ratio_moves_once_the_policy_has():
+    _, stats = fresh("fp32")
+    assert stats["ppo/approx_kl"] > 1e-6
+
+
+# ----- epochs and minibatches
+
+
+class Recorder(Updater):
+    """Remembers the minibatches instead of learning from them."""
+
+    def step(self, minibatch, kl_coef):
+        self.__dict__.setdefault("seen", []).append(minibatch.old_logprobs[:, 0].tolist())
+        return {"ratio_error": float(len(self.seen)), "means": {"n": float(len(self.seen))}}
+
+
+def recorded(seed: int, epochs: int = 3):
+    made = topology("none")
+    plain = updater(made, epochs=epochs, batch_size=4)
+    recorder = Recorder(**vars(plain))
+    stats = recorder.update(experience(made), 0.0, torch.Generator().manual_seed(seed))
+    return recorder.seen, stats
+
+
+def test_each_epoch_sees_every_row_once_in_an_order_of_its_own():
+    seen, _ = recorded(seed=0)
+    epochs = [seen[i] + seen[i + 1] for i in (0, 2, 4)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert len(set(epochs[0])) == 8
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_minibatches_are_a_function_of_the_generator():
+    assert recorded(seed=0) == recorded(seed=0) != recorded(seed=1)
+
+
+def test_statistics_are_means_over_minibatches_and_the_ratio_error_the_firsts():
+    _, stats = recorded(seed=0)
+    assert stats == {"n": (1 + 2 + 3 + 4 + 5 + 6) / 6, "ppo/first_ratio_error": 1.0}
