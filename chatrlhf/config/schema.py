@@ -84,6 +84,7 @@ class TinyConfig(Section):
     vocab_size: int = Field(1024, ge=260, description="upper bound for the tokenizer trained on the data")
     max_position_embeddings: int = Field(512, ge=8)
     tie_word_embeddings: bool = True
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyConfig:

@@ -219,6 +219,7 @@ def _tiny_config(config: TinyConfig, tokenizer: Any) -> LlamaConfig:
         num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
+        initializer_range=config.initializer_range,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -127,6 +127,12 @@ def resolve_reward_fn(name: str) -> FunctionReward:
     return FunctionReward(load_function(name, "reward_config.reward_fn"), name)
 
 
+def _number(score: Any) -> float:
+    if isinstance(score, str):  # float() would take "1.5", and "12" would be two scores
+        raise TypeError
+    return float(score)
+
+
 def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
     """Scores as float32 [B], after checking that there is one finite number a completion.
 
@@ -136,7 +142,7 @@ def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
     if isinstance(scores, Tensor):
         scores = scores.detach().float().cpu().reshape(-1).tolist()
     try:
-        values = [float(score) for score in scores]
+        values = [_number(score) for score in scores]
     except (TypeError, ValueError, OverflowError):
         raise RewardError(
             f"{name}: expected a list of numbers, got {type(scores).__name__} {str(scores)[:60]}"

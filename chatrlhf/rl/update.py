@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -54,35 +53,28 @@ class Updater:
             generator: shuffles the rows, so that a resumed run sees the same minibatches.
 
         Returns:
-            Token-weighted means over all minibatches, by metric name.
+            Means over all minibatches, by metric name; ``ppo/first_ratio_error`` is mean |ratio - 1| of the first
+            minibatch, whose policy is still the one that sampled: rounding, and nothing else.
         """
         experience = experience.to(self.device)
-        totals: dict[str, float] = defaultdict(float)
-        minibatches = 0
-        for epoch in range(self.settings.epochs):
+        steps: list[dict[str, float]] = []
+        for _ in range(self.settings.epochs):
             order = torch.randperm(len(experience), generator=generator)
             for index in order.split(self.settings.batch_size):
-                stats = self.step(experience.select(index.to(self.device)), kl_coef)
-                if epoch == 0 and minibatches == 0:
-                    totals["ppo/first_ratio_error"] = stats["ratio_error"]
-                for name, value in stats["means"].items():
-                    totals[name] += value
-                minibatches += 1
-        first = totals.pop("ppo/first_ratio_error")
-        return {name: total / minibatches for name, total in totals.items()} | {"ppo/first_ratio_error": first}
+                steps.append(self.step(experience.select(index.to(self.device)), kl_coef))
+        means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
+        return means | {"ppo/first_ratio_error": steps[0]["ppo/ratio_error"]}
 
-    def step(self, minibatch: Experience, kl_coef: float) -> dict[str, Any]:
-        """One optimizer step on a minibatch. Its statistics are left on the device until the step is done."""
+    def step(self, minibatch: Experience, kl_coef: float) -> dict[str, float]:
+        """One optimizer step on a minibatch; its statistics are left on the device until the step is done."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.backward(minibatch, kl_coef)
         grad_norm = self._clip_gradients()
         self.optimizer.step()
         self.scheduler.step()
-        names = list(sums)
+        sums["ppo/grad_norm"] = grad_norm
         # One transfer a step, not one a number.
-        values = torch.stack([sums[name] for name in names] + [grad_norm]).tolist()
-        means = dict(zip([*names, "ppo/grad_norm"], values, strict=True))
-        return {"ratio_error": means.pop("ratio_error"), "means": means}
+        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
     def backward(self, minibatch: Experience, kl_coef: float) -> dict[str, Tensor]:
         """Accumulate the minibatch's gradient; returns sums that are already means over the minibatch.
@@ -130,7 +122,7 @@ class Updater:
             stats["ppo/clipfrac"] = (token_mean * clipped).sum()
             # KL(old || new) with samples of the old: the k3 estimate with the roles turned round.
             stats["ppo/approx_kl"] = (token_mean * k3(micro.old_logprobs, logprobs)).sum()
-            stats["ratio_error"] = (token_mean * (torch.exp(logprobs - micro.old_logprobs) - 1).abs()).sum()
+            stats["ppo/ratio_error"] = (token_mean * (torch.exp(logprobs - micro.old_logprobs) - 1).abs()).sum()
         return loss, stats
 
     def _clip_gradients(self) -> Tensor:

@@ -251,7 +251,7 @@ def test_the_value_term_moves_values_towards_returns():
 def test_every_step_starts_from_gradient_0():
     made = topology("none")
     batch, still = experience(made), updater(made, "rloo", lr=0.0)
-    first, again = (still.step(batch, kl_coef=0.0)["means"]["ppo/grad_norm"] for _ in range(2))
+    first, again = (still.step(batch, kl_coef=0.0)["ppo/grad_norm"] for _ in range(2))
     assert first == pytest.approx(again, rel=1e-6)
 
 
@@ -299,7 +299,7 @@ def test_clipfrac_and_approx_kl_by_hand():
     assert stats["ppo/clipfrac"].item() == pytest.approx(7 / 30, rel=1e-5)
     # KL(old || new) by k3 with r = new / old = 1.5: 0.5 - log 1.5 = 0.09453 on 7 of 30 tokens
     assert stats["ppo/approx_kl"].item() == pytest.approx(0.09453 * 7 / 30, rel=1e-3)
-    assert stats["ratio_error"].item() == pytest.approx(0.5 * 7 / 30, rel=1e-4)
+    assert stats["ppo/ratio_error"].item() == pytest.approx(0.5 * 7 / 30, rel=1e-4)
 
 
 @functools.cache
@@ -343,7 +343,7 @@ class Recorder(Updater):
 
     def step(self, minibatch, kl_coef):
         self.__dict__.setdefault("seen", []).append(minibatch.old_logprobs[:, 0].tolist())
-        return {"ratio_error": float(len(self.seen)), "means": {"n": float(len(self.seen))}}
+        return {"ppo/ratio_error": float(len(self.seen)), "n": float(len(self.seen))}
 
 
 def recorded(seed: int, epochs: int = 3):
@@ -368,4 +368,4 @@ def test_minibatches_are_a_function_of_the_generator():
 
 def test_statistics_are_means_over_minibatches_and_the_ratio_error_the_firsts():
     _, stats = recorded(seed=0)
-    assert stats == {"n": (1 + 2 + 3 + 4 + 5 + 6) / 6, "ppo/first_ratio_error": 1.0}
+    assert stats == {"n": 3.5, "ppo/ratio_error": 3.5, "ppo/first_ratio_error": 1.0}  # 3.5 = (1 + ... + 6) / 6
