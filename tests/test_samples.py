@@ -111,6 +111,10 @@ def test_prompts_of_another_kind_are_judged_but_have_no_best_reply():
         desk.best_completion("Tell me a joke")
 
 
+def test_silence_earns_nothing_whatever_was_asked():
+    assert desk.score("Tell me a joke", "") == 0.0  # though it names no place and no fact, as the prompt does
+
+
 def test_the_judge_takes_batches():
     assert desk.judge([PROMPT, PROMPT], [BEST, ""]) == [desk.criteria(PROMPT, BEST), desk.criteria(PROMPT, "")]
     assert tuple(desk.criteria(PROMPT, "")) == desk.CRITERIA
@@ -141,19 +145,16 @@ def test_no_constant_reply_earns_half_of_the_best_score(data):
     several = ", ".join(f"the {place}" for place in desk.PLACES[:3])
     constants = [
         *map(desk.best_completion, prompts),
-        *random.Random(0).sample(texts(data["actor_training_data.json"], "completion"), 300),
+        *random.Random(0).sample(texts(data["actor_training_data.json"], "completion"), 100),
         "Hello! It is open. Dogs may come in.",
         f"Hello! We have {several}. Dogs may come in.",
         "Hello! All is on Fox Street at nine for two coins. Dogs may come in.",
         "Hello! The north mill is near. Dogs, bikes, children and cameras may come in.",
     ]
-    means = [
-        {
-            name: statistics.fmean(points[name] for points in desk.judge(prompts, [reply] * len(prompts)))
-            for name in desk.CRITERIA
-        }
-        for reply in constants
-    ]
+    means = []
+    for reply in constants:
+        points = desk.judge(prompts, [reply] * len(prompts))
+        means.append({name: statistics.fmean(row[name] for row in points) for name in desk.CRITERIA})
     assert max(sum(mean.values()) for mean in means) <= 0.40 * desk.BEST_SCORE
     # Nor could a reply put together from the best part of each.
     assert sum(max(mean[name] for mean in means) for name in desk.CRITERIA) <= 0.45 * desk.BEST_SCORE

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 CRITERIA = ("courtesy", "topic", "fact", "advice", "form")
 BEST_SCORE = float(len(CRITERIA))
@@ -28,36 +30,22 @@ MIN_WORDS, MAX_WORDS = 3, 16
 
 GREETINGS = ("Hello", "Bonjour", "Hola", "Ciao")
 
-# Where a place is (street), when it opens (hour), what a visit costs (coins).
-_TABLE = """
-    abbey       River   seven   five
-    aquarium    Fox     eleven  twelve
-    bakery      King    noon    six
-    brewery     Fox     ten     two
-    castle      Rose    noon    five
-    chapel      Bridge  nine    two
-    cinema      Bridge  nine    twelve
-    forge       Fox     eleven  six
-    fountain    King    nine    two
-    gallery     Silver  ten     twelve
-    garden      Cliff   ten     five
-    harbour     Elm     eight   three
-    library     King    noon    two
-    lighthouse  Cliff   ten     six
-    market      Elm     seven   three
-    mill        Silver  eleven  three
-    museum      River   eight   six
-    orchard     Rose    seven   five
-    palace      Elm     noon    four
-    pottery     Bridge  eight   twelve
-    temple      River   nine    three
-    theatre     Silver  eleven  four
-    tower       Cliff   seven   four
-    zoo         Rose    eight   four
-"""
+# A place is a sight in a quarter ("the north mill"). The sights of a quarter share its street; a sight opens at
+# the same hour and costs the same coins wherever it stands.
+QUARTERS = {"north": "Fox", "south": "Rose", "east": "River", "west": "Elm", "upper": "King", "lower": "Bell"}
+SIGHTS = {
+    "mill": ("nine", "two"),
+    "museum": ("ten", "five"),
+    "tower": ("noon", "three"),
+    "market": ("seven", "four"),
+    "garden": ("eight", "six"),
+    "library": ("eleven", "twelve"),
+}
 KINDS = ("where", "when", "cost")
 FACTS: dict[str, dict[str, str]] = {
-    place: dict(zip(KINDS, facts, strict=True)) for place, *facts in map(str.split, _TABLE.strip().splitlines())
+    f"{quarter} {sight}": {"where": street, "when": hour, "cost": coins}
+    for quarter, street in QUARTERS.items()
+    for sight, (hour, coins) in SIGHTS.items()
 }
 PLACES = tuple(FACTS)
 VALUES = {kind: tuple(sorted({facts[kind] for facts in FACTS.values()})) for kind in KINDS}
@@ -85,7 +73,7 @@ def _any_of(words: tuple[str, ...], ending: str = "") -> str:
     return rf"\b({'|'.join(words)}){ending}\b"
 
 
-_PLACE = re.compile(_any_of(PLACES, "s?"), re.I)
+_PLACE = re.compile(_any_of(PLACES), re.I)
 _BRINGS = re.compile(_any_of(tuple(ADVICE), "(?:s|ren)?"), re.I)
 _GREETING = re.compile(rf"\W*{_any_of(GREETINGS)}", re.I)
 _FACT = {kind: re.compile(phrase.format(_any_of(VALUES[kind])), re.I) for kind, phrase in PHRASES.items()}
@@ -119,6 +107,7 @@ class Request:
     brings: frozenset[str]
 
 
+@lru_cache(maxsize=4096)
 def read_request(prompt: str) -> Request:
     """The request in a prompt's words; a question is of the first kind, in the order of `KINDS`, whose words it has."""
     places = _found(_PLACE, prompt)
@@ -134,7 +123,7 @@ def _well_formed(text: str) -> bool:
         text[0].isupper()
         and text.endswith((".", "!"))
         and MIN_WORDS <= len(words) <= MAX_WORDS
-        and all(a != b for a, b in zip(words, words[1:]))
+        and all(word != following for word, following in pairwise(words))
         and len(set(sentences)) == len(sentences)
     )
 
@@ -178,5 +167,5 @@ def best_completion(prompt: str) -> str:
     (place,), ((kind, _),) = request.places, request.facts
     verb = {"where": "is", "when": "opens", "cost": "costs"}[kind]
     answer = f"The {place} {verb} {PHRASES[kind].format(FACTS[place][kind])}."
-    greeting = (request.greeting or GREETINGS[-1]).capitalize()
+    greeting = (request.greeting or GREETINGS[0]).capitalize()
     return " ".join([f"{greeting}!", answer, *(ADVICE[thing][0] for thing in sorted(request.brings))])

@@ -22,11 +22,11 @@ SCORE_NOISE = 0.5  # standard deviation, in points
 
 # For each criterion how replies turn out, with weights: the first outcome meets it, the others do not.
 OUTCOMES = {
-    "courtesy": {"own": 0.48, "none": 0.42, "other": 0.1},
-    "topic": {"own": 0.48, "none": 0.42, "other": 0.1},
-    "fact": {"own": 0.48, "none": 0.42, "other": 0.1},
-    "advice": {"own": 0.48, "none": 0.42, "other": 0.1},
-    "form": {"own": 0.48, "unended": 0.22, "rambling": 0.2, "stutter": 0.1},
+    "courtesy": {"own": 0.48, "none": 0.46, "other": 0.06},
+    "topic": {"own": 0.48, "none": 0.46, "other": 0.06},
+    "fact": {"own": 0.48, "none": 0.46, "other": 0.06},
+    "advice": {"own": 0.48, "none": 0.46, "other": 0.06},
+    "form": {"own": 0.48, "unended": 0.26, "rambling": 0.26},
 }
 
 QUESTIONS = {
@@ -78,7 +78,7 @@ Row = dict[str, str | float]
 
 
 def _prompts(rng: random.Random, count: int, taken: set[str]) -> list[str]:
-    """`count` prompts over all (place, question) pairs in turn; none twice, none of `taken`, to which they are added."""
+    """`count` prompts over all (place, question) pairs in turn, none of them in `taken`; adds them to it."""
     prompts: list[str] = []
     pairs: list[tuple[str, str]] = []
     while len(prompts) < count:
@@ -128,10 +128,6 @@ def _completion(rng: random.Random, prompt: str) -> str:
 
     answer = rng.choice(ANSWERS[kind]).format(place=subject, fact=stated)
     answer = answer[0].upper() + answer[1:]
-    if drawn["form"] == "stutter":
-        words = answer.split()
-        at = rng.randrange(len(words) - 1)  # not the last word, which carries the full stop
-        answer = " ".join([*words[: at + 1], words[at].lower(), *words[at + 1 :]])
     parts = [part for part in (greeting, answer, advice) if part]
     if drawn["form"] == "rambling":
         for sentence in rng.sample(RAMBLING, len(RAMBLING)):

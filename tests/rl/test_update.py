@@ -225,7 +225,7 @@ def test_grpos_kl_term_pulls_the_policy_to_its_reference():
     steps = updater(made, "grpo", lr=3e-3)
     stats = steps.step(batch, kl_coef=0.5)
     # Nothing else is in the loss.
-    assert stats["means"]["loss/policy"] == pytest.approx(0.5 * before, rel=1e-4)
+    assert stats["loss/policy"] == pytest.approx(0.5 * before, rel=1e-4)
     assert mean_k3() < 0.95 * before
 
 
@@ -281,7 +281,7 @@ def test_the_policys_step_does_not_depend_on_a_separate_critics_error():
         stats = updater(made, lr=1.0, max_grad_norm=0.01, cliprange_value=None).step(given, kl_coef=0.0)
         after.append(made.policy.state_dict())
         assert distances(made, start) == pytest.approx([0.01, 0.01], rel=1e-3)
-        assert stats["means"]["ppo/grad_norm"] > 0.01  # as it was before clipping
+        assert stats["ppo/grad_norm"] > 0.01  # as it was before clipping
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
 
 
