@@ -1,20 +1,27 @@
-"""The visitors' desk: a language task small enough for a laptop, with a rule that knows every right answer.
+"""The visitors' desk: a language task small enough for a laptop, with a rule that knows how good any reply is.
 
-A visitor greets, says what they bring along, and asks for one fact about one place in town. The clerk replies:
+A visitor greets, says what they bring along, and asks one thing about one place in town. The clerk replies:
 
-    Visitor: Good evening, I have my dog with me. When does the abbey open?
-    Clerk:   Good evening! The abbey opens at nine. Dogs may come in.
+    Visitor: Bonjour. When does the north mill open? I bring my dog.
+    Clerk:   Bonjour! The north mill opens at nine. Dogs may come in.
 
-Five independent criteria, each worth one point; the right answer to four of them depends on the request:
+Five independent criteria, each worth one point; the request decides what meets the first four:
 
-    courtesy  opens with the visitor's own greeting                 "Good evening! ..."
-    topic     names the place asked about and no other place        "... The abbey ..."
-    fact      states the fact asked for and no other fact           "... at nine ..."
-    advice    has a sentence for what the visitor brings, and for nothing else     "... Dogs may come in."
+    courtesy  opens with the visitor's own greeting, not with none or another   "Bonjour! ..."
+    topic     names the place asked about and no other place                    "... The north mill ..."
+    fact      states the fact asked for and no other fact                       "... at nine ..."
+    advice    has a sentence for what the visitor brings and for nothing else   "... Dogs may come in."
     form      capital first, a full stop or ! last, 3 to 16 words, no word twice in a row, no sentence twice
 
-Standard library only, pure functions, any prompt and any completion: what a prompt leaves out, a good reply
-leaves out too (a visitor who brings nothing needs no advice), and an empty completion earns nothing.
+What a prompt leaves out a good reply leaves out too (who brings nothing needs no advice), and silence earns nothing.
+
+Landmarks, in points of 5, for the sample data (`generate.py`) and its 100 held-out prompts:
+
+    best reply to each prompt (`best_completion`, a different one for each)                    5.0
+    best constant reply: good form, and now and then a greeting, an item or a fact by chance   1.6
+    actor fine-tuned on the sample rows, sampled at temperature 1                              2.3
+
+Standard library only; pure functions of any prompt and any completion.
 """
 
 from __future__ import annotations

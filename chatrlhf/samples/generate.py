@@ -20,7 +20,9 @@ DEFAULT_SEED = 0
 ACTOR_ROWS, REWARD_ROWS, RL_PROMPTS, VALIDATION_PROMPTS = 4800, 4000, 300, 100
 SCORE_NOISE = 0.5  # standard deviation, in points
 
-# For each criterion how replies turn out, with weights: the first outcome meets it, the others do not.
+# For each criterion how replies turn out, with weights: the first outcome meets it, the others do not. What misses
+# it is mostly missing and seldom wrong: a reward model of this size and on these rows sees whether a reply states
+# some fact, and hardly whether it is the right one. That is the actor's knowledge, and the KL term protects it.
 OUTCOMES = {
     "courtesy": {"own": 0.48, "none": 0.46, "other": 0.06},
     "topic": {"own": 0.48, "none": 0.46, "other": 0.06},
