@@ -56,9 +56,9 @@ def test_rewards_are_ranks_of_all_responses(task: Task):
 
 
 def test_the_optimum_by_hand():
-    """Two responses of pi_ref = (3/4, 1/4), R = (0, 1), beta = 1 / log 3: the tilted weights are 3/4 and 3/4.
+    """Two responses of pi_ref = (3/4, 1/4), R = (0, 1), beta = 1 / log 3: exp(R / beta) = (1, 3).
 
-    So pi* = (1/2, 1/2), E[R] = 1/2, KL = log 2 - (log 3) / 4 - ... written out below, J* = log(3/2) / log 3.
+    The tilted weights are 3/4 and 3/4, so pi* = (1/2, 1/2) and Z = 3/2.
     """
     task = Task(torch.empty(0), torch.tensor([0.0, 1.0]).double(), None, torch.tensor([0.75, 0.25]).double().log(), {})
     beta = 1 / math.log(3)

@@ -1,28 +1,50 @@
-"""The embedded default keeps its promises: RL makes the replies better by the rule that training never saw."""
+"""The embedded default keeps its promises: RL makes the replies better by the rule that training never saw, on a leash."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from small_run import ROOT, finish, start
 
 from chatrlhf.samples.desk import BEST_SCORE, CRITERIA
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_rl_closes_most_of_the_gap_without_losing_a_criterion(tmp_path):
-    run_dir = tmp_path / "run"
-    status, out, err = finish(start(str(ROOT / "config.yaml"), "--output-dir", str(run_dir), "--type", "ALL"), 1400)
+CONFIG = str(ROOT / "config.yaml")
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("default") / "run"
+    status, out, err = finish(start(CONFIG, "--output-dir", str(run_dir), "--type", "ALL"), 1400)
     assert status == 0, err
+    return run_dir
+
+
+def before_and_after(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last evaluation on the held-out prompts."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     before, *_, after = [row for row in rows if row["stage"] == "RL" and "eval/true_score" in row]
-    assert before["step"] == 0 and 0.2 * BEST_SCORE <= before["eval/true_score"] <= 0.6 * BEST_SCORE
-    closed = (after["eval/true_score"] - before["eval/true_score"]) / (BEST_SCORE - before["eval/true_score"])
-    assert closed >= 0.55
+    assert before["step"] == 0
+    return before, after
+
+
+def test_rl_closes_most_of_the_gap_without_losing_a_criterion(guarded):
+    before, after = before_and_after(guarded)
+    assert 0.2 * BEST_SCORE <= before["eval/true_score"] <= 0.6 * BEST_SCORE
+    assert after["eval/true_score"] - before["eval/true_score"] >= 0.55 * (BEST_SCORE - before["eval/true_score"])
     assert after["eval/kl"] <= 8.0
     assert after["eval/distinct"] >= 0.85
     for criterion in CRITERIA:
         assert after[f"eval/{criterion}"] >= before[f"eval/{criterion}"] - 0.05
-    assert f"RL closed {closed:.2f} of the distance" in out
+
+
+def test_without_the_kl_term_the_learned_reward_rises_and_the_true_score_falls(guarded):
+    words = ("--set", "trainer_config.init_kl_coef=0", "--set", "trainer_config.actor_lr=2e-3")
+    status, out, err = finish(start(CONFIG, "--output-dir", str(guarded), "--type", "RL", *words), 1400)
+    assert status == 0, err
+    before, after = before_and_after(guarded)
+    assert after["eval/reward"] > before["eval/reward"] + 1.0
+    assert after["eval/true_score"] < before["eval/true_score"]
