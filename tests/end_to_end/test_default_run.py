@@ -1,4 +1,4 @@
-"""The embedded default keeps its promises: RL makes the replies better by the rule that training never saw, on a leash."""
+"""The embedded default keeps its promises: by a rule that training never saw, RL makes replies better, on a leash."""
 
 from __future__ import annotations
 
