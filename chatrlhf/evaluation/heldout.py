@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,7 +31,12 @@ class HeldOutReport:
 
     @property
     def reward(self) -> float:
-        return sum(self.rewards) / len(self.rewards)
+        return statistics.fmean(self.rewards)
+
+    @property
+    def reward_std(self) -> float:
+        """Standard deviation of the rewards over the prompts."""
+        return statistics.pstdev(self.rewards)
 
     @property
     def true_score(self) -> float | None:
@@ -43,6 +49,7 @@ class HeldOutReport:
         """Under the names they are logged by."""
         values = {
             "eval/reward": self.reward,
+            "eval/reward_std": self.reward_std,
             "eval/kl": self.kl,
             "eval/length": self.length,
             "eval/finished": self.finished,

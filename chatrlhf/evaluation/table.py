@@ -32,6 +32,7 @@ def show_comparison(console: Console, before: HeldOutReport, after: HeldOutRepor
         for name, values in before.criteria.items():
             row(f"  {name}", _mean(values), _mean(after.criteria[name]))
     row("learned reward", before.reward, after.reward)
+    row("  its deviation", before.reward_std, after.reward_std)
     row("KL to the SFT actor (nats)", before.kl, after.kl)
     row("length (tokens)", before.length, after.length, 1)
     row("finished", before.finished, after.finished)
@@ -42,6 +43,9 @@ def show_comparison(console: Console, before: HeldOutReport, after: HeldOutRepor
         console.print(
             f"RL closed {closed:.2f} of the distance between the SFT actor's true score and the best possible."
         )
+    if before.reward_std > 0:
+        rise = (after.reward - before.reward) / before.reward_std
+        console.print(f"RL moved the learned reward by {rise:+.2f} standard deviations of the SFT actor's.")
     samples = Table(title="side by side", title_justify="left", show_lines=True)
     for name in ("prompt", "SFT actor", "RL actor"):
         samples.add_column(name, overflow="fold")
