@@ -79,8 +79,3 @@ def token_weights(response_mask: Tensor, aggregation: Aggregation) -> Tensor:
     if aggregation == "sequence_mean":
         return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / mask.shape[0]
     raise ValueError(f"unknown aggregation {aggregation!r}")
-
-
-def pairwise_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(chosen - rejected), [B] from scores [B] (Bradley-Terry; Ouyang et al. 2022, eq. 1)."""
-    return -torch.nn.functional.logsigmoid(chosen - rejected)

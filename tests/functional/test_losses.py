@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from chatrlhf.functional.losses import pairwise_loss, policy_clipped, policy_loss, token_weights, value_loss
+from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
 
 RATIOS = [1.5, 0.5, 1.1, 0.9]  # with eps 0.2: above, below, inside, inside
 
@@ -116,16 +116,3 @@ def test_weights_of_a_mean_sum_to_1(aggregation):
 def test_an_unknown_aggregation_is_refused():
     with pytest.raises(ValueError, match="median"):
         token_weights(MASK, "median")
-
-
-# ----- pairs
-
-
-def test_pairwise_loss_by_hand():
-    # -log sigmoid(0) = log 2;  -log sigmoid(2) = log(1 + e^-2) = 0.12693
-    loss = pairwise_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
-    torch.testing.assert_close(loss, torch.tensor([math.log(2), 0.12693]), rtol=0, atol=1e-5)
-
-
-def test_a_pair_far_the_wrong_way_round_stays_finite():
-    assert pairwise_loss(torch.tensor([-500.0]), torch.tensor([500.0])).item() == 1000.0
