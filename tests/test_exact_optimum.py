@@ -77,7 +77,7 @@ def test_half_the_episodes_come_close_to_the_optimum(task: Task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta, seed", itertools.product(MIN_GAIN, range(5)))
+@pytest.mark.parametrize("beta, seed", list(itertools.product(MIN_GAIN, range(5))))
 def test_every_seed_reaches_the_optimum(task: Task, beta: float, seed: int):
     assert run(task, beta, seed).failures(beta) == []
 
