@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from chatrlhf.assembly import assemble_ppo, sampling_distribution
 from chatrlhf.config.schema import Config
@@ -161,7 +162,9 @@ def _run_stage(this: Run, stage: str) -> StageResult:
     if this.resume and this.manifest.is_done(stage):
         this.log.note(f"{stage}: finished before, kept")
     else:
-        torch.manual_seed(this.seed(stage))
+        # Python's and NumPy's generators too: a user's reward function may draw from them, and what it draws must not
+        # depend on which stages ran earlier in this process.
+        set_seed(this.seed(stage))
         record = {"ACTOR": run_actor, "REWARD": run_reward, "RL": run_rl}[stage](this)
         this.manifest.finish(stage, record)
     done = this.manifest.stages[stage]

@@ -22,6 +22,14 @@ def dying(self, *args):
     return die() if calls[0] == 30 else forward(self, *args)
 engine._Chunk._forward = dying
 """,
+    "before the first RL checkpoint": """
+import chatrlhf.rl.update as update
+step, calls = update.Updater.step, [0]
+def dying(self, *args):
+    calls[0] += 1
+    return die() if calls[0] == 3 else step(self, *args)
+update.Updater.step = dying
+""",
     "inside a PPO epoch": """
 import chatrlhf.rl.update as update
 step, calls = update.Updater.step, [0]
@@ -93,6 +101,14 @@ def killed(config: Path, run_dir: Path, place: str) -> None:
 def test_killed_inside_a_ppo_epoch(config, undisturbed, tmp_path):
     killed(config, tmp_path / "run", "inside a PPO epoch")
     resume_and_compare(config, tmp_path / "run", undisturbed)
+
+
+def test_one_stage_at_a_time_leaves_what_all_leaves(config, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    for stage in ("ACTOR", "REWARD", "RL"):
+        status, out, err = finish(start(str(config), "--output-dir", str(run_dir), "--type", stage))
+        assert status == 0, err
+    assert differences(left_behind(run_dir), left_behind(undisturbed)) == []
 
 
 @pytest.mark.slow
