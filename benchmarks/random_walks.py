@@ -8,9 +8,12 @@ knows the edges and nothing about the way. Then PPO maximises, within 2,840 epis
                                          edge that is not there or never reaches the goal
 
 Two settings differ from trlX's in kind. Walks are drawn at temperature 1.3 for training and at 1 for evaluation:
-hotter walks keep trying other ways where PPO would settle for a detour early. And a KL term of 0.05 keeps the
-fine-tuned model's knowledge of the edges: without it, what is learned at some nodes can spill over to others until
-these always take an edge that is not there, score 0 whatever they do, and never recover.
+hotter walks keep trying other ways where PPO would settle for a detour early. And lambda is 1: with less, and a
+critic that knows nothing yet, later tokens get more of the score, so short walks are favoured whatever they scored.
+
+There is no KL term, as in trlX's example, and the controls are why it must not be there: noise drives a policy away
+from its reference, a KL penalty summed over a walk is then paid back by making walks shorter, and shorter walks are
+better ones here. With a coefficient of 0.05 scores thrown like dice gain as much as 0.16.
 
 Two controls must not learn: scores permuted within each rollout batch, and a learning rate of 0.
 
@@ -58,8 +61,8 @@ ROLLOUTS, STEPS = 71, 40  # 2,840 episodes
 EPOCHS = 4  # of one full-batch step each
 # The policy's rate climbs over 16 optimizer steps, while the value head (at its full rate at once) learns what to
 # expect: without a baseline every walk that arrives is reinforced, detours included. Both then fall to 0.
-LR, HEAD_LR, WARM_UP = 6e-4, 3e-3, 16
-ROLLOUT_TEMPERATURE, KL_COEF = 1.3, 0.05
+LR, HEAD_LR, WARM_UP = 3e-4, 3e-3, 16
+ROLLOUT_TEMPERATURE = 1.3
 SAMPLES = 32  # walks from each start in an evaluation
 # Seed 0's graph starts at 0.051: on another machine it might fall below the range and be another graph.
 FIRST_GRAPH = 1
@@ -237,8 +240,8 @@ def make_trainer(
         ),
         updater=Updater(topology, optimizer, scheduler, ALGORITHMS["ppo"], settings, device),
         algorithm=ALGORITHMS["ppo"],
-        estimation=lambda coef: Estimation(kl_coef=coef, gamma=1.0, lam=0.95, whiten_advantages=False),
-        kl=KLController(KL_COEF),
+        estimation=lambda coef: Estimation(kl_coef=coef, gamma=1.0, lam=1.0, whiten_advantages=False),
+        kl=KLController(0.0),
         num_steps=steps,
         seed=seed,
         log=log,

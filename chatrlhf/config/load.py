@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,29 @@ def load_config(
         raw, base_dir, where = _read_yaml(path), path.resolve().parent, str(path)
     raw = _none_strings_to_null(raw)
     # Overrides may use anybody's names too, so each layer is translated before the upper covers the lower.
-    raw, notes = translate({key: value for key, value in raw.items() if value is not None})
-    upper, upper_notes = translate(_nested(_parse_overrides(overrides)))
+    with _naming(where):
+        raw, notes = translate({key: value for key, value in raw.items() if value is not None})
+    given = _nested(_parse_overrides(overrides))
+    with _naming("--set"):
+        upper, upper_notes = translate(given)
     written = _covered(raw, upper)
-    try:
+    with _naming(where):
         # Counted last, so that overriding one factor changes the product.
         config = Config.model_validate(count_episodes(written))
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error)}") from None
     config._base_dir, config._written = base_dir, written
     config._notes = list(dict.fromkeys(notes + upper_notes)) + _surprises(config)
     return config
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Errors inside say in which file, or that it was the command line, where the key stands."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def explain(error: ValidationError) -> str:
@@ -101,7 +114,7 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"configuration file {str(path)!r} does not exist (working directory {Path.cwd()})") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:

@@ -11,7 +11,6 @@ These names become field terms here and nowhere else. Files are only ever read.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from chatrlhf.errors import DataError
 
 # What ChatLLaMA advises; fewer is a warning.
+FLOAT32_MAX = 3.4028234663852886e38
 ADVISED_ROWS = {"actor": 1000, "reward": 100, "prompts": 1000}
 
 
@@ -95,6 +95,13 @@ class _RawRow:
         value = self.values[field]
         if not isinstance(value, str):
             raise DataError(f"{self.place}, field {field!r}: expected text, got {_describe(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # half of an emoji, where a program cut the text in the middle
+            raise DataError(
+                f"{self.place}, field {field!r}: character {error.start + 1} is half of a surrogate pair, which is no "
+                "text; correct or remove it"
+            ) from None
         return value
 
 
@@ -113,8 +120,10 @@ def _judgement(row: _RawRow) -> ScoredCompletion | Preference:
         )
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise DataError(f"{row.place}, field 'score': expected a number, got {_describe(score)}")
-    if not math.isfinite(score):
-        raise DataError(f"{row.place}, field 'score': {score} is not a finite number; correct or remove the row")
+    # Compared as Python numbers: an integer of any length is allowed in JSON, and losses are computed in float32.
+    if not -FLOAT32_MAX <= score <= FLOAT32_MAX:
+        shown = str(score) if len(str(score)) <= 40 else f"{str(score)[:37]}..."
+        raise DataError(f"{row.place}, field 'score': {shown} is not a finite number; correct or remove the row")
     return ScoredCompletion(prompt, completion, float(score))
 
 
@@ -127,7 +136,7 @@ def _read(path: Path, convert: Callable[[_RawRow], Row]) -> list[Row]:
 
 def _raw_rows(path: Path) -> Iterator[_RawRow]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors set
     except FileNotFoundError:
         raise DataError(f"{path}: the file does not exist; correct the path in the configuration") from None
     except IsADirectoryError:
@@ -156,6 +165,9 @@ def _parse(text: str, path: Path, row: int | None) -> Any:
     except json.JSONDecodeError as error:
         place = f"row {row}" if row is not None else f"line {error.lineno}"
         raise DataError(f"{path}, {place}, column {error.colno}: broken JSON ({error.msg}); correct the file") from None
+    except (ValueError, RecursionError) as error:  # valid JSON that Python declines, such as a number of 5,000 digits
+        place = f"row {row}" if row is not None else "its JSON"
+        raise DataError(f"{path}, {place}: cannot be read ({error}); correct the file") from None
 
 
 def _describe(value: Any) -> str:

@@ -449,3 +449,12 @@ def test_samplers_that_ppo_cannot_score_are_refused(key, refused, plain):
 def test_a_low_temperature_is_a_warning(temperature, warned):
     for raw in ({"actor_config": {"temperature": temperature}}, trainer(temperature=temperature)):
         assert any("explores little" in note for note in load_config(raw).notes) is warned
+
+
+def test_a_setting_given_twice_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("trainer_config: {cliprange: 0.2, actor_eps_clip: 0.2}\n")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: trainer_config: .* are one setting"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="^--set: trainer_config: .* are one setting"):
+        load_config({}, ["trainer_config.cliprange=0.2", "trainer_config.actor_eps_clip=0.2"])

@@ -39,6 +39,15 @@ def test_json_and_jsonl_are_the_same(write, ending):
     assert read_demonstrations(write(lines(ACTOR) + ending, "lines.json")) == expected  # seen by its first character
 
 
+def test_a_byte_order_mark_is_not_part_of_the_file(write):
+    assert read_prompts(write("\ufeff" + json.dumps([{"user_input": "Hi?"}]))) == ["Hi?"]
+
+
+def test_a_number_that_python_declines_to_read(write):
+    with pytest.raises(DataError, match="rows.jsonl, row 1: cannot be read"):
+        read_judgements(write('{"user_input": "a", "completion": "b", "score": ' + "9" * 5000 + "}", "rows.jsonl"))
+
+
 def test_a_line_separator_inside_a_text_does_not_end_a_row(write):
     row = '{"user_input": "one\u2028two\x85three"}'
     assert read_prompts(write(row, "rows.jsonl")) == ["one\u2028two\x85three"]
@@ -68,6 +77,9 @@ def test_pairs_keep_both_replies(write):
         ({"user_input": "a", "completion": "b", "score": "4"}, "'score': expected a number, got str"),
         ({"user_input": "a", "completion": "b", "score": float("nan")}, "'score': nan is not a finite"),
         ({"user_input": "a", "completion": "b", "score": float("inf")}, "'score': inf is not a finite"),
+        ({"user_input": "a", "completion": "b", "score": -1e39}, "'score': -1e\\+39 is not a finite"),
+        ({"user_input": "a", "completion": "b", "score": 10**400}, "'score': 10*\\.\\.\\. is not a finite"),
+        ({"user_input": "a", "completion": "b \ud83d", "score": 1}, "'completion': character 3 is half of a surrogate"),
         ({"user_input": "a", "chosen": "b"}, "'rejected' is missing"),
         ({"user_input": "a", "chosen": "b", "rejected": None}, "'rejected': expected text, got null"),
         ({"completion": "b", "score": 1}, "'user_input' is missing.*found 'completion', 'score'"),
