@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from chatrlhf.assembly import assemble_ppo, sampling_distribution
 from chatrlhf.config.schema import Config
@@ -162,6 +161,9 @@ def _run_stage(this: Run, stage: str) -> StageResult:
     if this.resume and this.manifest.is_done(stage):
         this.log.note(f"{stage}: finished before, kept")
     else:
+        # Imported here, or the libraries behind it would speak before they were told to be quiet.
+        from transformers import set_seed
+
         # Python's and NumPy's generators too: a user's reward function may draw from them, and what it draws must not
         # depend on which stages ran earlier in this process.
         set_seed(this.seed(stage))
