@@ -9,15 +9,17 @@ import torch
 from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder, prompt_batch
 from chatrlhf.data.inputs import Rows
-from chatrlhf.device import autocast_factory
+from chatrlhf.device import resolve_precision
 from chatrlhf.errors import DataError
 from chatrlhf.evaluation.heldout import HeldOut
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.topology import PolicyOnly, Reference
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
+from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.prompts import PromptSchedule, step_seed
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import RewardSource, load_function
@@ -50,7 +52,6 @@ def assemble_ppo(
         DataError: no prompt leaves room for a response.
     """
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
-    autocast = autocast_factory(trainer.precision, device)
     limits, stop = _limits(config, encoder), trainer.gen_kwargs.stop
     pad_id = encoder.tokenizer.pad_token_id
     prompts, texts = _encoded_prompts(rows.train, encoder, limits, log, "trainer_config.examples_path")
@@ -62,14 +63,20 @@ def assemble_ppo(
         lambda ids: encoder.template.strip(encoder.tokenizer.decode(ids, skip_special_tokens=True)),
         stop,
         trainer.chunk_size,
-        autocast,
     )
     scaling = RewardScaling(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
     )
-    scorer = Scorer(topology, reference, reward, scaling, device, max(trainer.micro_batch_size, 1), autocast)
+    scorer = Scorer(topology, reference, reward, scaling, device, max(trainer.micro_batch_size, 1))
+    for model in (*topology.backbones(), reference.model):
+        prefer_fast_attention(model, device, limits.max_length)
+    groups, masters = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr), None
+    if resolve_precision(trainer.precision, device) == "bf16":
+        masters = MasterWeights(*topology.backbones())
+        groups = masters.groups(groups)
+        to_bfloat16(reference.model)
     optimizer = torch.optim.AdamW(
-        topology.parameter_groups(trainer.actor_lr, trainer.critic_lr),
+        groups,
         betas=trainer.betas,
         weight_decay=trainer.weight_decay,
         fused=device.type in ("cpu", "cuda"),
@@ -84,7 +91,7 @@ def assemble_ppo(
         entropy_coef=trainer.entropy_coef,
         max_grad_norm=trainer.max_grad_norm,
     )
-    updater = Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, autocast)
+    updater = Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, masters)
     held_out = None
     if rows.held_out:
         held_prompts, held_texts = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 
 
@@ -23,10 +19,3 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def autocast_factory(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes the context that forwards run in; weights stay float32, log-probabilities are computed in float32."""
-    if resolve_precision(precision, device) == "fp32":
-        return nullcontext
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

@@ -15,11 +15,12 @@ from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
 from chatrlhf.data.templates import get_template
-from chatrlhf.device import pick_device
+from chatrlhf.device import pick_device, resolve_precision
 from chatrlhf.distributed import require_single_process
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
+from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.factory import (
     context_length,
     load_actor,
@@ -34,6 +35,7 @@ from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, Shar
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
 from chatrlhf.rl.experience import ALGORITHMS
+from chatrlhf.rl.master_weights import to_bfloat16
 from chatrlhf.rl.prompts import step_seed
 from chatrlhf.rl.rewards import (
     FunctionReward,
@@ -230,6 +232,11 @@ def run_rl(this: Run) -> dict[str, Any]:
         config.reward_config.model,
     )
     topology.to(this.device)
+    if reward_scorer is not None:
+        backbone = reward_scorer.model.backbone
+        prefer_fast_attention(backbone, this.device, reward_scorer.encoder.max_length)
+        if resolve_precision(trainer_config.precision, this.device) == "bf16":
+            to_bfloat16(backbone)  # not earlier: the critic may have been copied from it
     this.log.note(
         f"RL: {trainer_config.algorithm}, {parameter_count(topology):,} parameters in training; {critic_line}"
     )
@@ -239,9 +246,10 @@ def run_rl(this: Run) -> dict[str, Any]:
     )
     files.begin()
     trainer.train(this.resume)
-    _publish_policy(this.dir / "actor_rl", policy, encoder)
-    if algorithm.needs_critic:
-        publish_folder(this.dir / "critic", _critic_scorer(topology, encoder).save)
+    with trainer.updater.full_precision():
+        _publish_policy(this.dir / "actor_rl", policy, encoder)
+        if algorithm.needs_critic:
+            publish_folder(this.dir / "critic", _critic_scorer(topology, encoder).save)
     if trainer.before is not None and trainer.after is not None:
         show_comparison(this.log.console, trainer.before, trainer.after, trainer_config.eval_best)
     return _record(this, "RL", "actor_rl", config.actor_config.model, rows)

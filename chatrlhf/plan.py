@@ -55,7 +55,7 @@ def _batch_lines(config: Config, stages: list[str], inputs: Inputs) -> list[str]
             f"({t.num_rollouts // t.samples_per_prompt} prompts x {t.samples_per_prompt}), "
             f"decoded {t.chunk_size} at a time",
             f"RL: a step updates {t.ppo_epochs} epochs x {minibatches} minibatches of {t.batch_size} sequences "
-            f"({-(-t.batch_size // t.micro_batch_size)} backwards of {t.micro_batch_size}); "
+            f"(a backward has room for the {t.micro_batch_size} longest); "
             f"{t.num_optimizer_steps} optimizer steps in all",
             f"RL: {len(inputs.prompts.train)} prompts, each seen "
             f"{t.total_episodes / t.samples_per_prompt / len(inputs.prompts.train):.1f} times; "

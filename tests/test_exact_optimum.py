@@ -15,7 +15,7 @@ import chatrlhf.models.topology as topology
 import chatrlhf.rl.experience as experience
 from benchmarks.exact_optimum import BOS, MIN_GAIN, STEPS, Task, beta_of_kl, make_task, response_logprobs, run, tilted
 
-selected_logprobs = sequences.selected_logprobs
+token_logprobs = sequences.token_logprobs
 response_logprobs_of_the_package = topology.response_logprobs
 response_states = topology.response_states
 gae, token_rewards = experience.gae, experience.token_rewards
@@ -85,8 +85,8 @@ def test_every_seed_reaches_the_optimum(task: Task, beta: float, seed: int):
 # What must not reach it. Each mutant replaces a function in the module that looks it up, as a wrong line would.
 
 
-def greedy_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    return selected_logprobs(logits, logits.argmax(dim=-1))
+def greedy_logprobs(logits: Tensor, ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    return token_logprobs(logits, logits.argmax(dim=-1), *args, **kwargs)
 
 
 def shifted_logprobs(*args, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +130,7 @@ def rewards_as_returns(rewards, values, mask, gamma, lam) -> tuple[Tensor, Tenso
 
 
 MUTANTS = {
-    "the most likely token's log-probability": (sequences, "selected_logprobs", greedy_logprobs),
+    "the most likely token's log-probability": (sequences, "token_logprobs", greedy_logprobs),
     "KL sign flipped": (experience, "token_rewards", kl_coefficient_times(-1.0)),
     "KL halved": (experience, "token_rewards", kl_coefficient_times(0.5)),
     "score on the first token": (experience, "token_rewards", score_first),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -191,12 +190,13 @@ def said(encoder: Encoder, users: list[str], replies: list[str], finished: bool 
     return Rollout(batch, ids, mask, torch.zeros(mask.shape), flags, fewest, list(replies))
 
 
-def updater(topology: PolicyOnly, algorithm: str = "ppo", lr: float = 0.0, autocast=nullcontext, **settings) -> Updater:
+def updater(topology: PolicyOnly, algorithm: str = "ppo", lr: float = 0.0, masters=None, **settings) -> Updater:
     """An updater with plain gradient descent."""
-    optimizer = torch.optim.SGD(topology.parameter_groups(lr, lr), lr=lr)
+    groups = topology.parameter_groups(lr, lr)
+    optimizer = torch.optim.SGD(masters.groups(groups) if masters else groups, lr=lr)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     settings = UpdateSettings(**dict(epochs=1, batch_size=8, micro_batch_size=8) | settings)
-    return Updater(topology, optimizer, scheduler, ALGORITHMS[algorithm], settings, torch.device("cpu"), autocast)
+    return Updater(topology, optimizer, scheduler, ALGORITHMS[algorithm], settings, torch.device("cpu"), masters)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -242,7 +242,7 @@ class TrainerConfig(OptimizerKeys):
     samples_per_prompt: int | None = Field(None, ge=1, description="null: 1 for ppo, 4 for rloo and grpo")
     chunk_size: int | None = Field(None, ge=1, description="sequences decoded side by side; null: num_rollouts")
     batch_size: int | None = Field(None, ge=1, description="null: a quarter of num_rollouts where that divides")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per backward; null: batch_size")
+    micro_batch_size: int | None = Field(None, ge=1, description="longest sequences per backward; null: batch_size")
     ppo_epochs: int = Field(4, ge=1)
     actor_lr: float = Field(5e-6, ge=0)
     critic_lr: float = Field(9e-6, ge=0)

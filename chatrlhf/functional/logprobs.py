@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,21 +27,23 @@ class SamplingDistribution:
         """Logits of the distribution that is sampled; float32.
 
         Args:
-            logits: [N, V], a model's output at N response positions.
+            logits: [N, V], a model's output at N response positions; left as it is.
             position: [N] int64, t of each (0 = first response token).
             min_new_tokens: [N] int64, EOS has probability 0 where ``position`` is below it.
         """
-        logits = logits.float()
+        adjusted = logits.float()
         if self.temperature != 1.0:
-            logits = logits / self.temperature
+            adjusted = adjusted / self.temperature
+        if adjusted is logits and (self.forbidden_ids or self.eos_token_ids):
+            adjusted = logits.clone()
         if self.forbidden_ids:
-            logits = logits.index_fill(1, logits.new_tensor(self.forbidden_ids, dtype=torch.long), -torch.inf)
-        too_early = position < min_new_tokens
-        if self.eos_token_ids and bool(too_early.any()):
-            is_eos = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-            is_eos[list(self.eos_token_ids)] = True
-            logits = logits.masked_fill(too_early[:, None] & is_eos, -torch.inf)
-        return logits
+            adjusted.index_fill_(1, torch.tensor(self.forbidden_ids, device=logits.device), -torch.inf)
+        if self.eos_token_ids:
+            # Only these columns are touched, and nothing is asked of the device: no pass over V, no waiting.
+            columns = torch.tensor(self.eos_token_ids, device=logits.device)
+            too_early = (position < min_new_tokens)[:, None]
+            adjusted[:, columns] = adjusted[:, columns].masked_fill(too_early, -torch.inf)
+        return adjusted
 
 
 def selected_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -56,6 +59,73 @@ def selected_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
 
+def token_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    position: Tensor,
+    min_new_tokens: Tensor,
+    distribution: SamplingDistribution,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What the update and the scorer ask of [N, V] logits, at the memory of a few rows.
+
+    Equal to `selected_logprobs` and `entropy_from_logits` of ``distribution.adjust(logits, …)``, gradients
+    included; but float32 copies, exponentials and their gradients exist for a chunk of rows at a time, in the
+    processor's cache, and of all N only the logits are kept, in the precision they came in.
+
+    Args:
+        logits: [N, V], any floating type.
+        ids: [N] int64, the sampled tokens.
+        position, min_new_tokens: [N] int64, as in `SamplingDistribution.adjust`.
+
+    Returns:
+        Log-probabilities, and entropies where asked for; [N] float32 each.
+    """
+    logprobs, entropy = _TokenLogprobs.apply(logits, ids, position, min_new_tokens, distribution, with_entropy)
+    return logprobs, entropy if with_entropy else None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, ids, position, min_new_tokens, distribution, with_entropy):
+        logprobs = torch.empty(len(ids), device=logits.device)
+        entropy = torch.empty(len(ids) if with_entropy else 0, device=logits.device)
+        for rows in _chunks(logits):
+            adjusted = distribution.adjust(logits[rows], position[rows], min_new_tokens[rows])
+            logprobs[rows] = selected_logprobs(adjusted, ids[rows])
+            if with_entropy:
+                entropy[rows] = entropy_from_logits(adjusted)
+        ctx.save_for_backward(logits, ids, position, min_new_tokens, entropy)
+        ctx.distribution, ctx.with_entropy = distribution, with_entropy
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, of_logprobs, of_entropy):
+        """d log p_i / dz = onehot_i - p;  dH / dz = -p (log p + H); and dz / d logits = 1 / temperature."""
+        logits, ids, position, min_new_tokens, entropy = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _chunks(logits):
+            adjusted = ctx.distribution.adjust(logits[rows], position[rows], min_new_tokens[rows])
+            weight = of_logprobs[rows, None]
+            if ctx.with_entropy:
+                logprobs = adjusted.log_softmax(dim=-1)
+                p = logprobs.exp()
+                surprise = logprobs.masked_fill_(p == 0, 0.0) + entropy[rows, None]
+                part = p.mul_(surprise.mul_(of_entropy[rows, None]).add_(weight)).neg_()
+            else:
+                part = torch.softmax(adjusted, dim=-1).mul_(-weight)
+            part.scatter_add_(1, ids[rows, None], weight)
+            gradient[rows] = part.div_(ctx.distribution.temperature)
+        return gradient, None, None, None, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Rows whose float32 copy fits into a processor's cache, or keeps a GPU busy."""
+    elements = 2**26 if logits.device.type == "cuda" else 2**18
+    rows = max(1, elements // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
+
+
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits) in nats; [N] for logits [N, V]. A token of probability 0 contributes 0."""
     logprobs = logits.log_softmax(dim=-1)
@@ -63,23 +133,25 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(dim=-1)
 
 
-def sample_by_inversion(logits: Tensor, uniform: Tensor) -> Tensor:
+def sample_by_inversion(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row as the inverse of the cumulative distribution at a given uniform number.
 
     Because each row brings its own number, what a row draws does not depend on which rows share its batch.
+    One exponential serves the draw and its log-probability; nothing of the size [N, V] is kept.
 
     Args:
         logits: [N, V] float32; -inf marks tokens that must not be drawn.
         uniform: [N] float in [0, 1).
 
     Returns:
-        [N] int64.
+        The tokens, [N] int64, and their log-probabilities, [N] float32.
     """
-    cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
-    # Scaled by the last entry (1 up to rounding), so that rounding never leaves a gap at the top end. The
+    peak = logits.amax(dim=-1, keepdim=True)
+    cumulative = (logits - peak).exp_().cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # uniform * total may round up to total itself: then the last token that has any probability is meant. The
     # strict comparison in searchsorted(right=True) skips tokens of probability 0.
-    threshold = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    # uniform * total may round up to total itself: then the last token that has any probability is meant.
-    last_possible = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()).squeeze(-1)
-    return torch.minimum(ids, last_possible)
+    below = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniform.to(total.dtype)[:, None] * total, below)
+    ids = torch.searchsorted(cumulative, threshold, right=True)
+    return ids.squeeze(-1), (logits.gather(-1, ids) - peak - total.log()).squeeze(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from chatrlhf.functional.logprobs import SamplingDistribution, sample_by_inversion, selected_logprobs
+from chatrlhf.functional.logprobs import SamplingDistribution, sample_by_inversion
+from chatrlhf.generation.cache import make_cache, width_for
 from chatrlhf.types import PromptBatch, Rollout
+
+# Rows that have ended leave the batch when this share of it has: moving the others' keys and values costs something.
+LEAVE_AT = 1 / 8
 
 
 @dataclass
@@ -53,7 +56,6 @@ class RolloutEngine:
     decode: Callable[[list[int]], str]  # response ids without EOS to text
     stop: list[str] = field(default_factory=list)
     chunk_size: int | None = None
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.model.forward).parameters
@@ -78,10 +80,13 @@ class RolloutEngine:
         lengths = torch.zeros(len(prompts), dtype=torch.long)
         finished = torch.zeros(len(prompts), dtype=torch.bool)
         texts: list[str] = [""] * len(prompts)
-        for rows in torch.arange(len(prompts)).split(self.chunk_size or len(prompts)):
+        # Prompts of one length side by side need little padding; samples of one prompt stay together.
+        by_length = torch.argsort(prompts.attention_mask.sum(dim=1), stable=True)
+        for rows in by_length.split(self.chunk_size or len(prompts)):
             chunk = _Chunk(self, prompts.select(rows), most[rows], fewest[rows], uniforms[rows], device)
             chunk.run()
-            ids[rows], logprobs[rows] = chunk.ids.cpu(), chunk.logprobs.cpu()
+            width = chunk.ids.shape[1]
+            ids[rows, :width], logprobs[rows, :width] = chunk.ids.cpu(), chunk.logprobs.cpu()
             lengths[rows], finished[rows] = chunk.lengths.cpu(), chunk.finished.cpu()
             for i, text in zip(rows.tolist(), chunk.texts(), strict=True):
                 texts[i] = text
@@ -91,48 +96,72 @@ class RolloutEngine:
 
 
 class _Chunk:
-    """Rows that are decoded side by side. ``alive`` maps the rows of the batch in flight to the chunk's rows."""
+    """Rows that are decoded side by side, at most one token a step.
+
+    ``flight`` maps the rows of the batch in flight to the chunk's rows; ``live`` says which of them have not ended.
+    """
 
     def __init__(
         self, engine: RolloutEngine, prompts: PromptBatch, most: Tensor, fewest: Tensor, uniforms: Tensor, device: Any
     ) -> None:
         self.engine, self.device = engine, device
-        self.prompt_ids = prompts.input_ids.to(device)
-        self.prompt_mask = prompts.attention_mask.to(device)
-        self.most, self.fewest, self.uniforms = most.to(device), fewest.to(device), uniforms.to(device)
-        size, width = uniforms.shape
-        self.ids = torch.full((size, width), engine.pad_token_id, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(size, width, device=device)
-        self.lengths = torch.zeros(size, dtype=torch.long, device=device)
-        self.finished = torch.zeros(size, dtype=torch.bool, device=device)
+        used = prompts.attention_mask.any(dim=0)
+        self.prompt_ids = prompts.input_ids[:, used].to(device)
+        self.prompt_mask = prompts.attention_mask[:, used].to(device)
+        self.group_ids = prompts.group_ids.to(device)
+        width = int(most.max())
+        self.most, self.fewest, self.uniforms = most.to(device), fewest.to(device), uniforms[:, :width].to(device)
+        self.ids = torch.full((len(most), width), engine.pad_token_id, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(len(most), width, device=device)
+        self.lengths = torch.zeros(len(most), dtype=torch.long, device=device)
+        self.finished = torch.zeros(len(most), dtype=torch.bool, device=device)
         self.stopped_text: dict[int, str] = {}
         self.eos = torch.tensor(engine.distribution.eos_token_ids, dtype=torch.long, device=device)
 
     def run(self) -> None:
         """Prefill the prompts, then draw one token a row and step until every row has ended."""
-        alive = torch.arange(len(self.ids), device=self.device)
-        mask = self.prompt_mask
-        cache = DynamicCache(config=self.engine.model.config)
-        logits = self._forward(self.prompt_ids, mask, cache)
-        step = 0
-        while True:
-            logits = self.engine.distribution.adjust(logits, torch.full_like(alive, step), self.fewest[alive])
-            tokens = sample_by_inversion(logits, self.uniforms[alive, step])
-            self.ids[alive, step] = tokens
-            self.logprobs[alive, step] = selected_logprobs(logits, tokens)
-            self.lengths[alive] += 1
-            self.finished[alive] = torch.isin(tokens, self.eos)
+        flight = torch.arange(len(self.ids), device=self.device)
+        live = torch.ones_like(flight, dtype=torch.bool)
+        # Room for all that may come, hidden until it is written.
+        filled = self.prompt_mask.shape[1]
+        mask = torch.nn.functional.pad(self.prompt_mask, (0, width_for(filled + self.ids.shape[1]) - filled))
+        prompt_lengths = self.prompt_mask.sum(dim=1)
+        logits, cache = self._prefill()
+        for step in range(self.ids.shape[1]):
+            logits = self.engine.distribution.adjust(logits, torch.full_like(flight, step), self.fewest[flight])
+            tokens, logprobs = sample_by_inversion(logits, self.uniforms[flight, step])
+            rows = flight[live]
+            self.ids[rows, step], self.logprobs[rows, step] = tokens[live], logprobs[live]
+            self.lengths[rows] = step + 1
+            self.finished[rows] = torch.isin(tokens[live], self.eos)
             if self.engine.stop:
-                self._check_stop(alive, step)
-            step += 1
-            keep = (~self.finished[alive] & (step < self.most[alive])).nonzero().squeeze(-1)
-            if len(keep) == 0:
+                self._check_stop(rows, step)
+            live = live & ~self.finished[flight] & (step + 1 < self.most[flight])
+            left = int(live.sum())
+            if left == 0:
                 return
-            if len(keep) < len(alive):  # rows that have ended leave the batch
+            if len(flight) - left >= LEAVE_AT * len(flight):
+                keep = live.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
-                alive, mask, tokens = alive[keep], mask[keep], tokens[keep]
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            logits = self._forward(tokens[:, None], mask, cache)
+                flight, mask, tokens, live = flight[keep], mask[keep], tokens[keep], live[keep]
+            mask[:, filled] = True
+            filled += 1
+            # A row that has ended and is still in flight must not outrun a table of positions.
+            positions = (prompt_lengths[flight, None] + step).clamp(max=self.engine.limits.max_length - 1)
+            logits = self._forward(tokens[:, None], mask[:, : width_for(filled)], positions, cache)
+
+    def _prefill(self) -> tuple[Tensor, DynamicCache]:
+        """Next-token logits and cache of every row; samples of one prompt share its forward."""
+        groups, of_row = torch.unique(self.group_ids, return_inverse=True)
+        rows = torch.arange(len(of_row), device=self.device)
+        first = torch.full_like(groups, len(rows)).scatter_reduce(0, of_row, rows, "amin")
+        mask = self.prompt_mask[first]
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        cache = make_cache(self.engine.model.config)
+        logits = self._forward(self.prompt_ids[first], mask, positions, cache)
+        # Groups come in the order of their ids, which need not be that of the rows.
+        cache.batch_select_indices(of_row)
+        return logits[of_row], cache
 
     def texts(self) -> list[str]:
         """The response texts, without EOS and stop string."""
@@ -144,26 +173,21 @@ class _Chunk:
             texts.append(self.stopped_text.get(row, self.engine.decode(ids.tolist())))
         return texts
 
-    def _check_stop(self, alive: Tensor, step: int) -> None:
+    def _check_stop(self, rows: Tensor, step: int) -> None:
         """End rows whose text now holds a stop string; the text is cut in front of it, the tokens stay."""
-        for row in alive[~self.finished[alive]].tolist():
+        for row in rows[~self.finished[rows]].tolist():
             text = self.engine.decode(self.ids[row, : step + 1].tolist())
             found = [at for stop in self.engine.stop if (at := text.find(stop)) >= 0]
             if found:
                 self.finished[row] = True
                 self.stopped_text[row] = text[: min(found)]
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Next-token logits of each row, [rows, V]."""
         kwargs = dict(self.engine.keep_last)
         if self.engine.takes_positions:
-            kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with self.engine.autocast():
-            output = self.engine.model(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                past_key_values=cache,
-                use_cache=True,
-                **kwargs,
-            )
+            kwargs["position_ids"] = positions
+        output = self.engine.model(
+            input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **kwargs
+        )
         return output.logits[:, -1]

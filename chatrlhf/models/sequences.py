@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from chatrlhf.functional.logprobs import SamplingDistribution, entropy_from_logits, selected_logprobs
+from chatrlhf.functional.logprobs import SamplingDistribution, token_logprobs
 
 
 @dataclass
@@ -94,9 +94,10 @@ def response_logprobs(
     logits: Tensor, sequences: Sequences, distribution: SamplingDistribution, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the sampled tokens, and the entropies where asked for, each [B, R] float32."""
-    logits = distribution.adjust(logits, sequences.positions, sequences.min_new_tokens)
-    logprobs = sequences.spread(selected_logprobs(logits, sequences.tokens))
-    return logprobs, sequences.spread(entropy_from_logits(logits)) if with_entropy else None
+    logprobs, entropy = token_logprobs(
+        logits, sequences.tokens, sequences.positions, sequences.min_new_tokens, distribution, with_entropy
+    )
+    return sequences.spread(logprobs), sequences.spread(entropy) if entropy is not None else None
 
 
 @torch.no_grad()

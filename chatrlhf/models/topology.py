@@ -47,6 +47,10 @@ class PolicyOnly(nn.Module):
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
         return Evaluation(logprobs, None, entropy)
 
+    def backbones(self) -> list[nn.Module]:
+        """The transformers models in it: what may be computed in bfloat16, as a value head may not."""
+        return [self.policy]
+
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         """Parameters with the learning rate each is trained at."""
         return [{"params": _trainable(self.policy), "lr": actor_lr}]
@@ -66,6 +70,9 @@ class SeparateCritic(PolicyOnly):
         evaluation = super().evaluate(sequences, with_entropy)
         evaluation.values = sequences.spread(self.value_head(response_states(self.critic, sequences)))
         return evaluation
+
+    def backbones(self) -> list[nn.Module]:
+        return [self.policy, self.critic]
 
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         critic = [*_trainable(self.critic), *_trainable(self.value_head)]

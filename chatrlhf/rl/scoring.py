@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +10,7 @@ from torch import Tensor
 from chatrlhf.functional.masked import masked_mean
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly, Reference
+from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import RewardSource
 from chatrlhf.types import Rollout, ScoredRollout
@@ -32,11 +30,10 @@ class Scorer:
     scaling: RewardScaling
     device: torch.device
     micro_batch_size: int = 64
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:
-        """Scores [B] and per-token quantities [B, R], in chunks of ``micro_batch_size`` rows, on the CPU."""
+        """Scores [B] and per-token quantities [B, R], on the CPU; ``micro_batch_size`` longest rows at once."""
         raw_scores = self.reward(rollout)
         scores = self.scaling(raw_scores, rollout.finished)
         old, ref, values, entropy = self.likelihoods(rollout)
@@ -49,7 +46,7 @@ class Scorer:
         shape = rollout.response_mask.shape
         old, ref, values, entropy = (torch.zeros(shape) for _ in range(4))
         has_values = False
-        for rows in torch.arange(len(rollout)).split(self.micro_batch_size):
+        for rows in cut_by_length(rollout.prompts.attention_mask.sum(dim=1) + rollout.lengths, self.micro_batch_size):
             sequences = join(
                 rollout.prompts.input_ids[rows].to(self.device),
                 rollout.prompts.attention_mask[rows].to(self.device),
@@ -57,9 +54,8 @@ class Scorer:
                 rollout.response_mask[rows].to(self.device),
                 rollout.min_new_tokens[rows].to(self.device),
             )
-            with self.autocast():
-                evaluation = self.topology.evaluate(sequences, with_entropy=True)
-                ref[rows] = self.reference.logprobs(sequences).cpu()
+            evaluation = self.topology.evaluate(sequences, with_entropy=True)
+            ref[rows] = self.reference.logprobs(sequences).cpu()
             old[rows], entropy[rows] = evaluation.logprobs.cpu(), evaluation.entropy.cpu()
             if evaluation.values is not None:
                 has_values = True

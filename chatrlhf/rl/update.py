@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,8 @@ from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weight
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.experience import Algorithm
+from chatrlhf.rl.master_weights import MasterWeights
+from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.types import Experience
 
 
@@ -24,7 +25,7 @@ class UpdateSettings:
 
     epochs: int
     batch_size: int  # sequences per optimizer step
-    micro_batch_size: int  # sequences per backward
+    micro_batch_size: int  # longest sequences per backward; of shorter ones as many as fill the same room
     cliprange: float = 0.2
     cliprange_value: float | None = 0.2
     vf_coef: float = 1.0
@@ -42,7 +43,7 @@ class Updater:
     algorithm: Algorithm
     settings: UpdateSettings
     device: torch.device
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    masters: MasterWeights | None = None  # None: the models' own weights are what is trained
 
     def update(self, experience: Experience, kl_coef: float, generator: torch.Generator) -> dict[str, float]:
         """Run all epochs.
@@ -72,6 +73,8 @@ class Updater:
         grad_norm = self._clip_gradients()
         self.optimizer.step()
         self.scheduler.step()
+        if self.masters is not None:
+            self.masters.publish()
         sums["ppo/grad_norm"] = grad_norm
         # One transfer a step, not one a number.
         return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
@@ -79,15 +82,20 @@ class Updater:
     def backward(self, minibatch: Experience, kl_coef: float) -> dict[str, Tensor]:
         """Accumulate the minibatch's gradient; returns sums that are already means over the minibatch.
 
-        The weights are made for the whole minibatch, so the gradient does not depend on the microbatches.
+        The weights are made for the whole minibatch, so the gradient does not depend on the microbatches, which
+        are cut so that little is computed on padding.
         """
         weights = token_weights(minibatch.response_mask, self.algorithm.aggregation)
         # Value loss and statistics are plain means over tokens, whatever the policy loss is.
         token_mean = token_weights(minibatch.response_mask, "token_mean")
         sums: dict[str, Tensor] = {}
-        for rows in torch.arange(len(minibatch), device=self.device).split(self.settings.micro_batch_size):
+        lengths = minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)
+        for rows in cut_by_length(lengths, self.settings.micro_batch_size):
+            rows = rows.to(self.device)
             loss, stats = self._loss(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
             loss.backward()
+            if self.masters is not None:
+                self.masters.collect()
             for name, value in stats.items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums
@@ -100,8 +108,7 @@ class Updater:
         sequences = join(
             micro.prompt_ids, micro.prompt_mask, micro.response_ids, micro.response_mask, micro.min_new_tokens
         )
-        with self.autocast():
-            evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
+        evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
         logprobs = evaluation.logprobs
         per_token = policy_loss(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
         if self.algorithm.kl_in == "loss":
@@ -124,6 +131,10 @@ class Updater:
             stats["ppo/approx_kl"] = (token_mean * k3(micro.old_logprobs, logprobs)).sum()
             stats["ppo/ratio_error"] = (token_mean * (torch.exp(logprobs - micro.old_logprobs) - 1).abs()).sum()
         return loss, stats
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """Inside, the topology holds float32 weights: what is saved, and what is loaded into."""
+        return self.masters.exposed() if self.masters is not None else nullcontext()
 
     def _clip_gradients(self) -> Tensor:
         """Clip each parameter group by its own norm; returns the policy's norm before clipping.

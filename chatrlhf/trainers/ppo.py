@@ -146,7 +146,8 @@ class PPOTrainer:
     def _write(self, folder: Path, step: int) -> None:
         topology, updater = self.updater.topology, self.updater
         # save_model, not save_file: it knows about tied weights.
-        save_model(topology, str(folder / "model.safetensors"))
+        with updater.full_precision():
+            save_model(topology, str(folder / "model.safetensors"))
         python = random.getstate()
         tensors = {
             "optimizer": updater.optimizer.state_dict(),
@@ -183,7 +184,8 @@ class PPOTrainer:
                 f"{folder}: it is a checkpoint of another model (other parameters than this configuration's); "
                 "set the models and critic_config back, or use another output_dir"
             )
-        load_model(topology, str(folder / "model.safetensors"))
+        with updater.full_precision():
+            load_model(topology, str(folder / "model.safetensors"))
         tensors = torch.load(folder / "training.pt", weights_only=True)
         updater.optimizer.load_state_dict(tensors["optimizer"])
         updater.scheduler.load_state_dict(tensors["scheduler"])

@@ -11,6 +11,7 @@ from chatrlhf.functional.logprobs import (
     entropy_from_logits,
     sample_by_inversion,
     selected_logprobs,
+    token_logprobs,
 )
 
 NEVER = -torch.inf
@@ -78,6 +79,57 @@ def test_entropy_agrees_with_the_twin():
     torch.testing.assert_close(entropy_from_logits(logits), expected)
 
 
+# ----- both at once, in chunks of rows
+
+# 70,000 columns: three rows a chunk, so seven rows are three chunks, the last one short.
+SIZES = {"one chunk": (7, 11), "three chunks": (7, 70_000), "a row wider than a chunk": (2, 2**18 + 3)}
+HARD = SamplingDistribution(temperature=0.7, eos_token_ids=(1, 4), forbidden_ids=(0,))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("distribution", [SamplingDistribution(), HARD], ids=["plain", "hard"])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_token_logprobs_are_the_composition_gradients_included(size, distribution, with_entropy):
+    rows, columns = SIZES[size]
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(rows, columns, generator=generator) * 2).requires_grad_()
+    twin_logits = logits.detach().double().requires_grad_()  # adjust makes it float32, like the product
+    ids = torch.randint(5, columns, (rows,), generator=generator)
+    where = torch.arange(rows) % 4, torch.full((rows,), 2)  # EOS is forbidden in some rows
+    weights = torch.randn(2, rows, generator=generator)
+
+    logprobs, entropy = token_logprobs(logits, ids, *where, distribution, with_entropy)
+    adjusted = distribution.adjust(twin_logits, *where)
+    expected = selected_logprobs(adjusted, ids)
+    torch.testing.assert_close(logprobs, expected)
+    total, expected_total = (weights[0] * logprobs).sum(), (weights[0] * expected).sum()
+    if with_entropy:
+        torch.testing.assert_close(entropy, entropy_from_logits(adjusted))
+        total = total + (weights[1] * entropy).sum()
+        expected_total = expected_total + (weights[1] * entropy_from_logits(adjusted)).sum()
+    else:
+        assert entropy is None
+    total.backward()
+    expected_total.backward()
+    torch.testing.assert_close(logits.grad, twin_logits.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_token_logprobs_of_half_precision_logits_are_computed_in_float32():
+    logits = (torch.randn(6, 50, generator=torch.Generator().manual_seed(1)) * 3).bfloat16()
+    ids, where = torch.arange(6), at(*range(6))
+    got, _ = token_logprobs(logits, ids, *where, HARD)
+    want, _ = token_logprobs(logits.float(), ids, *where, HARD)
+    assert got.dtype == torch.float32 and torch.equal(got[2:4], want[2:4])  # ids 0, 1 and 4 are masked somewhere
+
+
+def test_a_loss_of_the_entropy_alone():
+    logits = torch.tensor([[0.0, NEVER, math.log(3), NEVER]], requires_grad=True)
+    _, entropy = token_logprobs(logits, torch.tensor([0]), *at(0), SamplingDistribution(), with_entropy=True)
+    entropy.sum().backward()
+    # As by hand above.
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.20599, 0.0, -0.20599, 0.0]]), rtol=0, atol=1e-5)
+
+
 # ----- the distribution
 
 
@@ -106,9 +158,10 @@ def test_probabilities_sum_to_1_over_the_allowed_tokens():
     assert total.item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_the_models_logits_are_left_as_they_were():
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_models_logits_are_left_as_they_were(temperature):
     logits = torch.zeros(1, 4)
-    SamplingDistribution(0.5, eos_token_ids=(1,), forbidden_ids=(0,)).adjust(logits, *at(0, minimum=1))
+    SamplingDistribution(temperature, eos_token_ids=(1,), forbidden_ids=(0,)).adjust(logits, *at(0, minimum=1))
     assert logits.tolist() == [[0.0] * 4]
 
 
@@ -122,7 +175,7 @@ def test_half_precision_logits_are_scored_in_float32():
 
 
 def draw(logits: list[float], *uniform: float) -> list[int]:
-    return sample_by_inversion(torch.tensor([logits] * len(uniform)), torch.tensor(uniform)).tolist()
+    return sample_by_inversion(torch.tensor([logits] * len(uniform)), torch.tensor(uniform))[0].tolist()
 
 
 def test_a_draw_is_the_inverse_of_the_cumulative_distribution():
@@ -142,7 +195,7 @@ def test_forbidden_first_and_last_tokens_are_never_drawn():
 def test_a_number_that_rounds_up_to_1_draws_the_last_token_that_is_allowed():
     # A float64 so close to 1 that it becomes 1 in the float32 of the cumulative distribution.
     logits, uniform = torch.tensor([[0.0, 0.0, NEVER]]), torch.tensor([1 - 1e-12], dtype=torch.float64)
-    assert sample_by_inversion(logits, uniform).tolist() == [1]
+    assert sample_by_inversion(logits, uniform)[0].tolist() == [1]
 
 
 def test_forbidden_tokens_between_others_are_never_drawn():
@@ -155,14 +208,14 @@ def test_no_number_draws_a_forbidden_token_from_a_large_vocabulary():
     forbidden = torch.rand(200, 5000) < 0.5
     logits = (torch.randn(200, 5000) * 4).masked_fill(forbidden, NEVER)
     uniform = torch.cat([torch.zeros(20), torch.full((20,), JUST_UNDER_1), torch.rand(160)])
-    drawn = sample_by_inversion(logits, uniform)
+    drawn, _ = sample_by_inversion(logits, uniform)
     assert not forbidden[torch.arange(200), drawn].any()
 
 
 def test_drawn_frequencies_are_the_probabilities():
     logits = torch.tensor([0.0, 1.0, -1.0, NEVER, 2.0])
     count = 20000
-    drawn = sample_by_inversion(logits.expand(count, 5), torch.rand(count))
+    drawn, _ = sample_by_inversion(logits.expand(count, 5), torch.rand(count))
     expected = logits.softmax(0) * count
     seen = torch.bincount(drawn, minlength=5)
     allowed = expected > 0

@@ -21,13 +21,13 @@ from tiny import (
     updater,
 )
 
-from chatrlhf.device import autocast_factory
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
+from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward
 from chatrlhf.rl.scoring import Scorer
@@ -308,13 +308,16 @@ def fresh(precision: str):
     policy = gpt2(dropout=0.1)
     reference = Reference(copy.deepcopy(policy), ODD)
     made = SharedTrunk(policy, ScalarHead(16).zero_(), ODD)
-    autocast = autocast_factory(precision, torch.device("cpu"))
-    sampler = engine(policy, ODD, min_new_tokens=2, autocast=autocast)
+    masters = None
+    if precision == "bf16":
+        masters = MasterWeights(*made.backbones())
+        to_bfloat16(reference.model)
+    sampler = engine(policy, ODD, min_new_tokens=2)
     sampled = sampler.generate(prompts([3, 1, 6, 4] * 2), seed=0)
     reward = FunctionReward(lambda users, replies: [float(len(reply)) for reply in replies], "length")
-    scored = Scorer(made, reference, reward, RewardScaling(), torch.device("cpu"), 3, autocast).score(sampled)
+    scored = Scorer(made, reference, reward, RewardScaling(), torch.device("cpu"), 3).score(sampled)
     given = make_experience(scored, ALGORITHMS["ppo"], Estimation(kl_coef=0.1))
-    steps = updater(made, lr=1e-2, epochs=2, batch_size=4, micro_batch_size=2, autocast=autocast)
+    steps = updater(made, lr=1e-2, epochs=2, batch_size=4, micro_batch_size=2, masters=masters)
     return scored, steps.update(given, 0.1, torch.Generator().manual_seed(0))
 
 

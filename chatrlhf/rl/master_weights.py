@@ -1,0 +1,69 @@
+"""float32 masters of weights that the models themselves hold in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MasterWeights:
+    """Makes a module's weights bfloat16 for every product, and keeps what the optimizer improves in float32.
+
+    bfloat16 has eight bits of mantissa: a step of a learning rate that is below a 256th of a weight would be lost
+    in it. So gradients are summed and steps are made in float32 (Micikevicius et al. 2018, "Mixed Precision
+    Training", section 3.1), and the copy is written anew behind each step, in place: a captured graph that reads
+    it stays valid. Unlike autocast nothing is converted inside a forward.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        parameters = {id(each): each for module in modules for each in module.parameters()}
+        # Frozen weights too: what is saved has to have the bytes that were loaded.
+        self._working = list(parameters.values())
+        self._masters = [nn.Parameter(each.detach().float(), each.requires_grad) for each in self._working]
+        self._master_of = {id(a): b for a, b in zip(self._working, self._masters, strict=True)}
+        to_bfloat16(*modules)
+
+    def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Optimizer groups with masters in the place of the weights that have one."""
+        return [group | {"params": [self._master_of.get(id(p), p) for p in group["params"]]} for group in groups]
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the gradient of a backward to the masters', in float32, and let go of it."""
+        for working, master in zip(self._working, self._masters, strict=True):
+            if working.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = working.grad.float()
+            else:
+                master.grad.add_(working.grad)
+            working.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the masters, as an optimizer step has left them, into the working copy."""
+        torch._foreach_copy_([each.data for each in self._working], [each.data for each in self._masters])
+
+    @contextmanager
+    def exposed(self) -> Iterator[None]:
+        """Inside, the modules hold their masters: to be saved, or loaded into, at full precision."""
+        copies = [each.data for each in self._working]
+        for working, master in zip(self._working, self._masters, strict=True):
+            working.data = master.data
+        try:
+            yield
+        finally:
+            for working, copy in zip(self._working, copies, strict=True):
+                working.data = copy
+            self.publish()
+
+
+def to_bfloat16(*modules: nn.Module) -> None:
+    """Make all weights bfloat16; buffers, such as the frequencies of rotary positions, stay as they are."""
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.bfloat16()
