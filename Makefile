@@ -6,6 +6,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The trainer that `make bench` compares with needs another release of trl.
+PEER := .venv-peer
 EXTRAS := deepspeed,quantize,openai,serve,tracking,dev
 
 # Tests start `chatrlhf`, `torchrun` and, through torch, `ninja`: the environment's own must come first.
@@ -15,7 +17,7 @@ PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 .DELETE_ON_ERROR:
 # Two goals at once would run two pips in one environment.
 .NOTPARALLEL:
-.PHONY: help run test test-slow lint clean distclean
+.PHONY: help run test test-slow lint bench clean distclean
 
 help:  ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [ARGS='more arguments']"
@@ -35,12 +37,15 @@ lint: $(VENV)/.stamp-test  ## check style and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+bench: $(VENV)/.stamp-run $(PEER)/.stamp  ## time a PPO iteration against TRL 1.12.0's, some ten minutes
+	$(BIN)/python -m benchmarks.ppo_step --peer-python $(PEER)/bin/python $(ARGS)
+
 clean:  ## remove caches and build results
 	rm -rf build dist .pytest_cache .ruff_cache
 	find . \( -path ./.git -o -path ./$(VENV) \) -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
-distclean: clean  ## the same, and remove .venv
-	rm -rf $(VENV)
+distclean: clean  ## the same, and remove .venv and .venv-peer
+	rm -rf $(VENV) $(PEER)
 
 # The stamps make a second call install nothing.
 $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
@@ -51,6 +56,12 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.stamp-test: pyproject.toml constraints.txt | $(BIN)/python
 	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $(VENV)/.stamp-run $@
+
+$(PEER)/.stamp: constraints.txt
+	"$(PYTHON)" -m venv $(PEER)
+	grep -v '^trl==' constraints.txt > $(PEER)/constraints.txt
+	$(PEER)/bin/python -m pip --disable-pip-version-check install -c $(PEER)/constraints.txt "trl==1.12.0" rich
+	@touch $@
 
 # Releases of pip before 21.3 (in Python 3.10.0 to 3.10.2) cannot install this project in editable mode; with a
 # newer pip the last command does nothing. A half-made environment is removed, or the next call would take it.

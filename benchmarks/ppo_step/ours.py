@@ -43,6 +43,7 @@ def settings(work: Work, folder: Path, iterations: int) -> dict:
             "ppo_epochs": work.epochs,
             "actor_lr": 3e-6,
             "critic_lr": 3e-6,
+            "precision": "bf16",
             "gen_kwargs": {"max_new_tokens": work.response, "min_new_tokens": work.response, "temperature": 1.0},
         },
     }
