@@ -136,7 +136,7 @@ class _Chunk:
             self.finished[rows] = torch.isin(tokens[live], self.eos)
             if self.engine.stop:
                 self._check_stop(rows, step)
-            live = live & ~self.finished[flight] & (step + 1 < self.most[flight])
+            live = ~self.finished[flight] & (step + 1 < self.most[flight])
             left = int(live.sum())
             if left == 0:
                 return

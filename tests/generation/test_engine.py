@@ -19,6 +19,7 @@ from tiny import (
 )
 
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.generation.engine import Limits
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.types import PromptBatch, Rollout
@@ -110,6 +111,38 @@ def test_a_cold_rollout_is_greedy_decoding(family):
     assert torch.equal(got.response_ids, want)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_long_rollout_is_greedy_decoding_too(family):
+    """Over several blocks of the cache, with rows that leave on the way."""
+    model = FAMILIES[family]().eval()
+    batch = prompts([20, 1, 12, 4, 2, 17, 8, 7], seed=4)  # they reach 44 tokens at different steps
+    cold = SamplingDistribution(temperature=1e-4, eos_token_ids=(EOS,))
+    got = engine(model, cold, max_new_tokens=50, max_length=44).generate(batch, seed=0)
+    assert int(got.lengths.max()) > 35 and len(set(got.lengths.tolist())) > 1
+    most, _ = Limits(max_new_tokens=50, max_length=44).per_row(batch.attention_mask.sum(dim=1))
+    for row in range(len(batch)):
+        alone = batch.select(torch.tensor([row]))
+        prompt = alone.input_ids[alone.attention_mask][None]
+        want = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=int(most[row]),
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )[0, prompt.shape[1] :]
+        assert torch.equal(got.response_ids[row][got.response_mask[row]], want), row
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_that_has_ended_does_not_outrun_the_models_positions(family):
+    # The long prompt fills all 64 positions and then waits in the batch, one row of seventeen, for the others.
+    model, distribution = FAMILIES[family]().eval(), SamplingDistribution(forbidden_ids=(EOS,))
+    batch = engine(model, distribution, max_new_tokens=20, max_length=64).generate(prompts([60] + [3] * 16), seed=0)
+    assert batch.lengths.tolist() == [4] + [20] * 16
+    torch.testing.assert_close(batch.sampling_logprobs, scored(model, distribution, batch), rtol=0, atol=1e-5)
+
+
 # ----- what a row says is its own affair
 
 
@@ -149,6 +182,18 @@ def test_rows_of_one_group_are_sampled_independently():
     batch = engine(llama()).generate(prompts([4], samples=6), seed=0)
     assert batch.prompts.group_ids.tolist() == [0] * 6
     assert len(set(batch.completions)) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_of_one_prompt_share_its_prefill_and_nothing_else(family):
+    model, batch = FAMILIES[family]().eval(), prompts([4, 1, 3], samples=3)
+    batch = batch.select(torch.tensor([8, 0, 3, 4, 1, 6, 2, 7, 5]))  # groups out of order, and torn apart
+    apart = PromptBatch(batch.input_ids, batch.attention_mask, torch.arange(9), batch.texts)
+    forwards: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: forwards.append(len(kwargs["input_ids"])), with_kwargs=True)
+    shared = engine(model).generate(batch, seed=2)
+    assert forwards[:2] == [3, 9]
+    assert same_responses(shared, engine(model).generate(apart, seed=2))
 
 
 def test_a_rollout_leaves_the_global_random_numbers_alone():
