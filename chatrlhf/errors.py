@@ -29,3 +29,7 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, checkpoint: object) -> None:
         super().__init__(f"stopped by signal {signal_number}; continue with --resume (checkpoint {checkpoint})")
         self.signal_number = signal_number
+
+
+class DivergedError(UserError):
+    """The policy's output is not a number any more."""

@@ -144,7 +144,8 @@ def sample_by_inversion(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor
         uniform: [N] float in [0, 1).
 
     Returns:
-        The tokens, [N] int64, and their log-probabilities, [N] float32.
+        The tokens, [N] int64, and their log-probabilities, [N] float32; of a row with NaN among its logits the
+        log-probability is NaN.
     """
     peak = logits.amax(dim=-1, keepdim=True)
     cumulative = (logits - peak).exp_().cumsum(dim=-1)
@@ -153,5 +154,6 @@ def sample_by_inversion(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor
     # strict comparison in searchsorted(right=True) skips tokens of probability 0.
     below = torch.nextafter(total, torch.zeros_like(total))
     threshold = torch.minimum(uniform.to(total.dtype)[:, None] * total, below)
-    ids = torch.searchsorted(cumulative, threshold, right=True)
+    # NaN logits point behind the last token: the clamp lets the caller find the NaN in the log-probability.
+    ids = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[1] - 1)
     return ids.squeeze(-1), (logits.gather(-1, ids) - peak - total.log()).squeeze(-1)

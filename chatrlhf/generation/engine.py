@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from chatrlhf.errors import DivergedError
 from chatrlhf.functional.logprobs import SamplingDistribution, sample_by_inversion
 from chatrlhf.generation.cache import make_cache, width_for
 from chatrlhf.types import PromptBatch, Rollout
@@ -70,6 +71,9 @@ class RolloutEngine:
         Args:
             prompts: B rows; rows of one group are sampled independently.
             seed: equal seeds give equal responses.
+
+        Raises:
+            DivergedError: the model's logits are not finite.
         """
         device = next(self.model.parameters()).device
         most, fewest = self.limits.per_row(prompts.attention_mask.sum(dim=1))
@@ -85,6 +89,12 @@ class RolloutEngine:
         for rows in by_length.split(self.chunk_size or len(prompts)):
             chunk = _Chunk(self, prompts.select(rows), most[rows], fewest[rows], uniforms[rows], device)
             chunk.run()
+            broken = int((~chunk.logprobs.isfinite()).any(dim=1).sum())
+            if broken:
+                raise DivergedError(
+                    f"the policy's logits are not finite any more ({broken} of {len(rows)} rollouts); go back to an "
+                    "earlier checkpoint with a lower trainer_config.actor_lr"
+                )
             width = chunk.ids.shape[1]
             ids[rows, :width], logprobs[rows, :width] = chunk.ids.cpu(), chunk.logprobs.cpu()
             lengths[rows], finished[rows] = chunk.lengths.cpu(), chunk.finished.cpu()

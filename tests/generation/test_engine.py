@@ -18,6 +18,7 @@ from tiny import (
     words,
 )
 
+from chatrlhf.errors import DivergedError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits
 from chatrlhf.models.sequences import join
@@ -305,6 +306,14 @@ def test_a_stopped_row_leaves_the_others_as_they_were():
         assert torch.equal(stopped.response_ids[i, :length], without.response_ids[i, :length])
         got, want = (batch.sampling_logprobs[i, :length] for batch in (stopped, without))
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_a_policy_that_has_diverged_is_an_error():
+    model = script(SAYS)
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    with pytest.raises(DivergedError, match="1 of 1 rollouts.*actor_lr"):
+        engine(model).generate(one_prompt(2), seed=0)
 
 
 def test_dropout_of_the_policy_is_off_once_it_is_part_of_a_topology():
