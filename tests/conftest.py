@@ -18,3 +18,12 @@ import torch  # noqa: E402
 @pytest.fixture(autouse=True)
 def _same_random_numbers_for_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For models too small for more; and sums in one order keep their runs repeatable."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

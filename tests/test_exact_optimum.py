@@ -1,4 +1,4 @@
-"""PPO reaches the exact optimum of its objective, and eight ways of getting it wrong do not."""
+"""PPO reaches the exact optimum of its objective, and nine ways of getting it wrong do not."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ response_states = topology.response_states
 gae, token_rewards = experience.gae, experience.token_rewards
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The model is too small for more, and sums in one order keep the runs repeatable."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

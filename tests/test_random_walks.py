@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
 from benchmarks.random_walks import (
     EOS,
@@ -29,12 +28,7 @@ from benchmarks.random_walks import (
 SMALL = Graph(((), (0,), (1, 3), (2, 0), (2,), (6,), (5,)) + ((5,),) * (NODES - 7))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_shortest_walks_by_hand():

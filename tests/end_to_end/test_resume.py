@@ -13,6 +13,14 @@ from small_run import differences, finish, left_behind, start, write_config, wri
 
 # Each patches one place of the product so that the process dies there, as if the power had gone.
 DIE = "import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n"
+DIE_AT_UPDATE = """
+import chatrlhf.rl.update as update
+step, calls = update.Updater.step, [0]
+def dying(self, *args):
+    calls[0] += 1
+    return die() if calls[0] == {} else step(self, *args)
+update.Updater.step = dying
+"""
 KILLS = {
     "during a rollout": """
 import chatrlhf.generation.engine as engine
@@ -22,22 +30,8 @@ def dying(self, *args):
     return die() if calls[0] == 30 else forward(self, *args)
 engine._Chunk._forward = dying
 """,
-    "before the first RL checkpoint": """
-import chatrlhf.rl.update as update
-step, calls = update.Updater.step, [0]
-def dying(self, *args):
-    calls[0] += 1
-    return die() if calls[0] == 3 else step(self, *args)
-update.Updater.step = dying
-""",
-    "inside a PPO epoch": """
-import chatrlhf.rl.update as update
-step, calls = update.Updater.step, [0]
-def dying(self, *args):
-    calls[0] += 1
-    return die() if calls[0] == 15 else step(self, *args)
-update.Updater.step = dying
-""",
+    "before the first RL checkpoint": DIE_AT_UPDATE.format(3),
+    "inside a PPO epoch": DIE_AT_UPDATE.format(15),
     "while an RL checkpoint is written": """
 import chatrlhf.trainers.ppo as ppo
 save, calls = ppo.save_model, [0]

@@ -74,7 +74,8 @@ def test_the_mean_kl_of_many_samples_is_the_kl():
     scored = scorer(policy, reference=other, distribution=PLAIN).score(plain)
     with torch.no_grad():
         p, q = (model(batch.input_ids[:1]).logits[0, -1].softmax(-1).tolist() for model in (policy, other))
-    assert scored.kl_to_reference == pytest.approx(twin.kl(p, q), rel=0.1)
+    # The standard error of 4,000 samples is 0.02.
+    assert scored.kl_to_reference == pytest.approx(twin.kl(p, q), abs=0.06)
 
 
 @pytest.mark.parametrize("kind", [SeparateCritic, SharedTrunk])
