@@ -15,6 +15,7 @@ from chatrlhf.evaluation.heldout import HeldOut
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
 from chatrlhf.models.attention import prefer_fast_attention
+from chatrlhf.models.norm import prefer_fast_norms
 from chatrlhf.models.topology import PolicyOnly, Reference
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
@@ -69,7 +70,8 @@ def assemble_ppo(
     )
     scorer = Scorer(topology, reference, reward, scaling, device, max(trainer.micro_batch_size, 1))
     for model in (*topology.backbones(), reference.model):
-        prefer_fast_attention(model, device, limits.max_length)
+        prefer_fast_attention(model, device)
+        prefer_fast_norms(model, device)
     groups, masters = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr), None
     if resolve_precision(trainer.precision, device) == "bf16":
         masters = MasterWeights(*topology.backbones())

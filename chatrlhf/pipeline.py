@@ -21,6 +21,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
 from chatrlhf.models.attention import prefer_fast_attention
+from chatrlhf.models.norm import prefer_fast_norms
 from chatrlhf.models.factory import (
     context_length,
     load_actor,
@@ -234,7 +235,8 @@ def run_rl(this: Run) -> dict[str, Any]:
     topology.to(this.device)
     if reward_scorer is not None:
         backbone = reward_scorer.model.backbone
-        prefer_fast_attention(backbone, this.device, reward_scorer.encoder.max_length)
+        prefer_fast_attention(backbone, this.device)
+        prefer_fast_norms(backbone, this.device)
         if resolve_precision(trainer_config.precision, this.device) == "bf16":
             to_bfloat16(backbone)  # not earlier: the critic may have been copied from it
     this.log.note(

@@ -74,7 +74,7 @@ def token_logprobs(
     processor's cache, and of all N only the logits are kept, in the precision they came in.
 
     Args:
-        logits: [N, V], any floating type.
+        logits: [N, V], any floating type; rows behind the N that ``ids`` names are of no meaning.
         ids: [N] int64, the sampled tokens.
         position, min_new_tokens: [N] int64, as in `SamplingDistribution.adjust`.
 
@@ -90,7 +90,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, logits, ids, position, min_new_tokens, distribution, with_entropy):
         logprobs = torch.empty(len(ids), device=logits.device)
         entropy = torch.empty(len(ids) if with_entropy else 0, device=logits.device)
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, len(ids)):
             adjusted = distribution.adjust(logits[rows], position[rows], min_new_tokens[rows])
             logprobs[rows] = selected_logprobs(adjusted, ids[rows])
             if with_entropy:
@@ -104,7 +104,8 @@ class _TokenLogprobs(torch.autograd.Function):
         """d log p_i / dz = onehot_i - p;  dH / dz = -p (log p + H); and dz / d logits = 1 / temperature."""
         logits, ids, position, min_new_tokens, entropy = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for rows in _chunks(logits):
+        gradient[len(ids) :] = 0
+        for rows in _chunks(logits, len(ids)):
             adjusted = ctx.distribution.adjust(logits[rows], position[rows], min_new_tokens[rows])
             weight = of_logprobs[rows, None]
             if ctx.with_entropy:
@@ -119,11 +120,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Rows whose float32 copy fits into a processor's cache, or keeps a GPU busy."""
+def _chunks(logits: Tensor, count: int) -> Iterator[slice]:
+    """The first ``count`` rows, in pieces whose float32 copy fits into a processor's cache, or keeps a GPU busy."""
     elements = 2**26 if logits.device.type == "cuda" else 2**18
     rows = max(1, elements // logits.shape[1])
-    return (slice(start, start + rows) for start in range(0, len(logits), rows))
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:

@@ -1,17 +1,20 @@
-"""Prompt and response joined into one right-padded row, and a causal model read at the response positions.
+"""Prompt and response joined into one row each, and a causal model read at the response positions.
 
-Right-padding needs no attention mask in a causal model: what stands behind a real token cannot reach it. So
-the fast causal kernels apply, and neither the width of the padding nor its side can change a result.
+Rows stand padded to the right, or packed behind each other into one stream without padding, where a model can
+tell them apart (`packing.py`). Right-padding needs no attention mask in a causal model: what stands behind a real
+token cannot reach it. Either way neither the width of the padding nor its side can change a result.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution, token_logprobs
+from chatrlhf.models.packing import Stream, pack, packs, whole_quanta
 
 
 @dataclass
@@ -26,10 +29,25 @@ class Sequences:
     positions: Tensor  # [N] int64, t of each real response token
     min_new_tokens: Tensor  # [N] int64, of each token's row
 
-    @property
+    @cached_property
     def tokens(self) -> Tensor:
         """The real response tokens, [N]."""
         return self.response_ids[self.response_mask]
+
+    @cached_property
+    def stream(self) -> Stream | None:
+        """The rows packed; None where all are of one length and nothing is gained."""
+        return pack(self.input_ids, self.attention_mask)
+
+    @cached_property
+    def stream_slots(self) -> Tensor:
+        """`slots` in the stream, in whole quanta: [N or a little more]."""
+        return whole_quanta(self.stream.positions_of[self.slots])
+
+    @cached_property
+    def padded_slots(self) -> Tensor:
+        """`slots` in whole quanta: [N or a little more]."""
+        return whole_quanta(self.slots)
 
     def spread(self, values: Tensor) -> Tensor:
         """One number a real token, [N], back in its place in [B, R]; 0 where masked."""
@@ -70,13 +88,19 @@ def join(
 
 
 def response_states(backbone: nn.Module, sequences: Sequences) -> Tensor:
-    """Last hidden states at the positions that predict the response tokens, [N, d]."""
+    """Last hidden states at the positions that predict the response tokens.
+
+    [N, d], and behind them some rows of no meaning that make their number a whole one of quanta.
+    """
+    if packs(backbone) and sequences.stream is not None:
+        states = backbone(**sequences.stream.inputs, use_cache=False).last_hidden_state
+        return states[0].index_select(0, sequences.stream_slots)
     states = backbone(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-    return states.reshape(-1, states.shape[-1])[sequences.slots]
+    return states.reshape(-1, states.shape[-1]).index_select(0, sequences.padded_slots)
 
 
 def response_logits(model: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
-    """A causal model's logits for the real response tokens, [N, V].
+    """A causal model's logits for the real response tokens; [N, V] with rows of no meaning behind, as above.
 
     Args:
         model: a transformers model with a language-modelling head.
@@ -87,7 +111,7 @@ def response_logits(model: nn.Module, sequences: Sequences, states: Tensor | Non
             states = response_states(model.base_model, sequences)
         return model.get_output_embeddings()(states)
     logits = model(input_ids=sequences.input_ids, use_cache=False).logits
-    return logits.reshape(-1, logits.shape[-1])[sequences.slots]
+    return logits.reshape(-1, logits.shape[-1]).index_select(0, sequences.padded_slots)
 
 
 def response_logprobs(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.packing import packs
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import (
     Sequences,
@@ -50,6 +51,11 @@ class PolicyOnly(nn.Module):
     def backbones(self) -> list[nn.Module]:
         """The transformers models in it: what may be computed in bfloat16, as a value head may not."""
         return [self.policy]
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows cost their own tokens and no padding, in all of the models."""
+        return all(packs(backbone.base_model) for backbone in self.backbones())
 
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         """Parameters with the learning rate each is trained at."""

@@ -11,16 +11,21 @@ from torch import Tensor
 OVERHEAD = 128
 
 
-def cut_by_length(lengths: Tensor, rows_at_longest: int, overhead: int = OVERHEAD) -> list[Tensor]:
+def cut_by_length(
+    lengths: Tensor, rows_at_longest: int, packed: bool = False, overhead: int = OVERHEAD
+) -> list[Tensor]:
     """Cut rows into microbatches with the least padding, each at most as large as ``rows_at_longest`` longest rows.
 
     Rows are sorted by length; where to cut is found exactly, by dynamic programming over
 
-        cost(first i rows) = min over j < i of cost(first j) + (i - j) * longest(j..i) + overhead
+        cost(first i rows) = min over j < i of cost(first j) + size(j..i) + overhead
+
+    where the size of a microbatch is its rows times the longest of them, or all their tokens where they are packed.
 
     Args:
         lengths: [B] int64, real tokens of each row.
         rows_at_longest: rows of the longest length that fit into memory; shorter ones may be more.
+        packed: the model takes rows without padding (`models/packing.py`).
         overhead: cost of a microbatch in tokens.
 
     Returns:
@@ -30,9 +35,10 @@ def cut_by_length(lengths: Tensor, rows_at_longest: int, overhead: int = OVERHEA
     widths = lengths.cpu()[order].numpy().astype(np.float64)
     size, budget = len(widths), rows_at_longest * widths[0]
     cost, cut_at = np.zeros(size + 1), np.zeros(size + 1, dtype=np.int64)
+    tokens = np.concatenate([[0.0], widths.cumsum()])
     for end in range(1, size + 1):
-        padded = (end - np.arange(end)) * widths[:end]
-        candidates = np.where(padded <= budget, cost[:end] + padded + overhead, np.inf)
+        sizes = tokens[end] - tokens[:end] if packed else (end - np.arange(end)) * widths[:end]
+        candidates = np.where(sizes <= budget, cost[:end] + sizes + overhead, np.inf)
         cut_at[end] = candidates.argmin()
         cost[end] = candidates[cut_at[end]]
     pieces, end = [], size

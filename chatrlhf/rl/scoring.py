@@ -46,7 +46,8 @@ class Scorer:
         shape = rollout.response_mask.shape
         old, ref, values, entropy = (torch.zeros(shape) for _ in range(4))
         has_values = False
-        for rows in cut_by_length(rollout.prompts.attention_mask.sum(dim=1) + rollout.lengths, self.micro_batch_size):
+        lengths = rollout.prompts.attention_mask.sum(dim=1) + rollout.lengths
+        for rows in cut_by_length(lengths, self.micro_batch_size, self.topology.packs):
             sequences = join(
                 rollout.prompts.input_ids[rows].to(self.device),
                 rollout.prompts.attention_mask[rows].to(self.device),

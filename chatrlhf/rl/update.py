@@ -90,7 +90,7 @@ class Updater:
         token_mean = token_weights(minibatch.response_mask, "token_mean")
         sums: dict[str, Tensor] = {}
         lengths = minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)
-        for rows in cut_by_length(lengths, self.settings.micro_batch_size):
+        for rows in cut_by_length(lengths, self.settings.micro_batch_size, self.topology.packs):
             rows = rows.to(self.device)
             loss, stats = self._loss(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
             loss.backward()
