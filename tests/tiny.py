@@ -79,25 +79,27 @@ def opt(seed: int = 0, **options) -> OPTForCausalLM:
     return OPTForCausalLM(config).eval()
 
 
-def bloom(seed: int = 0) -> BloomForCausalLM:
+def bloom(seed: int = 0, **options) -> BloomForCausalLM:
     torch.manual_seed(seed)
-    config = BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3, **IDS)
+    config = BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3, **IDS | options)
     return BloomForCausalLM(config).eval()
 
 
-def gpt_neox(seed: int = 0) -> GPTNeoXForCausalLM:
+def gpt_neox(seed: int = 0, **options) -> GPTNeoXForCausalLM:
     """Attention and MLP side by side; a quarter of each head is rotated."""
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = GPTNeoXConfig(vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.3, **sizes, **IDS)
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.3, **sizes, **IDS | options
+    )
     return GPTNeoXForCausalLM(config).eval()
 
 
-def gptj(seed: int = 0) -> GPTJForCausalLM:
+def gptj(seed: int = 0, **options) -> GPTJForCausalLM:
     """Its output embedding has a bias; half of each head is rotated."""
     torch.manual_seed(seed)
     sizes = dict(n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=64)
-    config = GPTJConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes, **IDS)
+    config = GPTJConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes, **IDS | options)
     model = GPTJForCausalLM(config).eval()
     nn.init.normal_(model.lm_head.bias)  # is made 0
     return model
@@ -107,10 +109,12 @@ def gptj(seed: int = 0) -> GPTJForCausalLM:
 GROUPED = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 
 
-def qwen2(seed: int = 0) -> Qwen2ForCausalLM:
+def qwen2(seed: int = 0, **options) -> Qwen2ForCausalLM:
     """Queries, keys and values have a bias."""
     torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.3, **GROUPED, **IDS)
+    config = Qwen2Config(
+        vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.3, **GROUPED, **IDS | options
+    )
     model = Qwen2ForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # are made 0
@@ -118,19 +122,19 @@ def qwen2(seed: int = 0) -> Qwen2ForCausalLM:
     return model
 
 
-def qwen3(seed: int = 0) -> Qwen3ForCausalLM:
+def qwen3(seed: int = 0, **options) -> Qwen3ForCausalLM:
     """Queries and keys are normalised."""
     torch.manual_seed(seed)
     sizes = dict(head_dim=8, max_position_embeddings=64)
-    config = Qwen3Config(vocab_size=VOCAB, initializer_range=0.3, **GROUPED, **sizes, **IDS)
+    config = Qwen3Config(vocab_size=VOCAB, initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
     return Qwen3ForCausalLM(config).eval()
 
 
-def gemma(seed: int = 0) -> GemmaForCausalLM:
+def gemma(seed: int = 0, **options) -> GemmaForCausalLM:
     """Embeddings are scaled by the root of their width."""
     torch.manual_seed(seed)
     sizes = dict(head_dim=8, max_position_embeddings=64)
-    config = GemmaConfig(vocab_size=VOCAB, initializer_range=0.3, **GROUPED, **sizes, **IDS)
+    config = GemmaConfig(vocab_size=VOCAB, initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
     return GemmaForCausalLM(config).eval()
 
 

@@ -1,4 +1,4 @@
-"""The rollout engine against the scorer, against transformers' generate, and against written-down distributions."""
+"""The rollout engine against the scorer and against written-down distributions."""
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from tiny import (
 
 from chatrlhf.errors import DivergedError
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.types import PromptBatch, Rollout
@@ -93,46 +92,6 @@ def test_forbidden_ids_are_never_sampled():
     distribution = SamplingDistribution(temperature=3.0, eos_token_ids=(EOS,), forbidden_ids=(PAD, 5, VOCAB - 1))
     batch = engine(llama(), distribution, max_new_tokens=20).generate(prompts([3] * 40), seed=0)
     assert not torch.isin(batch.response_ids[batch.response_mask], torch.tensor(distribution.forbidden_ids)).any()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_cold_rollout_is_greedy_decoding(family):
-    model = FAMILIES[family]().eval()
-    batch = prompts(RAGGED, seed=3)
-    cold = SamplingDistribution(temperature=1e-4, eos_token_ids=(EOS,))
-    got = engine(model, cold, max_new_tokens=10).generate(batch, seed=0)
-    want = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask.long(),
-        do_sample=False,
-        max_new_tokens=10,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )[:, batch.input_ids.shape[1] :]
-    assert torch.equal(got.response_ids, want)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_rollout_is_greedy_decoding_too(family):
-    """Over several blocks of the cache, with rows that leave on the way."""
-    model = FAMILIES[family]().eval()
-    batch = prompts([20, 1, 12, 4, 2, 17, 8, 7], seed=4)  # they reach 44 tokens at different steps
-    cold = SamplingDistribution(temperature=1e-4, eos_token_ids=(EOS,))
-    got = engine(model, cold, max_new_tokens=50, max_length=44).generate(batch, seed=0)
-    assert int(got.lengths.max()) > 35 and len(set(got.lengths.tolist())) > 1
-    most, _ = Limits(max_new_tokens=50, max_length=44).per_row(batch.attention_mask.sum(dim=1))
-    for row in range(len(batch)):
-        alone = batch.select(torch.tensor([row]))
-        prompt = alone.input_ids[alone.attention_mask][None]
-        want = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=int(most[row]),
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-        )[0, prompt.shape[1] :]
-        assert torch.equal(got.response_ids[row][got.response_mask[row]], want), row
 
 
 @pytest.mark.parametrize("family", FAMILIES)
