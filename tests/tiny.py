@@ -89,9 +89,8 @@ def gpt_neox(seed: int = 0, **options) -> GPTNeoXForCausalLM:
     """Attention and MLP side by side; a quarter of each head is rotated."""
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = GPTNeoXConfig(
-        vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.3, **sizes, **IDS | options
-    )
+    sizes |= dict(vocab_size=VOCAB, max_position_embeddings=64)
+    config = GPTNeoXConfig(initializer_range=0.3, **sizes, **IDS | options)
     return GPTNeoXForCausalLM(config).eval()
 
 
@@ -112,9 +111,8 @@ GROUPED = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_at
 def qwen2(seed: int = 0, **options) -> Qwen2ForCausalLM:
     """Queries, keys and values have a bias."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.3, **GROUPED, **IDS | options
-    )
+    sizes = dict(vocab_size=VOCAB, max_position_embeddings=64)
+    config = Qwen2Config(initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
     model = Qwen2ForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # are made 0
