@@ -11,13 +11,23 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from chatrlhf.data.collate import Encoder, pad_right, prompt_batch
@@ -69,23 +79,84 @@ def opt(seed: int = 0, **options) -> OPTForCausalLM:
     return OPTForCausalLM(config).eval()
 
 
-def bloom(seed: int = 0) -> BloomForCausalLM:
+def bloom(seed: int = 0, **options) -> BloomForCausalLM:
     torch.manual_seed(seed)
-    config = BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3, **IDS)
+    config = BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3, **IDS | options)
     return BloomForCausalLM(config).eval()
+
+
+def gpt_neox(seed: int = 0, **options) -> GPTNeoXForCausalLM:
+    """Attention and MLP side by side; a quarter of each head is rotated."""
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(vocab_size=VOCAB, max_position_embeddings=64)
+    config = GPTNeoXConfig(initializer_range=0.3, **sizes, **IDS | options)
+    return GPTNeoXForCausalLM(config).eval()
+
+
+def gptj(seed: int = 0, **options) -> GPTJForCausalLM:
+    """Its output embedding has a bias; half of each head is rotated."""
+    torch.manual_seed(seed)
+    sizes = dict(n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=64)
+    config = GPTJConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes, **IDS | options)
+    model = GPTJForCausalLM(config).eval()
+    nn.init.normal_(model.lm_head.bias)  # is made 0
+    return model
+
+
+# Two heads that share one head of keys and values.
+GROUPED = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+
+
+def qwen2(seed: int = 0, **options) -> Qwen2ForCausalLM:
+    """Queries, keys and values have a bias."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=VOCAB, max_position_embeddings=64)
+    config = Qwen2Config(initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
+    model = Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # are made 0
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def qwen3(seed: int = 0, **options) -> Qwen3ForCausalLM:
+    """Queries and keys are normalised."""
+    torch.manual_seed(seed)
+    sizes = dict(head_dim=8, max_position_embeddings=64)
+    config = Qwen3Config(vocab_size=VOCAB, initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
+    return Qwen3ForCausalLM(config).eval()
+
+
+def gemma(seed: int = 0, **options) -> GemmaForCausalLM:
+    """Embeddings are scaled by the root of their width."""
+    torch.manual_seed(seed)
+    sizes = dict(head_dim=8, max_position_embeddings=64)
+    config = GemmaConfig(vocab_size=VOCAB, initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
+    return GemmaForCausalLM(config).eval()
 
 
 def gemma2(seed: int = 0, **options) -> Gemma2ForCausalLM:
     """Caps its logits, so they are not its head applied to its states; attends to 4 tokens in every other layer."""
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8)
-    sizes |= dict(num_key_value_heads=1, max_position_embeddings=64, sliding_window=4)
+    sizes = dict(head_dim=8, max_position_embeddings=64, sliding_window=4)
     scale = dict(initializer_range=0.5, final_logit_softcapping=2.0)
-    config = Gemma2Config(vocab_size=VOCAB, **sizes, **IDS, **scale | options)
+    config = Gemma2Config(vocab_size=VOCAB, **GROUPED, **sizes, **IDS, **scale | options)
     return Gemma2ForCausalLM(config).eval()
 
 
-FAMILIES = {"llama": llama, "gpt2": gpt2, "opt": opt, "bloom": bloom, "gemma2": gemma2}
+FAMILIES = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "gptj": gptj,
+    "opt": opt,
+    "bloom": bloom,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma": gemma,
+    "gemma2": gemma2,
+}
 
 
 class Bigram(nn.Module):

@@ -1,4 +1,4 @@
-"""The rollout engine against the scorer, against transformers' generate, and against written-down distributions."""
+"""The rollout engine against the scorer and against written-down distributions."""
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from tiny import (
 
 from chatrlhf.errors import DivergedError
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.types import PromptBatch, Rollout
@@ -89,50 +88,38 @@ def test_sampled_frequencies_are_the_softmax():
     assert chi_square < 24.3  # 7 degrees of freedom, exceeded by chance once in 1,000 seeds
 
 
+def test_frequencies_of_two_tokens_are_the_models_probabilities():
+    """Two prompts of unlike length, so with padding, a shared prefill and a step through the cache."""
+    model, samples = llama(vocab=6), 5000
+    distribution = SamplingDistribution(temperature=1.7, eos_token_ids=(EOS,), forbidden_ids=(PAD,))
+    ids, mask = torch.tensor([[PAD, PAD, 2], [4, 5, 3]]), torch.tensor([[False, False, True], [True] * 3])
+    group = torch.arange(2).repeat_interleave(samples)
+    batch = PromptBatch(ids[group], mask[group], group, [""] * len(group))
+    said = engine(model, distribution, max_new_tokens=2).generate(batch, seed=0).response_ids
+
+    def probabilities(*prefix: int) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prefix])).logits[0, -1] / 1.7
+        logits[PAD] = -torch.inf
+        return logits.softmax(0)
+
+    for row, prompt in enumerate(([2], [4, 5, 3])):
+        first = probabilities(*prompt)
+        expected = samples * torch.stack([first[a] * probabilities(*prompt, a) for a in range(6)])
+        expected[EOS] = 0
+        expected[EOS, PAD] = samples * first[EOS]  # nothing behind it
+        seen = torch.bincount(said[group == row] @ torch.tensor([6, 1]), minlength=36).view(6, 6)
+        possible = expected > 0
+        assert possible.sum() == 21 and expected[possible].min() > 5
+        assert seen[~possible].sum() == 0
+        chi_square = ((seen - expected)[possible] ** 2 / expected[possible]).sum().item()
+        assert chi_square < 45.3  # 20 degrees of freedom, exceeded by chance once in 1,000 seeds
+
+
 def test_forbidden_ids_are_never_sampled():
     distribution = SamplingDistribution(temperature=3.0, eos_token_ids=(EOS,), forbidden_ids=(PAD, 5, VOCAB - 1))
     batch = engine(llama(), distribution, max_new_tokens=20).generate(prompts([3] * 40), seed=0)
     assert not torch.isin(batch.response_ids[batch.response_mask], torch.tensor(distribution.forbidden_ids)).any()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_cold_rollout_is_greedy_decoding(family):
-    model = FAMILIES[family]().eval()
-    batch = prompts(RAGGED, seed=3)
-    cold = SamplingDistribution(temperature=1e-4, eos_token_ids=(EOS,))
-    got = engine(model, cold, max_new_tokens=10).generate(batch, seed=0)
-    want = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask.long(),
-        do_sample=False,
-        max_new_tokens=10,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )[:, batch.input_ids.shape[1] :]
-    assert torch.equal(got.response_ids, want)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_rollout_is_greedy_decoding_too(family):
-    """Over several blocks of the cache, with rows that leave on the way."""
-    model = FAMILIES[family]().eval()
-    batch = prompts([20, 1, 12, 4, 2, 17, 8, 7], seed=4)  # they reach 44 tokens at different steps
-    cold = SamplingDistribution(temperature=1e-4, eos_token_ids=(EOS,))
-    got = engine(model, cold, max_new_tokens=50, max_length=44).generate(batch, seed=0)
-    assert int(got.lengths.max()) > 35 and len(set(got.lengths.tolist())) > 1
-    most, _ = Limits(max_new_tokens=50, max_length=44).per_row(batch.attention_mask.sum(dim=1))
-    for row in range(len(batch)):
-        alone = batch.select(torch.tensor([row]))
-        prompt = alone.input_ids[alone.attention_mask][None]
-        want = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=int(most[row]),
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-        )[0, prompt.shape[1] :]
-        assert torch.equal(got.response_ids[row][got.response_mask[row]], want), row
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,6 +143,28 @@ def test_rows_do_not_depend_on_the_chunk_they_are_decoded_in(family):
     assert len(set(whole.lengths.tolist())) > 1  # rows leave the batch at different steps
     assert same_responses(whole, pairs) and same_responses(whole, single)
     torch.testing.assert_close(whole.sampling_logprobs, single.sampling_logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_says_the_same_whoever_shares_its_batch(family):
+    """Alone; sorted before, between and behind others; among many, few of which are left at the end."""
+    model, distribution = FAMILIES[family]().eval(), SamplingDistribution(eos_token_ids=ENDS)
+    others = [], [9, 9], [1, 2, 3], [1, 12, 7, 5], [3, 12, 5, 7, 1], [20] * 5 + [6] * 20
+    compared = 0
+    for seed in range(4):
+        # Row 0 is the same prompt and has the same uniform numbers each time.
+        alone, *shared = (
+            engine(model, distribution, max_new_tokens=12).generate(prompts([6, *rest], seed=seed), seed=seed)
+            for rest in others
+        )
+        want = alone.response_ids[0]
+        for batch in shared:
+            mask = batch.response_mask[0]
+            assert torch.equal(batch.response_ids[0][mask], want)
+            got = batch.sampling_logprobs[0][mask]
+            torch.testing.assert_close(got, alone.sampling_logprobs[0], rtol=0, atol=1e-5)
+        compared += len(want)
+    assert compared > 8
 
 
 def test_rows_do_not_depend_on_left_padding():

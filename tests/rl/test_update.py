@@ -8,6 +8,7 @@ import torch
 import twin
 from tiny import (
     EOS,
+    FAMILIES,
     PAD,
     PLAIN,
     assert_same_gradients,
@@ -147,6 +148,28 @@ def test_microbatches_do_not_change_the_gradient(algorithm, kind):
         assert_same_gradients(got, whole)
         for name, value in whole_stats.items():
             assert stats[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_minibatchs_gradient_is_that_of_its_rows_one_at_a_time(family):
+    made = SharedTrunk(FAMILIES[family](), ScalarHead(16), ODD)
+    batch, alone = experience(made), {}
+    for row, length in enumerate(LENGTHS):
+        made.zero_grad()
+        updater(made, entropy_coef=0.05).backward(batch.select(torch.tensor([row])), kl_coef=0.0)
+        # Alone a row's tokens weigh 1 / length each, and in the minibatch one of all its tokens.
+        for name, gradient in gradients(made).items():
+            alone[name] = alone.get(name, 0.0) + length / sum(LENGTHS) * gradient.double()
+    for size in (8, 3):
+        made.zero_grad()
+        updater(made, entropy_coef=0.05, micro_batch_size=size).backward(batch, kl_coef=0.0)
+        cut = gradients(made)
+        if family == "opt":
+            # The same number added to a row of scores leaves its softmax as it is: this gradient is 0, plus rounding.
+            for name in [name for name in cut if name.endswith("k_proj.bias")]:
+                assert cut.pop(name).abs().max() < 1e-5
+                alone.pop(name, None)
+        assert_same_gradients(cut, alone)
 
 
 @pytest.mark.parametrize("algorithm, kind", CASES)
