@@ -9,7 +9,7 @@ import torch
 from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder, prompt_batch
 from chatrlhf.data.inputs import Rows
-from chatrlhf.device import resolve_precision
+from chatrlhf.device import resolve_rl_precision
 from chatrlhf.errors import DataError
 from chatrlhf.evaluation.heldout import HeldOut
 from chatrlhf.functional.logprobs import SamplingDistribution
@@ -23,7 +23,7 @@ from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.prompts import PromptSchedule, step_seed
 from chatrlhf.rl.reward_scaling import RewardScaling
-from chatrlhf.rl.rewards import RewardSource, load_function
+from chatrlhf.rl.rewards import ModelReward, RewardSource, load_function
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.update import Updater, UpdateSettings
 from chatrlhf.trainers.checkpoint import CheckpointStore
@@ -47,6 +47,7 @@ def assemble_ppo(
 
     Args:
         topology, reference: on ``device``, with one sampling distribution.
+        reward: a reward model of its own: what else was made from its weights has a copy.
         rows: prompts, and held-out prompts where there are any.
 
     Raises:
@@ -69,14 +70,17 @@ def assemble_ppo(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
     )
     scorer = Scorer(topology, reference, reward, scaling, device, max(trainer.micro_batch_size, 1))
-    for model in (*topology.backbones(), reference.model):
+    frozen = [reference.model]
+    if isinstance(reward, ModelReward):
+        frozen.append(reward.scorer.model.backbone)
+    for model in (*topology.backbones(), *frozen):
         prefer_fast_attention(model, device)
         prefer_fast_norms(model, device)
     groups, masters = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr), None
-    if resolve_precision(trainer.precision, device) == "bf16":
+    if resolve_rl_precision(trainer.precision, device) == "bf16":
         masters = MasterWeights(*topology.backbones())
         groups = masters.groups(groups)
-        to_bfloat16(reference.model)
+        to_bfloat16(*frozen)
     optimizer = torch.optim.AdamW(
         groups,
         betas=trainer.betas,

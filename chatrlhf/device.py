@@ -15,7 +15,15 @@ def pick_device() -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` as fp32 or bf16: bf16 on a GPU that has it, fp32 elsewhere."""
+    """``auto`` as fp32 or bf16, for the stages that train with autocast: bf16 on a GPU that has it."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def resolve_rl_precision(precision: str, device: torch.device) -> str:
+    """``auto`` for the RL stage, whose working copy is worth it on a CPU with bfloat16 products, too."""
+    if precision == "auto" and device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return resolve_precision(precision, device)

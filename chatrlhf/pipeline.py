@@ -15,13 +15,11 @@ from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
 from chatrlhf.data.templates import get_template
-from chatrlhf.device import pick_device, resolve_precision
+from chatrlhf.device import pick_device
 from chatrlhf.distributed import require_single_process
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
-from chatrlhf.models.attention import prefer_fast_attention
-from chatrlhf.models.norm import prefer_fast_norms
 from chatrlhf.models.factory import (
     context_length,
     load_actor,
@@ -36,7 +34,6 @@ from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, Shar
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
 from chatrlhf.rl.experience import ALGORITHMS
-from chatrlhf.rl.master_weights import to_bfloat16
 from chatrlhf.rl.prompts import step_seed
 from chatrlhf.rl.rewards import (
     FunctionReward,
@@ -233,12 +230,6 @@ def run_rl(this: Run) -> dict[str, Any]:
         config.reward_config.model,
     )
     topology.to(this.device)
-    if reward_scorer is not None:
-        backbone = reward_scorer.model.backbone
-        prefer_fast_attention(backbone, this.device)
-        prefer_fast_norms(backbone, this.device)
-        if resolve_precision(trainer_config.precision, this.device) == "bf16":
-            to_bfloat16(backbone)  # not earlier: the critic may have been copied from it
     this.log.note(
         f"RL: {trainer_config.algorithm}, {parameter_count(topology):,} parameters in training; {critic_line}"
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.inputs import Inputs, corpus, read_inputs
-from chatrlhf.device import pick_device, resolve_precision
+from chatrlhf.device import pick_device, resolve_rl_precision
 from chatrlhf.models.factory import TINY, meta_model, parameter_count, tiny_model
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.preflight import preflight
@@ -30,7 +30,7 @@ def show_plan(config: Config, type: str) -> None:
     print("\n# plan")
     print(f"output_dir: {config.run_dir}")
     device = pick_device()
-    print(f"device: {device} (RL in {resolve_precision(config.trainer_config.precision, device)})")
+    print(f"device: {device} (RL in {resolve_rl_precision(config.trainer_config.precision, device)})")
     for line in _parameter_lines(config, stages, has_function) + _batch_lines(config, stages, inputs):
         print(line)
     for warning in [*config.notes, *inputs.warnings]:

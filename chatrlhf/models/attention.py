@@ -83,9 +83,7 @@ def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any)
     allowed = sdpa_mask(*args, **kwargs)
     if allowed is None:
         return None
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-        ~allowed, torch.finfo(dtype).min
-    )
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 AttentionInterface.register(NAME, attention)
@@ -177,4 +175,6 @@ def _causal(width: int, window: int | None, dtype: torch.dtype, device: torch.de
     hidden = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
     if window is not None:
         hidden |= torch.ones_like(hidden).tril(-window)
-    return torch.zeros(width, width, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+    return torch.zeros(width, width, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)[
+        None, None
+    ]

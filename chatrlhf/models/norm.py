@@ -63,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
         """With n = x / r and r = sqrt(mean(x^2) + eps):  dw = sum(g n),  dx = (g w - n mean(g w n)) / r."""
         normed, weight, inverse = ctx.saved_tensors
         size = gradient.shape[-1]
-        by_normed = (gradient * normed).view(-1, size)
+        by_normed = (gradient * normed).reshape(-1, size)
         of_weight = by_normed.sum(dim=0) if ctx.needs_input_grad[1] else None
         mean = torch.mv(by_normed, weight).div_(size).view(inverse.shape)
         of_states = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(inverse)

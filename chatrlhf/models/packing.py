@@ -60,9 +60,12 @@ def packs(backbone: nn.Module) -> bool:
     It has to use `attention` and to take positions; whether all that it needs to know arrives is tried once, on
     a few tokens, and the answer kept on the model. Not so with ALiBi (BLOOM), or where scores are capped (Gemma 2).
     """
+    uses_ours = getattr(getattr(backbone, "config", None), "_attn_implementation", None) == NAME
+    if not uses_ours or "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return False
     known = getattr(backbone, "_chatrlhf_packs", None)
     if known is None:
-        known = backbone._chatrlhf_packs = _try(backbone)
+        known = backbone._chatrlhf_packs = _packed_is_padded(backbone)
     return known
 
 
@@ -71,13 +74,12 @@ def whole_quanta(slots: Tensor) -> Tensor:
     return nn.functional.pad(slots, (0, _up(len(slots), QUANTUM) - len(slots)))
 
 
-def _try(backbone: nn.Module) -> bool:
-    uses_ours = getattr(backbone.config, "_attn_implementation", None) == NAME
-    if not uses_ours or "position_ids" not in inspect.signature(backbone.forward).parameters:
-        return False
+def _packed_is_padded(backbone: nn.Module) -> bool:
     weight = next(backbone.parameters())
     ids = torch.arange(16 * 6, device=weight.device).view(16, 6) % backbone.config.get_text_config().vocab_size
-    mask = torch.arange(6, device=weight.device) < torch.tensor([6, *[1, 2, 3, 4, 5] * 3], device=weight.device)[:, None]
+    mask = (
+        torch.arange(6, device=weight.device) < torch.tensor([6, *[1, 2, 3, 4, 5] * 3], device=weight.device)[:, None]
+    )
     training = backbone.training
     backbone.eval()
     stream = pack(ids, mask)

@@ -22,6 +22,7 @@ from tiny import (
 from transformers import BertConfig, BertModel
 
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.packing import QUANTUM
 from chatrlhf.models.sequences import (
     Sequences,
     head_is_plain,
@@ -164,6 +165,15 @@ def test_states_given_or_not_the_logits_are_the_same():
         assert torch.equal(given, response_logits(model, sequences))
 
 
+def test_what_fills_a_quantum_has_no_gradient():
+    model, sequences = llama(), joined(rollout(prompts([3, 1]), [2, 4]))
+    logits = response_logits(model, sequences)
+    assert len(logits) == QUANTUM > len(sequences.tokens)
+    logits.retain_grad()
+    response_logprobs(logits, sequences, PLAIN)[0].sum().backward()
+    assert (logits.grad[6:] == 0).all() and logits.grad[:6].abs().amax(dim=1).min() > 0
+
+
 def test_entropy_is_that_of_the_sampled_distribution():
     model, batch = llama(), rollout(prompts([3, 1]), [2, 4])
     batch.min_new_tokens = torch.tensor([2, 0])
@@ -173,7 +183,7 @@ def test_entropy_is_that_of_the_sampled_distribution():
         logits = response_logits(model, sequences)
     _, entropy = response_logprobs(logits, sequences, distribution, with_entropy=True)
     places = batch.response_mask.nonzero().tolist()
-    for (i, t), row in zip(places, (logits / 0.8).tolist(), strict=True):
+    for (i, t), row in zip(places, (logits[:6] / 0.8).tolist(), strict=True):
         row[0] = -torch.inf
         if t < batch.min_new_tokens[i]:
             row[1] = -torch.inf

@@ -32,16 +32,23 @@ def test_rows_of_one_length_are_cut_by_the_budget_alone():
     assert len(cut_by_length(torch.full((5,), 7), rows_at_longest=5)) == 1
 
 
+def test_packed_rows_share_a_microbatch_whatever_their_lengths():
+    # 26 tokens in all, under a budget of 30; padded they would be 50.
+    assert len(cut_by_length(torch.tensor([2, 10, 2, 10, 2]), rows_at_longest=3, packed=True, overhead=3)) == 1
+    assert len(cut_by_length(torch.tensor([2, 10, 2, 10, 2]), rows_at_longest=2, packed=True, overhead=3)) == 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("rows_at_longest, overhead", [(2, 1), (3, 10), (8, 4), (8, 1000)])
-def test_no_cut_of_the_sorted_rows_is_cheaper(seed, rows_at_longest, overhead):
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_cut_of_the_sorted_rows_is_cheaper(seed, rows_at_longest, overhead, packed):
     lengths = torch.randint(1, 40, (8,), generator=torch.Generator().manual_seed(seed))
-    pieces = cut_by_length(lengths, rows_at_longest, overhead)
+    pieces = cut_by_length(lengths, rows_at_longest, packed, overhead)
     assert sorted(torch.cat(pieces).tolist()) == list(range(8))
     budget = rows_at_longest * int(lengths.max())
 
     def cost(parts: list[list[int]]) -> float:
-        sizes = [len(part) * max(part) for part in parts]
+        sizes = [sum(part) if packed else len(part) * max(part) for part in parts]
         return sum(sizes) + overhead * len(parts) if max(sizes) <= budget else float("inf")
 
     ordered = sorted(lengths.tolist(), reverse=True)

@@ -1,0 +1,121 @@
+"""Rows packed into one stream: the same numbers and gradients as padded, for the tokens alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import (
+    FAMILIES,
+    PLAIN,
+    VOCAB,
+    assert_same_gradients,
+    gpt2,
+    gradients,
+    llama,
+    prompts,
+    ragged_mask,
+    rollout,
+)
+from transformers import MistralConfig, MistralForCausalLM
+
+from chatrlhf.models import attention as attention_module
+from chatrlhf.models import packing
+from chatrlhf.models.attention import SHORT, prefer_fast_attention
+from chatrlhf.models.packing import pack, packs
+from chatrlhf.models.sequences import Sequences, join, response_logits, response_logprobs
+
+CPU = torch.device("cpu")
+PACKING = ["llama", "gpt2", "gpt_neox", "opt", "qwen2", "qwen3", "gemma"]
+PROMPTS, RESPONSES = [3, 1, 6, 4, 2, 5, 9, 2], [5, 2, 1, 7, 30, 4, 1, 3]
+
+
+def mistral() -> MistralForCausalLM:
+    """Sees the last 4 positions only."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, sliding_window=4)
+    sizes |= dict(num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0)
+    return MistralForCausalLM(MistralConfig(vocab_size=VOCAB, **sizes)).eval()
+
+
+def ragged() -> Sequences:
+    batch = rollout(prompts(PROMPTS), RESPONSES)
+    prompt = batch.prompts
+    return join(prompt.input_ids, prompt.attention_mask, batch.response_ids, batch.response_mask)
+
+
+def read(model, sequences: Sequences) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Log-probabilities, and gradients of a weighted sum of them."""
+    model.zero_grad()
+    logprobs, _ = response_logprobs(response_logits(model, sequences), sequences, PLAIN)
+    weights = torch.linspace(0.5, 2.0, logprobs.numel()).view_as(logprobs)
+    (weights * logprobs).sum().backward()
+    return logprobs.detach(), gradients(model)
+
+
+def test_a_stream_by_hand(monkeypatch):
+    monkeypatch.setattr(packing, "QUANTUM", 2)
+    monkeypatch.setattr(packing, "BLOCK", 4)
+    stream = pack(torch.tensor([[5, 6, 7], [8, 0, 0], [9, 4, 0]]), ragged_mask([3, 1, 2]))
+    # Six tokens and the one that every empty slot takes, in whole twos.
+    assert stream.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 0, 0]]
+    assert stream.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
+    segments = stream.inputs["segments"]
+    assert (segments.rows, segments.width) == (3, 4)
+    assert segments.slots.view(3, 4).tolist() == [[0, 1, 2, 7], [3, 7, 7, 7], [4, 5, 7, 7]]
+    # Slot 3, the first empty one, stands for what belongs to no row.
+    assert segments.tokens.tolist() == [0, 1, 2, 4, 8, 9, 3, 3]
+    assert stream.positions_of.view(3, 3).tolist() == [[0, 1, 2], [3, 7, 7], [4, 5, 7]]
+
+
+@pytest.mark.parametrize("lengths", [[9] * 20, [9, 8], [64]])
+def test_nothing_is_packed_where_nothing_is_gained(lengths):
+    mask = ragged_mask(lengths)
+    assert pack(torch.ones_like(mask, dtype=torch.long), mask) is None
+
+
+def test_which_families_pack():
+    found = []
+    for family, make in FAMILIES.items():
+        model = make().eval()
+        prefer_fast_attention(model, CPU)
+        found += [family] if packs(model.base_model) else []
+    assert found == PACKING
+
+
+@pytest.mark.parametrize("short", [4, SHORT], ids=["beyond short", "short"])
+@pytest.mark.parametrize("make", [*(FAMILIES[name] for name in PACKING), mistral])
+def test_packed_is_padded(make, short, monkeypatch):
+    monkeypatch.setattr(attention_module, "SHORT", short)
+    model, sequences = make().eval(), ragged()
+    assert sequences.stream.inputs["input_ids"].shape[1] <= sequences.input_ids.numel() / 2
+    want, want_gradients = read(model, sequences)
+    prefer_fast_attention(model, CPU)
+    assert packs(model.base_model)
+    calls = []
+    model.base_model.register_forward_pre_hook(lambda _, __, given: calls.append(given), with_kwargs=True)
+    got, got_gradients = read(model, sequences)
+    assert "segments" in calls[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    some = [name for name in want_gradients if "k_proj.bias" not in name]  # 0 but for rounding
+    assert_same_gradients({n: got_gradients[n] for n in some}, {n: want_gradients[n] for n in some})
+
+
+def test_a_model_that_mixes_rows_does_not_pack(monkeypatch):
+    model = llama()
+    prefer_fast_attention(model, CPU)
+    usual = attention_module.attention
+    monkeypatch.setitem(
+        attention_module.AttentionInterface._global_mapping,
+        attention_module.NAME,
+        lambda *args, segments=None, **kwargs: usual(*args[:4], None, **kwargs),
+    )
+    assert not packs(model.base_model)
+
+
+def test_a_model_that_loses_positions_does_not_pack(monkeypatch):
+    model = gpt2().eval()
+    prefer_fast_attention(model, CPU)
+    table = model.transformer.wpe
+    usual = table.forward
+    monkeypatch.setattr(table, "forward", lambda positions: usual(torch.arange(positions.shape[1])[None]))
+    assert not packs(model.base_model)
