@@ -43,6 +43,7 @@ from chatrlhf.models.topology import Reference, SharedTrunk
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
+from chatrlhf.rl.master_weights import prepare_models
 from chatrlhf.rl.prompts import PromptSchedule
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward, RewardFunction
@@ -214,13 +215,18 @@ def make_trainer(
     reward: RewardFunction | None = None,
     learning_rates: tuple[float, float] = (LR, HEAD_LR),
     steps: int = STEPS,
+    precision: str = "fp32",
 ) -> PPOTrainer:
     """The package's PPO on this task, put together by hand."""
     device = torch.device("cpu")
     policy = copy.deepcopy(task.model)
     engine = make_engine(policy, ROLLOUT_TEMPERATURE)
     topology = SharedTrunk(policy, ScalarHead(policy.config.n_embd).zero_(), engine.distribution)
-    optimizer = torch.optim.AdamW(topology.parameter_groups(*learning_rates), betas=(0.9, 0.95), weight_decay=0.0)
+    reference = Reference(copy.deepcopy(task.model), engine.distribution)
+    masters = prepare_models(topology.backbones(), [reference.model], precision, device)
+    groups = topology.parameter_groups(*learning_rates)
+    groups = masters.groups(groups) if masters else groups
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     decay, climb = lambda step: max(0.0, 1 - step / (steps * EPOCHS)), lambda step: (step + 1) / (WARM_UP + 1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: min(climb(step), decay(step)), decay])
     settings = UpdateSettings(epochs=EPOCHS, batch_size=ROLLOUTS, micro_batch_size=ROLLOUTS, vf_coef=0.5)
@@ -232,13 +238,13 @@ def make_trainer(
         engine=engine,
         scorer=Scorer(
             topology,
-            Reference(copy.deepcopy(task.model), engine.distribution),
+            reference,
             FunctionReward(reward or task.graph.reward, "optimality"),
             RewardScaling(cliprange=1.0),
             device,
             micro_batch_size=ROLLOUTS,
         ),
-        updater=Updater(topology, optimizer, scheduler, ALGORITHMS["ppo"], settings, device),
+        updater=Updater(topology, optimizer, scheduler, ALGORITHMS["ppo"], settings, device, masters),
         algorithm=ALGORITHMS["ppo"],
         estimation=lambda coef: Estimation(kl_coef=coef, gamma=1.0, lam=1.0, whiten_advantages=False),
         kl=KLController(0.0),
@@ -254,10 +260,11 @@ def run(
     reward: RewardFunction | None = None,
     learning_rates: tuple[float, float] = (LR, HEAD_LR),
     steps: int = STEPS,
+    precision: str = "fp32",
 ) -> float:
     """Train once; the optimality at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(task, seed, Path(folder), reward, learning_rates, steps)
+        trainer = make_trainer(task, seed, Path(folder), reward, learning_rates, steps, precision)
         trainer.train()
     return evaluate(task.graph, trainer.engine.model)
 

@@ -14,13 +14,11 @@ from chatrlhf.errors import DataError
 from chatrlhf.evaluation.heldout import HeldOut
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
-from chatrlhf.models.attention import prefer_fast_attention
-from chatrlhf.models.norm import prefer_fast_norms
 from chatrlhf.models.topology import PolicyOnly, Reference
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
-from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
+from chatrlhf.rl.master_weights import prepare_models
 from chatrlhf.rl.prompts import PromptSchedule, step_seed
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import ModelReward, RewardSource, load_function
@@ -73,14 +71,11 @@ def assemble_ppo(
     frozen = [reference.model]
     if isinstance(reward, ModelReward):
         frozen.append(reward.scorer.model.backbone)
-    for model in (*topology.backbones(), *frozen):
-        prefer_fast_attention(model, device)
-        prefer_fast_norms(model, device)
-    groups, masters = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr), None
-    if resolve_rl_precision(trainer.precision, device) == "bf16":
-        masters = MasterWeights(*topology.backbones())
+    precision = resolve_rl_precision(trainer.precision, device)
+    masters = prepare_models(topology.backbones(), frozen, precision, device)
+    groups = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr)
+    if masters is not None:
         groups = masters.groups(groups)
-        to_bfloat16(*frozen)
     optimizer = torch.optim.AdamW(
         groups,
         betas=trainer.betas,

@@ -1,4 +1,4 @@
-"""float32 masters of weights that the models themselves hold in bfloat16."""
+"""Models made ready for the hot path; float32 masters of weights that the models themselves hold in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from chatrlhf.models.attention import prefer_fast_attention
+from chatrlhf.models.norm import prefer_fast_norms
 
 
 class MasterWeights:
@@ -60,6 +63,28 @@ class MasterWeights:
             for working, copy in zip(self._working, copies, strict=True):
                 working.data = copy
             self.publish()
+
+
+def prepare_models(
+    trained: list[nn.Module], frozen: list[nn.Module], precision: str, device: torch.device
+) -> MasterWeights | None:
+    """Have models compute as fast as they can on this device; in place.
+
+    Args:
+        trained, frozen: transformers models on ``device``; nothing outside shares the weights of the frozen ones.
+        precision: ``bf16`` or ``fp32``.
+
+    Returns:
+        The masters of the trained models' weights, which are what an optimizer has to improve; None in float32,
+        where the models' own weights are.
+    """
+    for model in (*trained, *frozen):
+        prefer_fast_attention(model, device)
+        prefer_fast_norms(model, device)
+    if precision != "bf16":
+        return None
+    to_bfloat16(*frozen)
+    return MasterWeights(*trained)
 
 
 def to_bfloat16(*modules: nn.Module) -> None:
