@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from tiny import EOS, PAD, PLAIN, VOCAB, llama
+from tiny import EOS, PAD, PLAIN, VOCAB, gpt2, llama
 
 import benchmarks.growth
 from benchmarks.forced_lengths import ForcedLengths
@@ -30,11 +30,11 @@ PROMPTS = Batch(
 LENGTHS = [2, 6, 1, 4]  # of at most 6
 
 
-def stand_in(**options) -> StandIn:
+def stand_in(make=llama, **options) -> StandIn:
     settings = Settings(max_new_tokens=6, chunk_size=3, batch_size=2, ppo_epochs=2, lr=1e-2, **options)
     letters = [chr(ord("A") + i) for i in range(VOCAB)]
     return StandIn(
-        llama(),
+        make(),
         settings,
         reward=lambda prompts, completions: [float(len(set(each))) for each in completions],
         decode=lambda ids: "".join(letters[i] for i in ids),
@@ -69,8 +69,9 @@ def test_text_there_and_back_leaves_the_stand_ins_tokens_as_they_were():
         assert (element.response[-1] == EOS) == (length < 6)
 
 
-def test_the_stand_ins_log_probabilities_are_ours():
-    loop = stand_in()
+@pytest.mark.parametrize("make", [llama, gpt2])  # GPT-2's positions are absolute: left padding has to shift them
+def test_the_stand_ins_log_probabilities_are_ours(make):
+    loop = stand_in(make)
     responses = [element.response for element in elements(loop)]
     response_ids = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=PAD)
     mask = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
@@ -89,6 +90,8 @@ def test_the_stand_ins_first_ratio_is_one_and_its_score_is_on_the_last_token():
     found = elements(loop)
     _, stats = loop.loss(found)
     assert stats["ratio"] == pytest.approx(1, abs=1e-5)
+    for moment in ("mean", "min", "max"):
+        assert stats[f"values/{moment}"] == pytest.approx(stats[f"old_values/{moment}"], abs=1e-5)
     # Policy and reference are still equal, so the reward is the score alone: distinct letters, EOS not among them.
     letters = [len(set(element.response.tolist()) - {EOS}) for element in found]
     assert [element.rewards.sum().item() for element in found] == pytest.approx(letters, abs=1e-5)

@@ -8,7 +8,9 @@ in float32, as trlX does.
 
 Whether the stand-in stands for trlX is checked in the same run, by TRL: what trlX 0.7.0 itself took for rollouts
 (generation and scoring) and for the update is known as a share of TRL 1.12.0's total, on the work `small-fixed`. Those
-shares are one machine's; where products of float32 and bfloat16 are otherwise priced, trlX's own are others, too.
+shares are one machine's. Where TRL's total has other parts, trlX's own shares are others, too: on one core of a Xeon
+with AMX trlX 0.7.0 itself (torch 2.13, transformers 4.32.1, chunks of 16) took 3.4 s for rollouts and 6.6 for the
+update, the stand-in 2.9 and 6.3, and TRL 16.3 in all, so that neither can come near the shares below.
 """
 
 from __future__ import annotations
