@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -27,19 +26,10 @@ import torch
 
 from benchmarks.ppo_step.bound import bound, measure
 from benchmarks.ppo_step.work import WORKS, Work, prepare
+from benchmarks.processes import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 PHASES = ("rollout", "score", "update", "total")
 PEER_PRECISIONS = ("fp32", "bf16", "pure_bf16")  # autocast over fp32 weights; everything in bf16
-
-
-def run(command: list[str], threads: int) -> dict[str, Any]:
-    """One engine in one process; its last line of output."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def commands(options: argparse.Namespace, folder: Path, iterations: int, precision: str) -> dict[str, list[str]]:
