@@ -13,11 +13,15 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import accelerate  # noqa: E402, F401
+import datasets  # noqa: E402, F401
+import peft  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402, F401
+from safetensors.torch import load_file  # noqa: E402
 
 import chatrlhf.pipeline  # noqa: E402
-from benchmarks.ppo_step.work import Work, read_work, report, rss  # noqa: E402
+from benchmarks.ppo_step.work import Work, moved, read_work, report, rss  # noqa: E402
 from chatrlhf.config import load_config  # noqa: E402
 from chatrlhf.generation.engine import Limits  # noqa: E402
 
@@ -43,7 +47,6 @@ def settings(work: Work, folder: Path, iterations: int) -> dict:
             "ppo_epochs": work.epochs,
             "actor_lr": 3e-6,
             "critic_lr": 3e-6,
-            "precision": "bf16",
             "gen_kwargs": {"max_new_tokens": work.response, "min_new_tokens": work.response, "temperature": 1.0},
         },
     }
@@ -71,12 +74,13 @@ def main(folder: Path, iterations: int, overrides: list[str]) -> None:
         stdout, sys.stdout = sys.stdout, sys.stderr
         result = chatrlhf.pipeline.run(config, type="RL")
         sys.stdout = stdout
+        changed = moved(load_file(Path(out) / "actor_rl" / "model.safetensors"), folder)
         lines = [json.loads(line) for line in result.stages["RL"].metrics.path.read_text().splitlines()]
     found = []
     for i, line in enumerate(line for line in lines if "time/rollout" in line):
         phases = {phase: line[f"time/{phase}"] for phase in PHASES}
         found.append(phases | {"total": sum(phases.values()), "tokens": sum(work.lengths(i))})
-    report(found, after_imports)
+    report(found, after_imports, changed)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from transformers import (  # noqa: E402
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402
 
-from benchmarks.ppo_step.work import EOS, FIRST_WORD, Work, read_work, report, rss  # noqa: E402
+from benchmarks.ppo_step.work import EOS, FIRST_WORD, Work, moved, read_work, report, rss  # noqa: E402
 
 
 class Clock(TrainerCallback):
@@ -133,7 +133,8 @@ def main(folder: Path, iterations: int, precision: str) -> None:
         stdout, sys.stdout = sys.stdout, sys.stderr
         trainer.train()
         sys.stdout = stdout
-    report(clock.found, after_imports)
+        changed = moved(policy.state_dict(), folder)
+    report(clock.found, after_imports, changed)
 
 
 if __name__ == "__main__":

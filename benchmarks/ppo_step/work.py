@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 PAD, EOS, FIRST_WORD = 0, 1, 2
 
@@ -118,12 +119,21 @@ def read_work(folder: Path) -> Work:
     return Work(**json.loads((folder / "work.json").read_text(encoding="utf-8")))
 
 
-def report(iterations: list[dict[str, float]], rss_after_imports: int) -> None:
-    """The line of JSON that the driver reads: seconds by phase and tokens of each iteration, and peak memory."""
+def report(iterations: list[dict[str, float]], rss_after_imports: int, moved: float) -> None:
+    """The line of JSON that the driver reads: seconds by phase and tokens of each iteration, peak memory, `moved`."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"iterations": iterations, "peak_bytes": peak - rss_after_imports}), flush=True)
+    print(json.dumps({"iterations": iterations, "peak_bytes": peak - rss_after_imports, "moved": moved}), flush=True)
+
+
+def moved(trained: dict[str, Any], folder: Path) -> float:
+    """The share of the policy's weights that are not what they were: near 1, unless steps were lost to rounding."""
+    from safetensors.torch import load_file
+
+    before = load_file(folder / "policy" / "model.safetensors")
+    changed = sum(int((trained[name].float() != before[name].to(trained[name].dtype).float()).sum()) for name in before)
+    return changed / sum(tensor.numel() for tensor in before.values())
 
 
 def rss() -> int:
