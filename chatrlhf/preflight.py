@@ -11,10 +11,12 @@ from chatrlhf.data.records import Preference, ScoredCompletion
 from chatrlhf.data.templates import get_template
 from chatrlhf.models.factory import (
     TINY,
+    block_count,
     read_model_config,
     require_reward_model,
     tokenizer_and_context,
 )
+from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.rl.rewards import load_function
 
@@ -34,6 +36,8 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
     if "RL" in stages and "REWARD" not in stages and not has_reward_fn:
         require_reward_model(run_dir / "reward", reward)
     _check_models(config, stages, has_reward_fn)
+    if "RL" in stages:
+        refuse_more_than(trainer.num_layers_unfrozen, block_count(actor))
     tokenizer, context = tokenizer_and_context(actor, corpus(config))
     encoder = Encoder(tokenizer, template, min(actor.max_sequence_length, context))
     _check_lengths(inputs, encoder, min(reward.max_sequence_length, encoder.max_length))

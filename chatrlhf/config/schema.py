@@ -270,7 +270,7 @@ class TrainerConfig(OptimizerKeys):
     checkpoint_steps: int = Field(1000, ge=1, description="steps; a step is one rollout batch and its update")
     n_checkpoints_to_keep: int = Field(2, ge=1)
     checkpoint_name: str | None = None
-    num_layers_unfrozen: int = Field(-1, ge=-1)
+    num_layers_unfrozen: int = Field(-1, ge=-1, description="top blocks of the policy that are trained; -1: all")
 
     # What ChatLLaMA counts in; `aliases.py` turns them into total_episodes and num_rollouts.
     num_episodes: int | None = Field(None, ge=1)
@@ -299,8 +299,8 @@ class TrainerConfig(OptimizerKeys):
         _must_divide("num_rollouts", self.num_rollouts, "samples_per_prompt", self.samples_per_prompt)
         _must_divide("num_rollouts", self.num_rollouts, "batch_size", self.batch_size)
         _must_divide("total_episodes", self.total_episodes, "num_rollouts", self.num_rollouts)
-        if self.num_layers_unfrozen != -1:
-            raise ValueError("num_layers_unfrozen: only -1 (all layers) is there yet; set it to -1")
+        if self.num_layers_unfrozen == 0:
+            raise ValueError("num_layers_unfrozen: 0 leaves nothing of the policy to train; use -1 (all) or 1 or more")
         return self
 
     @property

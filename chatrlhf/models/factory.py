@@ -17,13 +17,15 @@ from chatrlhf.config.schema import ActorConfig, CriticConfig, RewardConfig, Tiny
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
+from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer, train_tokenizer
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk, copy_of_trained
 
 TINY = "tiny"
+ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
 
 
 def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> tuple[nn.Module, Any]:
@@ -121,6 +123,7 @@ def make_topology(
     distribution: Any,
     needs_critic: bool,
     reward_name: str | None = None,
+    unfrozen: int = ALL_BLOCKS,
 ) -> tuple[PolicyOnly, str]:
     """The topology that the configuration asks for, and one line that says where the critic starts from.
 
@@ -131,10 +134,28 @@ def make_topology(
     Args:
         reward: the trained reward model, None where a function gives the reward.
         reward_name: `reward_config.model`. A critic of that name means the trained reward model, as in ChatLLaMA.
+        unfrozen: `trainer_config.num_layers_unfrozen`, blocks of the policy that are trained.
 
     Raises:
-        ConfigError: a critic that is named cannot be one.
+        ConfigError: a critic that is named cannot be one, or the policy's blocks cannot be parted like that.
     """
+    if unfrozen == ALL_BLOCKS:
+        return _with_critic(policy, tokenizer, reward, config, distribution, needs_critic, reward_name)
+    freeze_trunk(policy, unfrozen)
+    inner, line = _with_critic(policy, tokenizer, reward, config, distribution, needs_critic, reward_name)
+    return FrozenTrunk(inner, unfrozen), f"{line}; all but the top {unfrozen} blocks are frozen and shared"
+
+
+def _with_critic(
+    policy: nn.Module,
+    tokenizer: Any,
+    reward: RewardScorer | None,
+    config: CriticConfig,
+    distribution: Any,
+    needs_critic: bool,
+    reward_name: str | None,
+) -> tuple[PolicyOnly, str]:
+    """The policy and its value function, and where that starts from."""
     if not needs_critic:
         return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
     device = next(policy.parameters()).device
@@ -152,7 +173,7 @@ def make_topology(
             backbone = copy.deepcopy(reward.model.backbone).requires_grad_(True)
             return SeparateCritic(policy, backbone, head, distribution), "critic: starts from the reward model"
         head = ScalarHead(hidden, mlp).zero_().to(device)
-        critic = SeparateCritic(policy, copy.deepcopy(policy.base_model), head, distribution)
+        critic = SeparateCritic(policy, copy_of_trained(policy.base_model), head, distribution)
         return critic, f"critic: a copy of the policy under a zero head ({reason})"
     folder = Path(config.model)
     if (folder / SETTINGS).exists():
@@ -183,14 +204,30 @@ def _positions(config: Any) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of the names and shapes of all parameters: equal for models that can exchange weights."""
-    shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    """A short hash of all parameters' names, shapes and which are frozen: equal for models that can exchange states."""
+    shapes = sorted(
+        (name, list(parameter.shape) + ([] if parameter.requires_grad else ["frozen"]))
+        for name, parameter in model.named_parameters()
+    )
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained_count(model: nn.Module) -> int:
+    """Parameters that are trained, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def block_count(config: ActorConfig) -> int:
+    """Blocks of the actor, without reading weights."""
+    if config.model == TINY:
+        return config.tiny.num_hidden_layers
+    settings = read_model_config(config.model, "actor_config.model", config).get_text_config()
+    return int(settings.num_hidden_layers)
 
 
 def tiny_model(config: TinyConfig, tokenizer: Any) -> nn.Module:

@@ -25,6 +25,7 @@ class Sequences:
     slots: Tensor  # [N] int64, index into B*T of the position that predicts each real response token
     positions: Tensor  # [N] int64, t of each real response token
     min_new_tokens: Tensor  # [N] int64, of each token's row
+    trunk_states: Tensor | None = None  # [B, T, d], what a frozen trunk made of the ids, where that is known
 
     @property
     def tokens(self) -> Tensor:
@@ -43,10 +44,12 @@ def join(
     response_ids: Tensor,
     response_mask: Tensor,
     min_new_tokens: Tensor | None = None,
+    trunk_states: Tensor | None = None,
 ) -> Sequences:
     """Join prompts [B, P] (padding anywhere) and responses [B, R] (right-padded) into right-padded rows.
 
     Each row needs at least one prompt token: the first response token is predicted by the last prompt token.
+    States [B, at least T, d] are those of such rows already; what stands behind the longest is cut off.
     """
     ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
@@ -66,6 +69,7 @@ def join(
         slots=rows * width + prompt_lengths[rows] - 1 + steps,
         positions=steps,
         min_new_tokens=min_new_tokens[rows],
+        trunk_states=None if trunk_states is None else trunk_states[:, :width],
     )
 
 

@@ -6,6 +6,7 @@ the policy's trunk, or not at all, is decided here once.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +48,21 @@ class PolicyOnly(nn.Module):
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
         return Evaluation(logprobs, None, entropy)
 
+    def trunk_states(self, sequences: Sequences) -> Tensor | None:
+        """What every later evaluation of these sequences may start from, [B, T, d]; None where that is the ids."""
+        return None
+
+    def reference(self) -> Reference:
+        """The policy as it is now, frozen."""
+        return Reference(copy_of_trained(self.policy), self.distribution)
+
     def backbones(self) -> list[nn.Module]:
         """The transformers models in it: what may be computed in bfloat16, as a value head may not."""
         return [self.policy]
+
+    def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
+        """The backbone that values are read from and the head on it, None without a critic."""
+        return None
 
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         """Parameters with the learning rate each is trained at."""
@@ -74,6 +87,9 @@ class SeparateCritic(PolicyOnly):
     def backbones(self) -> list[nn.Module]:
         return [self.policy, self.critic]
 
+    def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
+        return self.critic, self.value_head
+
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         critic = [*_trainable(self.critic), *_trainable(self.value_head)]
         return [*super().parameter_groups(actor_lr, critic_lr), {"params": critic, "lr": critic_lr}]
@@ -95,6 +111,9 @@ class SharedTrunk(PolicyOnly):
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
         return Evaluation(logprobs, sequences.spread(self.value_head(states)), entropy)
 
+    def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
+        return self.policy.base_model, self.value_head
+
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         groups = super().parameter_groups(actor_lr, critic_lr)
         return [*groups, {"params": _trainable(self.value_head), "lr": critic_lr}]
@@ -111,6 +130,12 @@ class Reference:
         """[B, R] float32, of the same distribution that is sampled; 0 where masked."""
         logits = response_logits(self.model, sequences)
         return response_logprobs(logits, sequences, self.distribution)[0]
+
+
+def copy_of_trained(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares the weights which are not trained, since they will stay equal."""
+    frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
+    return copy.deepcopy(model, frozen)
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -181,8 +181,8 @@ class PPOTrainer:
         topology, updater = self.updater.topology, self.updater
         if state["fingerprint"] != fingerprint(topology):
             raise CheckpointError(
-                f"{folder}: it is a checkpoint of another model (other parameters than this configuration's); "
-                "set the models and critic_config back, or use another output_dir"
+                f"{folder}: it is a checkpoint of another model (other parameters, or others in training, than this "
+                "configuration's); set models, critic_config and num_layers_unfrozen back, or use another output_dir"
             )
         with updater.full_precision():
             load_model(topology, str(folder / "model.safetensors"))

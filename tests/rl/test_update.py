@@ -168,7 +168,7 @@ def test_padding_of_the_experience_changes_nothing():
     wide = Experience(
         **{
             name: torch.nn.functional.pad(value, (4, 0) if name.startswith("prompt") else (0, 4))
-            if value.dim() == 2
+            if value is not None and value.dim() == 2
             else value
             for name, value in vars(batch).items()
         }
