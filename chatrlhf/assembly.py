@@ -14,8 +14,10 @@ from chatrlhf.errors import DataError
 from chatrlhf.evaluation.heldout import HeldOut
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.models.adapters import has_adapters
 from chatrlhf.models.attention import prefer_fast_attention
-from chatrlhf.models.topology import PolicyOnly, Reference
+from chatrlhf.models.reference import Reference
+from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
@@ -72,7 +74,8 @@ def assemble_ppo(
         prefer_fast_attention(model, device, limits.max_length)
     groups, masters = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr), None
     if resolve_precision(trainer.precision, device) == "bf16":
-        masters = MasterWeights(*topology.backbones())
+        # Adapters are saved without what they were added to, so only they need float32.
+        masters = MasterWeights(*topology.backbones(), frozen=not has_adapters(topology.policy))
         groups = masters.groups(groups)
         to_bfloat16(reference.model)
     optimizer = torch.optim.AdamW(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from chatrlhf.assembly import assemble_ppo, sampling_distribution
+from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
@@ -20,6 +21,7 @@ from chatrlhf.distributed import require_single_process
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
+from chatrlhf.models.adapters import add_adapters
 from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.factory import (
     context_length,
@@ -214,7 +216,7 @@ def run_reward(this: Run) -> dict[str, Any]:
 def run_rl(this: Run) -> dict[str, Any]:
     """RL: improve the actor against the reward; leaves ``actor_rl/`` and ``critic/``."""
     config, trainer_config, rows = this.config, this.config.trainer_config, _given(this.inputs.prompts)
-    policy, encoder = _starting_policy(this)
+    policy, encoder, base = _starting_policy(this)
     reward_scorer = (
         None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device)
     )
@@ -232,6 +234,10 @@ def run_rl(this: Run) -> dict[str, Any]:
         trainer_config.num_layers_unfrozen,
     )
     topology.to(this.device)
+    if config.actor_config.peft_enable:
+        # Only now: a critic that is a copy of the policy is trained whole, as one that starts from a reward model.
+        add_adapters(policy, load_peft_config(config), base, config.actor_config.revision)
+        critic_line += "; the policy is trained by adapters, and is its own reference without them"
     reference = topology.reference()
     if reward_scorer is not None:
         backbone = reward_scorer.model.backbone
@@ -253,16 +259,18 @@ def run_rl(this: Run) -> dict[str, Any]:
     return _record(this, "RL", "actor_rl", config.actor_config.model, rows)
 
 
-def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder]:
-    """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run."""
+def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder, str]:
+    """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run; and its name."""
     folder = this.trained("ACTOR", "actor", this.config.actor_config.model)
     if folder is not None:
         model, tokenizer, template = load_policy(folder, this.device)
-        return model, _encoder(this.config, model, tokenizer, template)
+        return model, _encoder(this.config, model, tokenizer, template), str(folder.resolve())
     this.log.warn("RL: no fine-tuned actor in this folder, so the policy starts from actor_config.model as it is")
     torch.manual_seed(this.seed("RL"))  # a resumed run's policy and reference start from the same random weights
     model, tokenizer = load_actor(this.config.actor_config, corpus(this.config), this.device)
-    return model, _encoder(this.config, model, tokenizer)
+    name = this.config.actor_config.model
+    name = str(Path(name).resolve()) if Path(name).exists() else name
+    return model, _encoder(this.config, model, tokenizer), name
 
 
 def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: Any = None) -> Encoder:

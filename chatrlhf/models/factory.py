@@ -17,12 +17,14 @@ from chatrlhf.config.schema import ActorConfig, CriticConfig, RewardConfig, Tiny
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
+from chatrlhf.models.adapters import base_of, merged
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
+from chatrlhf.models.reference import copy_of_trained
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer, train_tokenizer
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk, copy_of_trained
+from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 
 TINY = "tiny"
 ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
@@ -41,7 +43,7 @@ def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> t
     if config.model == TINY:
         model = tiny_model(config.tiny, tokenizer)
     else:
-        model = _from_pretrained(AutoModelForCausalLM, config.model, "actor_config.model", _hub_kwargs(config))
+        model = _language_model(config.model, "actor_config.model", _hub_kwargs(config))
         _check_vocabulary(model, tokenizer, "actor_config")
     if config.froze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
@@ -57,13 +59,15 @@ def tokenizer_and_context(config: ActorConfig, texts: list[str]) -> tuple[Any, i
 
 
 def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig) -> Any:
-    """A model's configuration file; a ConfigError that names ``key`` where there is none."""
+    """A model's configuration file (of adapters their base's); a ConfigError that names ``key`` where there is none."""
+    if (base := base_of(name)) is not None:
+        return read_model_config(base, key, section)
     return _explained(key, name, lambda: AutoConfig.from_pretrained(name, **_hub_kwargs(section)))
 
 
 def load_policy(folder: Path, device: torch.device) -> tuple[nn.Module, Any, Template | None]:
-    """A policy that a stage left behind: model in float32, tokenizer, template."""
-    model = _from_pretrained(AutoModelForCausalLM, str(folder), "actor_config.model", {})
+    """A policy that a stage left behind: model in float32 (adapters are merged into it), tokenizer, template."""
+    model = _language_model(str(folder), "actor_config.model", {})
     return model.to(device), load_tokenizer(str(folder), "actor_config.model"), Template.load(folder)
 
 
@@ -290,6 +294,13 @@ def _hub_kwargs(config: ActorConfig | RewardConfig) -> dict[str, Any]:
 
 def _backbone(name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
     return _from_pretrained(AutoModel, name, key, kwargs)
+
+
+def _language_model(name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
+    base = base_of(name)
+    if base is None:
+        return _from_pretrained(AutoModelForCausalLM, name, key, kwargs)
+    return merged(_language_model(base, key, kwargs), name)
 
 
 def _from_pretrained(auto: Any, name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:

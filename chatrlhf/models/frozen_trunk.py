@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.reference import Reference, copy_of_trained
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, head_is_plain
-from chatrlhf.models.topology import Evaluation, PolicyOnly, Reference, copy_of_trained
+from chatrlhf.models.topology import Evaluation, PolicyOnly
 
 KEY = "trainer_config.num_layers_unfrozen"
 

@@ -6,14 +6,13 @@ the policy's trunk, or not at all, is decided here once.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.reference import Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import (
     Sequences,
@@ -54,7 +53,7 @@ class PolicyOnly(nn.Module):
 
     def reference(self) -> Reference:
         """The policy as it is now, frozen."""
-        return Reference(copy_of_trained(self.policy), self.distribution)
+        return reference_of(self.policy, self.distribution)
 
     def backbones(self) -> list[nn.Module]:
         """The transformers models in it: what may be computed in bfloat16, as a value head may not."""
@@ -117,25 +116,6 @@ class SharedTrunk(PolicyOnly):
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         groups = super().parameter_groups(actor_lr, critic_lr)
         return [*groups, {"params": _trainable(self.value_head), "lr": critic_lr}]
-
-
-class Reference:
-    """The frozen model that the KL term holds the policy to."""
-
-    def __init__(self, model: nn.Module, distribution: SamplingDistribution) -> None:
-        self.model, self.distribution = model.eval().requires_grad_(False), distribution
-
-    @torch.no_grad()
-    def logprobs(self, sequences: Sequences) -> Tensor:
-        """[B, R] float32, of the same distribution that is sampled; 0 where masked."""
-        logits = response_logits(self.model, sequences)
-        return response_logprobs(logits, sequences, self.distribution)[0]
-
-
-def copy_of_trained(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares the weights which are not trained, since they will stay equal."""
-    frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
-    return copy.deepcopy(model, frozen)
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

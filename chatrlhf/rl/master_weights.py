@@ -19,10 +19,10 @@ class MasterWeights:
     it stays valid. Unlike autocast nothing is converted inside a forward.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module, frozen: bool = True) -> None:
         parameters = {id(each): each for module in modules for each in module.parameters()}
-        # Frozen weights too: what is saved has to have the bytes that were loaded.
-        self._working = list(parameters.values())
+        # Frozen weights too, unless they are not saved: what is saved has to have the bytes that were loaded.
+        self._working = [each for each in parameters.values() if frozen or each.requires_grad]
         self._masters = [nn.Parameter(each.detach().float(), each.requires_grad) for each in self._working]
         self._master_of = {id(a): b for a, b in zip(self._working, self._masters, strict=True)}
         to_bfloat16(*modules)

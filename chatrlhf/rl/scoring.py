@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from chatrlhf.functional.masked import masked_mean
+from chatrlhf.models.reference import Reference
 from chatrlhf.models.sequences import join
-from chatrlhf.models.topology import PolicyOnly, Reference
+from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import RewardSource

@@ -25,9 +25,10 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.models import frozen_trunk
 from chatrlhf.models.factory import make_topology
 from chatrlhf.models.frozen_trunk import Cut, FrozenTrunk, freeze_trunk
+from chatrlhf.models.reference import Reference, copy_of_trained
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
-from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk, copy_of_trained
+from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling
@@ -285,7 +286,7 @@ def counted(module) -> list[int]:
 
 def learn(made, reference, masters=None, epochs: int = 3, **settings):
     """A rollout scored, and the update that learns from it, before it has begun."""
-    sampled = engine(made.policy, PLAIN, min_new_tokens=2).generate(prompts([3, 1, 6, 4] * 2), seed=0)
+    sampled = engine(made.policy, PLAIN, min_new_tokens=2).generate(prompts([3, 1, 6, 4], samples=2), seed=0)
     reward = FunctionReward(lambda users, replies: [float(len(reply)) for reply in replies], "length")
     scored = Scorer(made, reference, reward, RewardScaling(), torch.device("cpu"), 3).score(sampled)
     algorithm = "ppo" if scored.values is not None else "rloo"
