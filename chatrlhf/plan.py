@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import nn
 
+from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.inputs import Inputs, corpus, read_inputs
 from chatrlhf.device import pick_device, resolve_precision
@@ -84,6 +85,8 @@ def _parameter_lines(config: Config, stages: list[str], has_function: bool) -> l
     if "RL" in stages:
         if (unfrozen := config.trainer_config.num_layers_unfrozen) != ALL_BLOCKS:
             lines.append(f"RL: trains the top {unfrozen} of {block_count(config.actor_config)} blocks")
+        if config.actor_config.peft_enable:
+            lines.append(f"RL: trains adapters of rank {load_peft_config(config).r}")
         critic = config.critic_config.model
         if not ALGORITHMS[config.trainer_config.algorithm].needs_critic:
             lines.append("critic: none")

@@ -45,9 +45,8 @@ def add_adapters(policy: nn.Module, settings: PeftConfig, base: str, revision: s
         revision=revision,
     )
     training = policy.training
-    policy.requires_grad_(False)
     try:
-        policy.add_adapter(config)
+        policy.add_adapter(config)  # which freezes all else
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{KEY}: no adapters for target_modules {settings.target_modules!r} ({reason})") from None

@@ -240,6 +240,19 @@ def test_adapters_upon_adapters_are_refused(files, sft, tmp_path, capsys):
     assert "actor_rl holds adapters itself" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["trainer_config.num_layers_unfrozen=1"], "RL: trains the top 1 of 2 blocks"),
+        (["actor_config.peft_enable=True"], "RL: trains adapters of rank 8"),
+    ],
+)
+def test_the_plan_says_what_is_trained(files, sft, capsys, words, said):
+    config = write_config(files, reward_config__reward_fn="builtins:len")
+    assert main([str(config), "--output-dir", str(sft), "--type", "RL", "--dry-run", "--set", *words]) == 0
+    assert said in capsys.readouterr().out.split("# plan")[1]
+
+
 # ----- resumed
 
 
