@@ -14,7 +14,9 @@ from chatrlhf.errors import DataError
 from chatrlhf.evaluation.heldout import HeldOut
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
-from chatrlhf.models.topology import PolicyOnly, Reference
+from chatrlhf.models.adapters import has_adapters
+from chatrlhf.models.reference import Reference
+from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
@@ -72,7 +74,8 @@ def assemble_ppo(
     if isinstance(reward, ModelReward):
         frozen.append(reward.scorer.model.backbone)
     precision = resolve_rl_precision(trainer.precision, device)
-    masters = prepare_models(topology.backbones(), frozen, precision, device)
+    # Adapters are saved without what they were added to, so only they need float32.
+    masters = prepare_models(topology.backbones(), frozen, precision, device, not has_adapters(topology.policy))
     groups = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr)
     if masters is not None:
         groups = masters.groups(groups)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from chatrlhf.assembly import assemble_ppo, sampling_distribution
+from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
@@ -20,6 +21,7 @@ from chatrlhf.distributed import require_single_process
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
+from chatrlhf.models.adapters import add_adapters
 from chatrlhf.models.factory import (
     context_length,
     load_actor,
@@ -27,10 +29,10 @@ from chatrlhf.models.factory import (
     make_topology,
     new_reward_model,
     parameter_count,
+    trained_count,
     trained_reward_model,
 )
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
-from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
 from chatrlhf.rl.experience import ALGORITHMS
@@ -212,8 +214,7 @@ def run_reward(this: Run) -> dict[str, Any]:
 def run_rl(this: Run) -> dict[str, Any]:
     """RL: improve the actor against the reward; leaves ``actor_rl/`` and ``critic/``."""
     config, trainer_config, rows = this.config, this.config.trainer_config, _given(this.inputs.prompts)
-    policy, encoder = _starting_policy(this)
-    reference, _ = _starting_policy(this)
+    policy, encoder, base = _starting_policy(this)
     reward_scorer = (
         None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device)
     )
@@ -228,48 +229,46 @@ def run_rl(this: Run) -> dict[str, Any]:
         distribution,
         algorithm.needs_critic,
         config.reward_config.model,
+        trainer_config.num_layers_unfrozen,
     )
     topology.to(this.device)
-    this.log.note(
-        f"RL: {trainer_config.algorithm}, {parameter_count(topology):,} parameters in training; {critic_line}"
-    )
+    if config.actor_config.peft_enable:
+        # Only now: a critic that is a copy of the policy is trained whole, as one that starts from a reward model.
+        add_adapters(policy, load_peft_config(config), base, config.actor_config.revision)
+        critic_line += "; the policy is trained by adapters, and is its own reference without them"
+    reference = topology.reference()
+    this.log.note(f"RL: {trainer_config.algorithm}, {trained_count(topology):,} parameters in training; {critic_line}")
     files = this.files("RL", trainer_config.n_checkpoints_to_keep)
-    trainer = assemble_ppo(
-        config, topology, Reference(reference, distribution), encoder, reward, rows, this.device, this.log, files.store
-    )
+    trainer = assemble_ppo(config, topology, reference, encoder, reward, rows, this.device, this.log, files.store)
     files.begin()
     trainer.train(this.resume)
     with trainer.updater.full_precision():
         _publish_policy(this.dir / "actor_rl", policy, encoder)
-        if algorithm.needs_critic:
-            publish_folder(this.dir / "critic", _critic_scorer(topology, encoder).save)
+        if (critic := topology.value_function()) is not None:
+            # In the reward model's file format: its score of a text is V behind the text's last token.
+            publish_folder(this.dir / "critic", RewardScorer(RewardModel(*critic), encoder).save)
     if trainer.before is not None and trainer.after is not None:
         show_comparison(this.log.console, trainer.before, trainer.after, trainer_config.eval_best)
     return _record(this, "RL", "actor_rl", config.actor_config.model, rows)
 
 
-def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder]:
-    """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run."""
+def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder, str]:
+    """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run; and its name."""
     folder = this.trained("ACTOR", "actor", this.config.actor_config.model)
     if folder is not None:
         model, tokenizer, template = load_policy(folder, this.device)
-        return model, _encoder(this.config, model, tokenizer, template)
+        return model, _encoder(this.config, model, tokenizer, template), str(folder.resolve())
     this.log.warn("RL: no fine-tuned actor in this folder, so the policy starts from actor_config.model as it is")
-    torch.manual_seed(this.seed("RL"))  # policy and reference are made equal, also from random weights
+    torch.manual_seed(this.seed("RL"))  # a resumed run's policy and reference start from the same random weights
     model, tokenizer = load_actor(this.config.actor_config, corpus(this.config), this.device)
-    return model, _encoder(this.config, model, tokenizer)
+    name = this.config.actor_config.model
+    name = str(Path(name).resolve()) if Path(name).exists() else name
+    return model, _encoder(this.config, model, tokenizer), name
 
 
 def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
     limit = min(config.actor_config.max_sequence_length, context_length(model))
     return Encoder(tokenizer, template or get_template(config.actor_config.template), limit)
-
-
-def _critic_scorer(topology: PolicyOnly, encoder: Encoder) -> RewardScorer:
-    """The critic in the reward model's file format: its score of a text is V behind the text's last token."""
-    assert isinstance(topology, SeparateCritic | SharedTrunk)
-    backbone = topology.critic if isinstance(topology, SeparateCritic) else topology.policy.base_model
-    return RewardScorer(RewardModel(backbone, topology.value_head), encoder)
 
 
 def _publish_policy(target: Path, model: torch.nn.Module, encoder: Encoder) -> None:

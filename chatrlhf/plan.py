@@ -8,10 +8,11 @@ import torch
 import yaml
 from torch import nn
 
+from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.inputs import Inputs, corpus, read_inputs
 from chatrlhf.device import pick_device, resolve_rl_precision
-from chatrlhf.models.factory import TINY, meta_model, parameter_count, tiny_model
+from chatrlhf.models.factory import ALL_BLOCKS, TINY, block_count, meta_model, parameter_count, tiny_model
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import quiet_libraries
@@ -82,6 +83,10 @@ def _parameter_lines(config: Config, stages: list[str], has_function: bool) -> l
         reward = _skeleton(start, config, config.reward_config, "reward_config.model")
         lines.append(f"reward model: {name}, {parameter_count(reward.base_model):,} parameters in its backbone")
     if "RL" in stages:
+        if (unfrozen := config.trainer_config.num_layers_unfrozen) != ALL_BLOCKS:
+            lines.append(f"RL: trains the top {unfrozen} of {block_count(config.actor_config)} blocks")
+        if config.actor_config.peft_enable:
+            lines.append(f"RL: trains adapters of rank {load_peft_config(config).r}")
         critic = config.critic_config.model
         if not ALGORITHMS[config.trainer_config.algorithm].needs_critic:
             lines.append("critic: none")

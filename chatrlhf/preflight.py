@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder, fitting
 from chatrlhf.data.inputs import Inputs, corpus
 from chatrlhf.data.records import Preference, ScoredCompletion
 from chatrlhf.data.templates import get_template
+from chatrlhf.errors import ConfigError
+from chatrlhf.models.adapters import base_of
 from chatrlhf.models.factory import (
     TINY,
+    block_count,
     read_model_config,
     require_reward_model,
     tokenizer_and_context,
 )
+from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.rl.rewards import load_function
 
@@ -34,6 +39,10 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
     if "RL" in stages and "REWARD" not in stages and not has_reward_fn:
         require_reward_model(run_dir / "reward", reward)
     _check_models(config, stages, has_reward_fn)
+    if "RL" in stages:
+        refuse_more_than(trainer.num_layers_unfrozen, block_count(actor))
+    if actor.peft_enable:
+        _check_adapters(config, stages, run_dir)
     tokenizer, context = tokenizer_and_context(actor, corpus(config))
     encoder = Encoder(tokenizer, template, min(actor.max_sequence_length, context))
     _check_lengths(inputs, encoder, min(reward.max_sequence_length, encoder.max_length))
@@ -50,6 +59,29 @@ def _check_models(config: Config, stages: list[str], has_reward_fn: bool) -> Non
     # ChatLLaMA names the critic's model even where the trained reward model takes its place.
     if "RL" in stages and critic not in (None, "shared") and not (Path(critic) / SETTINGS).exists():
         read_model_config(critic, "critic_config.model", config.actor_config)
+
+
+def _check_adapters(config: Config, stages: list[str], run_dir: Path) -> None:
+    """Adapters are there for the RL stage, on weights that lie somewhere."""
+    load_peft_config(config)
+    actor = config.actor_config
+    if "ACTOR" in stages:
+        raise ConfigError(
+            "actor_config: peft_enable: True asks for a feature this version does not have yet in the ACTOR stage; set "
+            "it to False there, and to True for --type RL, whose adapters are added to the fine-tuned actor"
+        )
+    folder = run_dir / "actor"
+    if "RL" in stages and not folder.exists() and actor.model == TINY:
+        raise ConfigError(
+            f"actor_config.peft_enable: adapters are saved without the weights they belong to, and {folder} does not "
+            "exist; run --type ACTOR first (with peft_enable: False), or name a model"
+        )
+    base = str(folder) if folder.exists() else actor.model
+    if "RL" in stages and base_of(base) is not None:
+        raise ConfigError(
+            f"actor_config.peft_enable: {base} holds adapters itself, and adapters upon adapters could not be loaded "
+            "again; set peft_enable to False, or start from whole weights"
+        )
 
 
 def _check_lengths(inputs: Inputs, encoder: Encoder, reward_limit: int) -> None:

@@ -75,6 +75,7 @@ class ScoredRollout:
     ref_logprobs: Tensor  # [B, R] float32, the frozen reference's
     values: Tensor | None  # [B, R] float32, None where the algorithm needs no critic
     entropy: float  # mean entropy of the policy at the response positions, nats per token
+    trunk_states: Tensor | None = None  # see Experience
 
     @property
     def kl_to_reference(self) -> float:
@@ -98,6 +99,9 @@ class Experience:
     advantages: Tensor  # [B, R] float32, 0 where masked
     returns: Tensor | None  # [B, R] float32, None without a critic
     old_values: Tensor | None  # [B, R] float32, None without a critic
+    # [B, T, d] in the model's precision, each row's prompt and response from the left, T those of the longest row: what
+    # a frozen trunk made of them, so that no epoch runs it again. None where nothing is frozen.
+    trunk_states: Tensor | None = None
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]

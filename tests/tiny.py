@@ -50,7 +50,8 @@ PLAIN = SamplingDistribution(eos_token_ids=(EOS,))
 def llama(seed: int = 0, vocab: int = VOCAB, width: int = 16, **options) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = dict(hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = LlamaConfig(vocab_size=vocab, max_position_embeddings=64, initializer_range=0.3, **sizes, **IDS | options)
+    sizes |= dict(vocab_size=vocab, max_position_embeddings=64)
+    config = LlamaConfig(initializer_range=0.3, **sizes | IDS | options)
     return LlamaForCausalLM(config).eval()
 
 
@@ -58,16 +59,8 @@ def gpt2(seed: int = 0, dropout: float = 0.1, **options) -> GPT2LMHeadModel:
     """With dropout, and in training mode: what uses it has to see to that."""
     torch.manual_seed(seed)
     drop = dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
-    config = GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=64,
-        initializer_range=0.3,
-        **drop,
-        **IDS | options,
-    )
+    sizes = dict(vocab_size=VOCAB, n_embd=16, num_hidden_layers=2, n_head=2, n_positions=64)
+    config = GPT2Config(initializer_range=0.3, **drop, **sizes | IDS | options)
     return GPT2LMHeadModel(config).train()
 
 
@@ -81,7 +74,8 @@ def opt(seed: int = 0, **options) -> OPTForCausalLM:
 
 def bloom(seed: int = 0, **options) -> BloomForCausalLM:
     torch.manual_seed(seed)
-    config = BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3, **IDS | options)
+    sizes = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, n_head=2)
+    config = BloomConfig(initializer_range=0.3, **sizes | IDS | options)
     return BloomForCausalLM(config).eval()
 
 
@@ -141,7 +135,8 @@ def gemma2(seed: int = 0, **options) -> Gemma2ForCausalLM:
     torch.manual_seed(seed)
     sizes = dict(head_dim=8, max_position_embeddings=64, sliding_window=4)
     scale = dict(initializer_range=0.5, final_logit_softcapping=2.0)
-    config = Gemma2Config(vocab_size=VOCAB, **GROUPED, **sizes, **IDS, **scale | options)
+    sizes |= GROUPED | dict(vocab_size=VOCAB)
+    config = Gemma2Config(**sizes | IDS | scale | options)
     return Gemma2ForCausalLM(config).eval()
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
-from chatrlhf.config.schema import Config
+from chatrlhf.config.schema import Config, PeftConfig
 from chatrlhf.errors import ConfigError
 
 LOW_TEMPERATURE = 0.5
@@ -75,14 +75,14 @@ def _naming(where: str) -> Iterator[None]:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def explain(error: ValidationError) -> str:
-    """A pydantic error as one line: key, what was received, what was expected."""
+def explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
+    """A pydantic error as one line: key, what was received, what was expected; ``root`` is what was validated."""
     parts = []
     for item in error.errors():
         loc = [str(part) for part in item["loc"]]
         key = ".".join(loc)
         if item["type"] == "extra_forbidden":
-            near = _nearest_key(loc)
+            near = _nearest_key(loc, root)
             parts.append(f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else ""))
         elif item["type"] == "value_error":
             section = f"{key}: " if key else ""
@@ -110,6 +110,22 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
             return candidate
     places = " and ".join(dict.fromkeys(str(candidate) for candidate in tried))
     raise ConfigError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
+
+
+def load_peft_config(config: Config) -> PeftConfig:
+    """The adapters that `actor_config.peft_config_path` describes, peft's usual ones where it names no file.
+
+    Raises:
+        ConfigError: the file is missing, or holds something that is not supported.
+    """
+    key, value = "actor_config.peft_config_path", config.actor_config.peft_config_path
+    if value is None:
+        return PeftConfig()
+    path = resolve_path(config, key, value)
+    try:
+        return PeftConfig.model_validate(_none_strings_to_null(_read_yaml(path)))
+    except ValidationError as error:
+        raise ConfigError(f"{key}: {path}: {explain(error, PeftConfig)}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -180,9 +196,9 @@ def _none_strings_to_null(value: Any) -> Any:
     return None if value == "None" else value
 
 
-def _nearest_key(loc: list[str]) -> str | None:
+def _nearest_key(loc: list[str], root: type[BaseModel]) -> str | None:
     """The known key most like the last part of ``loc``, looked for in its section first, then everywhere."""
-    section: Any = Config
+    section: Any = root
     for part in loc[:-1]:
         section = _section_type(section.model_fields[part].annotation)
     known = [*section.model_fields, *RENAMED.get(loc[0], {})]
@@ -193,11 +209,11 @@ def _nearest_key(loc: list[str]) -> str | None:
         return ".".join([*loc[:-1], near[0]])
     everywhere = {
         field: f"{name}.{field}"
-        for name, info in Config.model_fields.items()
+        for name, info in root.model_fields.items()
         if (inner := _section_type(info.annotation)) is not None
         for field in inner.model_fields
     }
-    everywhere.update({name: name for name in Config.model_fields})
+    everywhere.update({name: name for name in root.model_fields})
     near = difflib.get_close_matches(loc[-1], list(everywhere), n=1, cutoff=0.6)
     return everywhere[near[0]] if near else None
 

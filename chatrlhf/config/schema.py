@@ -7,7 +7,7 @@ not there yet loads while it is off and is refused, by name, while it is on.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -58,7 +58,9 @@ def _refuse_checkpoint_name(section: Any) -> None:
 
 
 class NotBuiltYet(Section):
-    """ChatLLaMA's switches for launchers and adapters."""
+    """ChatLLaMA's switches for launchers and adapters; a section says which of them it has."""
+
+    built: ClassVar[tuple[str, ...]] = ()
 
     deepspeed_enable: bool = False
     deepspeed_config_path: str | None = None
@@ -69,9 +71,22 @@ class NotBuiltYet(Section):
     @model_validator(mode="after")
     def _refuse_what_is_on(self) -> NotBuiltYet:
         for key in ("deepspeed_enable", "accelerate_enable", "peft_enable"):
-            if getattr(self, key):
+            if getattr(self, key) and key not in self.built:
                 raise ValueError(f"{key}: True asks for a feature this version does not have yet; set it to False")
         return self
+
+
+class PeftConfig(Section):
+    """The file that `peft_config_path` names: low-rank adapters, by peft's names."""
+
+    peft_type: Literal["LORA"] = "LORA"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    inference_mode: Literal[False] = False
+    r: int = Field(8, ge=1, description="rank")
+    lora_alpha: int = Field(32, ge=1, description="what the adapters add is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="off in RL, where a fresh policy has to be its reference")
+    bias: Literal["none"] = "none"
+    target_modules: list[str] | str | None = Field(None, description="null: the family's usual layers")
 
 
 class TinyConfig(Section):
@@ -99,6 +114,7 @@ class TinyConfig(Section):
 class ActorConfig(OptimizerKeys, NotBuiltYet):
     """The ACTOR stage, and how text is rendered and bounded in every stage."""
 
+    built: ClassVar[tuple[str, ...]] = ("peft_enable",)
     model: str = "tiny"
     tiny: TinyConfig = Field(default_factory=TinyConfig, description="read when model is 'tiny'")
     tokenizer_path: str | None = None
@@ -270,7 +286,7 @@ class TrainerConfig(OptimizerKeys):
     checkpoint_steps: int = Field(1000, ge=1, description="steps; a step is one rollout batch and its update")
     n_checkpoints_to_keep: int = Field(2, ge=1)
     checkpoint_name: str | None = None
-    num_layers_unfrozen: int = Field(-1, ge=-1)
+    num_layers_unfrozen: int = Field(-1, ge=-1, description="top blocks of the policy that are trained; -1: all")
 
     # What ChatLLaMA counts in; `aliases.py` turns them into total_episodes and num_rollouts.
     num_episodes: int | None = Field(None, ge=1)
@@ -299,8 +315,8 @@ class TrainerConfig(OptimizerKeys):
         _must_divide("num_rollouts", self.num_rollouts, "samples_per_prompt", self.samples_per_prompt)
         _must_divide("num_rollouts", self.num_rollouts, "batch_size", self.batch_size)
         _must_divide("total_episodes", self.total_episodes, "num_rollouts", self.num_rollouts)
-        if self.num_layers_unfrozen != -1:
-            raise ValueError("num_layers_unfrozen: only -1 (all layers) is there yet; set it to -1")
+        if self.num_layers_unfrozen == 0:
+            raise ValueError("num_layers_unfrozen: 0 leaves nothing of the policy to train; use -1 (all) or 1 or more")
         return self
 
     @property
@@ -324,6 +340,15 @@ class Config(Section):
     reward_config: RewardConfig = Field(default_factory=RewardConfig)
     critic_config: CriticConfig = Field(default_factory=CriticConfig)
     trainer_config: TrainerConfig = Field(default_factory=TrainerConfig)
+
+    @model_validator(mode="after")
+    def _one_way_to_freeze(self) -> Config:
+        if self.actor_config.peft_enable and self.trainer_config.num_layers_unfrozen != -1:
+            raise ValueError(
+                "actor_config.peft_enable: True and trainer_config.num_layers_unfrozen: "
+                f"{self.trainer_config.num_layers_unfrozen} both choose what is trained; set one to False or -1"
+            )
+        return self
 
     # Where the YAML file stands; paths in it are tried relative to this folder, then to the working directory.
     _base_dir: Path | None = PrivateAttr(default=None)

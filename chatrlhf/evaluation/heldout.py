@@ -76,9 +76,8 @@ class HeldOut:
     def evaluate(self) -> HeldOutReport:
         """Sample one completion a prompt, with the same random numbers each time, and judge it."""
         rollout = self.engine.generate(self.prompts, self.seed)
-        old, ref, _, _ = self.scorer.likelihoods(rollout)
-        mask = rollout.response_mask
-        kl = float(((old - ref) * mask).sum(dim=1).mean())
+        read = self.scorer.likelihoods(rollout)
+        kl = float(((read.logprobs - read.ref_logprobs) * rollout.response_mask).sum(dim=1).mean())
         texts, completions = rollout.prompts.texts, rollout.completions
         return HeldOutReport(
             prompts=texts,

@@ -17,6 +17,9 @@ from chatrlhf.config.schema import ActorConfig, CriticConfig, RewardConfig, Tiny
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
+from chatrlhf.models.adapters import base_of, merged
+from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
+from chatrlhf.models.reference import copy_of_trained
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
@@ -24,6 +27,7 @@ from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer, train_toke
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 
 TINY = "tiny"
+ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
 
 
 def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> tuple[nn.Module, Any]:
@@ -39,7 +43,7 @@ def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> t
     if config.model == TINY:
         model = tiny_model(config.tiny, tokenizer)
     else:
-        model = _from_pretrained(AutoModelForCausalLM, config.model, "actor_config.model", _hub_kwargs(config))
+        model = _language_model(config.model, "actor_config.model", _hub_kwargs(config))
         _check_vocabulary(model, tokenizer, "actor_config")
     if config.froze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
@@ -55,13 +59,15 @@ def tokenizer_and_context(config: ActorConfig, texts: list[str]) -> tuple[Any, i
 
 
 def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig) -> Any:
-    """A model's configuration file; a ConfigError that names ``key`` where there is none."""
+    """A model's configuration file (of adapters their base's); a ConfigError that names ``key`` where there is none."""
+    if (base := base_of(name)) is not None:
+        return read_model_config(base, key, section)
     return _explained(key, name, lambda: AutoConfig.from_pretrained(name, **_hub_kwargs(section)))
 
 
 def load_policy(folder: Path, device: torch.device) -> tuple[nn.Module, Any, Template | None]:
-    """A policy that a stage left behind: model in float32, tokenizer, template."""
-    model = _from_pretrained(AutoModelForCausalLM, str(folder), "actor_config.model", {})
+    """A policy that a stage left behind: model in float32 (adapters are merged into it), tokenizer, template."""
+    model = _language_model(str(folder), "actor_config.model", {})
     return model.to(device), load_tokenizer(str(folder), "actor_config.model"), Template.load(folder)
 
 
@@ -121,6 +127,7 @@ def make_topology(
     distribution: Any,
     needs_critic: bool,
     reward_name: str | None = None,
+    unfrozen: int = ALL_BLOCKS,
 ) -> tuple[PolicyOnly, str]:
     """The topology that the configuration asks for, and one line that says where the critic starts from.
 
@@ -131,10 +138,28 @@ def make_topology(
     Args:
         reward: the trained reward model, None where a function gives the reward.
         reward_name: `reward_config.model`. A critic of that name means the trained reward model, as in ChatLLaMA.
+        unfrozen: `trainer_config.num_layers_unfrozen`, blocks of the policy that are trained.
 
     Raises:
-        ConfigError: a critic that is named cannot be one.
+        ConfigError: a critic that is named cannot be one, or the policy's blocks cannot be parted like that.
     """
+    if unfrozen == ALL_BLOCKS:
+        return _with_critic(policy, tokenizer, reward, config, distribution, needs_critic, reward_name)
+    freeze_trunk(policy, unfrozen)
+    inner, line = _with_critic(policy, tokenizer, reward, config, distribution, needs_critic, reward_name)
+    return FrozenTrunk(inner, unfrozen), f"{line}; all but the top {unfrozen} blocks are frozen and shared"
+
+
+def _with_critic(
+    policy: nn.Module,
+    tokenizer: Any,
+    reward: RewardScorer | None,
+    config: CriticConfig,
+    distribution: Any,
+    needs_critic: bool,
+    reward_name: str | None,
+) -> tuple[PolicyOnly, str]:
+    """The policy and its value function, and where that starts from."""
     if not needs_critic:
         return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
     device = next(policy.parameters()).device
@@ -152,7 +177,7 @@ def make_topology(
             backbone = copy.deepcopy(reward.model.backbone).requires_grad_(True)
             return SeparateCritic(policy, backbone, head, distribution), "critic: starts from the reward model"
         head = ScalarHead(hidden, mlp).zero_().to(device)
-        critic = SeparateCritic(policy, copy.deepcopy(policy.base_model), head, distribution)
+        critic = SeparateCritic(policy, copy_of_trained(policy.base_model), head, distribution)
         return critic, f"critic: a copy of the policy under a zero head ({reason})"
     folder = Path(config.model)
     if (folder / SETTINGS).exists():
@@ -183,14 +208,30 @@ def _positions(config: Any) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of the names and shapes of all parameters: equal for models that can exchange weights."""
-    shapes = sorted((name, list(parameter.shape)) for name, parameter in model.named_parameters())
+    """A short hash of all parameters' names, shapes and which are frozen: equal for models that can exchange states."""
+    shapes = sorted(
+        (name, list(parameter.shape) + ([] if parameter.requires_grad else ["frozen"]))
+        for name, parameter in model.named_parameters()
+    )
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained_count(model: nn.Module) -> int:
+    """Parameters that are trained, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def block_count(config: ActorConfig) -> int:
+    """Blocks of the actor, without reading weights."""
+    if config.model == TINY:
+        return config.tiny.num_hidden_layers
+    settings = read_model_config(config.model, "actor_config.model", config).get_text_config()
+    return int(settings.num_hidden_layers)
 
 
 def tiny_model(config: TinyConfig, tokenizer: Any) -> nn.Module:
@@ -253,6 +294,13 @@ def _hub_kwargs(config: ActorConfig | RewardConfig) -> dict[str, Any]:
 
 def _backbone(name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
     return _from_pretrained(AutoModel, name, key, kwargs)
+
+
+def _language_model(name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
+    base = base_of(name)
+    if base is None:
+        return _from_pretrained(AutoModelForCausalLM, name, key, kwargs)
+    return merged(_language_model(base, key, kwargs), name)
 
 
 def _from_pretrained(auto: Any, name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:

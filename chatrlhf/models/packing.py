@@ -22,6 +22,7 @@ class Stream:
 
     inputs: dict[str, Any]  # what a transformers model is called with
     positions_of: Tensor  # [B*T] int64: where each position of the padded rows stands in the stream
+    padded_of: Tensor  # [M] int64: the other way, 0 for what belongs to no row
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor) -> Stream | None:
@@ -50,7 +51,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Stream | None:
         "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
         "segments": Segments(slots.reshape(-1), tokens, rows, width),
     }
-    return Stream(inputs, slots[:, :longest].reshape(-1))
+    padded_of = torch.zeros(size, dtype=torch.long, device=device)
+    padded_of[:total] = attention_mask.reshape(-1).nonzero().squeeze(-1)
+    return Stream(inputs, slots[:, :longest].reshape(-1), padded_of)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.templates import Template
 from chatrlhf.errors import CheckpointError
+from chatrlhf.models.adapters import save_plain
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.tokenizer import load_tokenizer
 
@@ -115,7 +116,7 @@ class RewardScorer:
 
     def save(self, folder: Path) -> None:
         """Backbone (for AutoModel), tokenizer, template, head and settings."""
-        self.model.backbone.save_pretrained(folder)
+        save_plain(self.model.backbone, folder)
         self.tokenizer.save_pretrained(folder)
         self.template.save(folder)
         save_file({name: t.contiguous() for name, t in self.model.head.state_dict().items()}, folder / HEAD)

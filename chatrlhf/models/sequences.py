@@ -28,6 +28,7 @@ class Sequences:
     slots: Tensor  # [N] int64, index into B*T of the position that predicts each real response token
     positions: Tensor  # [N] int64, t of each real response token
     min_new_tokens: Tensor  # [N] int64, of each token's row
+    trunk_states: Tensor | None = None  # [B, T, d], what a frozen trunk made of the ids, where that is known
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -61,10 +62,12 @@ def join(
     response_ids: Tensor,
     response_mask: Tensor,
     min_new_tokens: Tensor | None = None,
+    trunk_states: Tensor | None = None,
 ) -> Sequences:
     """Join prompts [B, P] (padding anywhere) and responses [B, R] (right-padded) into right-padded rows.
 
     Each row needs at least one prompt token: the first response token is predicted by the last prompt token.
+    States [B, at least T, d] are those of such rows already; what stands behind the longest is cut off.
     """
     ids = torch.cat([prompt_ids, response_ids], dim=1)
     mask = torch.cat([prompt_mask, response_mask], dim=1)
@@ -84,7 +87,20 @@ def join(
         slots=rows * width + prompt_lengths[rows] - 1 + steps,
         positions=steps,
         min_new_tokens=min_new_tokens[rows],
+        trunk_states=None if trunk_states is None else trunk_states[:, :width],
     )
+
+
+def takes_stream(backbone: nn.Module, sequences: Sequences) -> bool:
+    """Whether these rows go through a model packed."""
+    return packs(backbone) and sequences.stream is not None
+
+
+def laid_out(states: Tensor, backbone: nn.Module, sequences: Sequences) -> Tensor:
+    """States of padded rows, [B, T, d], as they stand in a model that is given the sequences: these, or [1, M, d]."""
+    if takes_stream(backbone, sequences):
+        return states.flatten(0, 1).index_select(0, sequences.stream.padded_of)[None]
+    return states
 
 
 def response_states(backbone: nn.Module, sequences: Sequences) -> Tensor:
@@ -92,11 +108,11 @@ def response_states(backbone: nn.Module, sequences: Sequences) -> Tensor:
 
     [N, d], and behind them some rows of no meaning that make their number a whole one of quanta.
     """
-    if packs(backbone) and sequences.stream is not None:
+    if takes_stream(backbone, sequences):
         states = backbone(**sequences.stream.inputs, use_cache=False).last_hidden_state
         return states[0].index_select(0, sequences.stream_slots)
     states = backbone(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-    return states.reshape(-1, states.shape[-1]).index_select(0, sequences.padded_slots)
+    return states.flatten(0, 1).index_select(0, sequences.padded_slots)
 
 
 def response_logits(model: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
@@ -110,8 +126,10 @@ def response_logits(model: nn.Module, sequences: Sequences, states: Tensor | Non
         if states is None:
             states = response_states(model.base_model, sequences)
         return model.get_output_embeddings()(states)
+    if takes_stream(model.base_model, sequences):
+        return model(**sequences.stream.inputs, use_cache=False).logits[0].index_select(0, sequences.stream_slots)
     logits = model(input_ids=sequences.input_ids, use_cache=False).logits
-    return logits.reshape(-1, logits.shape[-1]).index_select(0, sequences.padded_slots)
+    return logits.flatten(0, 1).index_select(0, sequences.padded_slots)
 
 
 def response_logprobs(

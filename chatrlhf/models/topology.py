@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.packing import packs
+from chatrlhf.models.reference import Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import (
     Sequences,
@@ -48,6 +48,14 @@ class PolicyOnly(nn.Module):
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
         return Evaluation(logprobs, None, entropy)
 
+    def trunk_states(self, sequences: Sequences) -> Tensor | None:
+        """What every later evaluation of these sequences may start from, [B, T, d]; None where that is the ids."""
+        return None
+
+    def reference(self) -> Reference:
+        """The policy as it is now, frozen."""
+        return reference_of(self.policy, self.distribution)
+
     def backbones(self) -> list[nn.Module]:
         """The transformers models in it: what may be computed in bfloat16, as a value head may not."""
         return [self.policy]
@@ -56,6 +64,10 @@ class PolicyOnly(nn.Module):
     def packs(self) -> bool:
         """Whether rows cost their own tokens and no padding, in all of the models."""
         return all(packs(backbone.base_model) for backbone in self.backbones())
+
+    def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
+        """The backbone that values are read from and the head on it, None without a critic."""
+        return None
 
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         """Parameters with the learning rate each is trained at."""
@@ -80,6 +92,9 @@ class SeparateCritic(PolicyOnly):
     def backbones(self) -> list[nn.Module]:
         return [self.policy, self.critic]
 
+    def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
+        return self.critic, self.value_head
+
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         critic = [*_trainable(self.critic), *_trainable(self.value_head)]
         return [*super().parameter_groups(actor_lr, critic_lr), {"params": critic, "lr": critic_lr}]
@@ -101,22 +116,12 @@ class SharedTrunk(PolicyOnly):
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
         return Evaluation(logprobs, sequences.spread(self.value_head(states)), entropy)
 
+    def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
+        return self.policy.base_model, self.value_head
+
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         groups = super().parameter_groups(actor_lr, critic_lr)
         return [*groups, {"params": _trainable(self.value_head), "lr": critic_lr}]
-
-
-class Reference:
-    """The frozen model that the KL term holds the policy to."""
-
-    def __init__(self, model: nn.Module, distribution: SamplingDistribution) -> None:
-        self.model, self.distribution = model.eval().requires_grad_(False), distribution
-
-    @torch.no_grad()
-    def logprobs(self, sequences: Sequences) -> Tensor:
-        """[B, R] float32, of the same distribution that is sampled; 0 where masked."""
-        logits = response_logits(self.model, sequences)
-        return response_logprobs(logits, sequences, self.distribution)[0]
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

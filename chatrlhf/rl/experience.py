@@ -87,4 +87,5 @@ def make_experience(scored: ScoredRollout, algorithm: Algorithm, how: Estimation
         advantages=advantages,
         returns=returns,
         old_values=scored.values,
+        trunk_states=scored.trunk_states,
     )

@@ -22,10 +22,10 @@ class MasterWeights:
     it stays valid. Unlike autocast nothing is converted inside a forward.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module, frozen: bool = True) -> None:
         parameters = {id(each): each for module in modules for each in module.parameters()}
-        # Frozen weights too: what is saved has to have the bytes that were loaded.
-        self._working = list(parameters.values())
+        # Frozen weights too, unless they are not saved: what is saved has to have the bytes that were loaded.
+        self._working = [each for each in parameters.values() if frozen or each.requires_grad]
         self._masters = [nn.Parameter(each.detach().float(), each.requires_grad) for each in self._working]
         self._master_of = {id(a): b for a, b in zip(self._working, self._masters, strict=True)}
         to_bfloat16(*modules)
@@ -66,13 +66,18 @@ class MasterWeights:
 
 
 def prepare_models(
-    trained: list[nn.Module], frozen: list[nn.Module], precision: str, device: torch.device
+    trained: list[nn.Module],
+    frozen: list[nn.Module],
+    precision: str,
+    device: torch.device,
+    masters_of_frozen: bool = True,
 ) -> MasterWeights | None:
     """Have models compute as fast as they can on this device; in place.
 
     Args:
-        trained, frozen: transformers models on ``device``; nothing outside shares the weights of the frozen ones.
+        trained, frozen: transformers models on ``device``; frozen ones may share weights with trained ones.
         precision: ``bf16`` or ``fp32``.
+        masters_of_frozen: whether the trained models' frozen weights are to be saved again, in their own bytes.
 
     Returns:
         The masters of the trained models' weights, which are what an optimizer has to improve; None in float32,
@@ -83,8 +88,10 @@ def prepare_models(
         prefer_fast_norms(model, device)
     if precision != "bf16":
         return None
+    # First, because it takes what it keeps in float32 from the models.
+    masters = MasterWeights(*trained, frozen=masters_of_frozen)
     to_bfloat16(*frozen)
-    return MasterWeights(*trained)
+    return masters
 
 
 def to_bfloat16(*modules: nn.Module) -> None:

@@ -106,7 +106,12 @@ class Updater:
         """This microbatch's share of the loss and of the statistics, 0-d each."""
         settings = self.settings
         sequences = join(
-            micro.prompt_ids, micro.prompt_mask, micro.response_ids, micro.response_mask, micro.min_new_tokens
+            micro.prompt_ids,
+            micro.prompt_mask,
+            micro.response_ids,
+            micro.response_mask,
+            micro.min_new_tokens,
+            micro.trunk_states,
         )
         evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
         logprobs = evaluation.logprobs

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from chatrlhf.errors import CheckpointError, Interrupted
 from chatrlhf.evaluation.heldout import HeldOut, HeldOutReport
@@ -145,9 +146,8 @@ class PPOTrainer:
 
     def _write(self, folder: Path, step: int) -> None:
         topology, updater = self.updater.topology, self.updater
-        # save_model, not save_file: it knows about tied weights.
         with updater.full_precision():
-            save_model(topology, str(folder / "model.safetensors"))
+            save_trained(topology, str(folder / "model.safetensors"))
         python = random.getstate()
         tensors = {
             "optimizer": updater.optimizer.state_dict(),
@@ -181,11 +181,11 @@ class PPOTrainer:
         topology, updater = self.updater.topology, self.updater
         if state["fingerprint"] != fingerprint(topology):
             raise CheckpointError(
-                f"{folder}: it is a checkpoint of another model (other parameters than this configuration's); "
-                "set the models and critic_config back, or use another output_dir"
+                f"{folder}: it is a checkpoint of another model (other parameters, or others in training, than this "
+                "configuration's); set models, critic_config and num_layers_unfrozen back, or use another output_dir"
             )
         with updater.full_precision():
-            load_model(topology, str(folder / "model.safetensors"))
+            load_trained(topology, str(folder / "model.safetensors"))
         tensors = torch.load(folder / "training.pt", weights_only=True)
         updater.optimizer.load_state_dict(tensors["optimizer"])
         updater.scheduler.load_state_dict(tensors["scheduler"])
@@ -203,3 +203,20 @@ class PPOTrainer:
         self.log.rewind(STAGE, step)
         self.log.note(f"{STAGE}: resumed from {folder} (step {step} of {self.num_steps})")
         return step
+
+
+def save_trained(topology: nn.Module, path: str) -> None:
+    """Write what is trained. Frozen weights are made anew from where the run started, as the reference is."""
+    save_file({name: weight.detach().contiguous() for name, weight in _trained(topology).items()}, path)
+
+
+@torch.no_grad()
+def load_trained(topology: nn.Module, path: str) -> None:
+    """Read what `save_trained` wrote of a topology with the same fingerprint."""
+    saved = load_file(path)
+    for name, weight in _trained(topology).items():
+        weight.copy_(saved[name])
+
+
+def _trained(topology: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in topology.named_parameters() if weight.requires_grad}

@@ -8,7 +8,7 @@ import yaml
 
 from chatrlhf.config import Config, load_config
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED
-from chatrlhf.config.load import resolve_path
+from chatrlhf.config.load import load_peft_config, resolve_path
 from chatrlhf.data.inputs import read_inputs
 from chatrlhf.errors import ConfigError
 
@@ -421,12 +421,77 @@ def test_the_values_it_names_do_work():
         load_config(trainer(**keys))
 
 
-@pytest.mark.parametrize("section", ["actor_config", "reward_config", "critic_config"])
-@pytest.mark.parametrize("key", ["deepspeed_enable", "accelerate_enable", "peft_enable"])
+LAUNCHERS = [
+    (section, key)
+    for section in ("actor_config", "reward_config", "critic_config")
+    for key in ("deepspeed_enable", "accelerate_enable", "peft_enable")
+    if (section, key) != ("actor_config", "peft_enable")
+]
+
+
+@pytest.mark.parametrize("section, key", LAUNCHERS)
 def test_what_is_not_built_yet_loads_while_it_is_off(section, key):
     load_config({section: {key: False}})
     with pytest.raises(ConfigError, match=f"{section}: {key}: True asks for a feature this version does not have"):
         load_config({section: {key: True}})
+
+
+# ----- what is trained
+
+
+def test_adapters_by_the_usual_file_and_without_one(tmp_path):
+    artifacts = Path(__file__).parent.parent.parent / "artifacts" / "config" / "peft_config.yaml"
+    for path in (str(artifacts), None):
+        config = load_config({"actor_config": {"peft_enable": True, "peft_config_path": path}})
+        adapters = load_peft_config(config)
+        assert (adapters.r, adapters.lora_alpha, adapters.lora_dropout) == (8, 32, 0.1)
+        assert adapters.target_modules is None
+
+
+def test_adapters_of_ones_own(tmp_path):
+    (tmp_path / "peft.yaml").write_text("r: 4\nlora_alpha: 8\ntarget_modules: [q_proj]\n")
+    (tmp_path / "config.yaml").write_text("actor_config: {peft_enable: True, peft_config_path: peft.yaml}\n")
+    adapters = load_peft_config(load_config(tmp_path / "config.yaml"))
+    assert (adapters.r, adapters.lora_alpha, adapters.target_modules) == (4, 8, ["q_proj"])
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("lora_alfa: 8", "unknown key 'lora_alfa'; did you mean 'lora_alpha'"),
+        ("r: 0", "r: input should be greater"),
+        ("inference_mode: True", "inference_mode: input should be False, got True"),
+        ("peft_type: IA3", "peft_type: input should be 'lora', got 'IA3'"),
+        ("[1", "not valid YAML"),
+    ],
+)
+def test_adapters_that_cannot_be(tmp_path, text, said):
+    (tmp_path / "peft.yaml").write_text(text)
+    config = load_config({"actor_config": {"peft_enable": True, "peft_config_path": str(tmp_path / "peft.yaml")}})
+    with pytest.raises(ConfigError, match=r"peft\.yaml") as error:
+        load_peft_config(config)
+    assert said.lower() in str(error.value).lower()
+
+
+def test_a_file_of_adapters_that_is_not_there():
+    config = load_config({"actor_config": {"peft_enable": True, "peft_config_path": "no.yaml"}})
+    with pytest.raises(ConfigError, match="actor_config.peft_config_path: file 'no.yaml' does not exist"):
+        load_peft_config(config)
+
+
+def test_a_file_of_adapters_is_not_read_while_they_are_off():
+    load_config({"actor_config": {"peft_enable": False, "peft_config_path": "no.yaml"}})
+
+
+def test_adapters_and_frozen_blocks_exclude_each_other():
+    both = {"actor_config": {"peft_enable": True}, "trainer_config": {"num_layers_unfrozen": 2}}
+    with pytest.raises(ConfigError, match="peft_enable: True and .*num_layers_unfrozen: 2 both choose what is trained"):
+        load_config(both)
+
+
+def test_no_blocks_at_all_leave_nothing_to_train():
+    with pytest.raises(ConfigError, match="num_layers_unfrozen: 0 leaves nothing"):
+        load_config({"trainer_config": {"num_layers_unfrozen": 0}})
 
 
 def test_metas_own_llama_files_are_refused_with_the_conversion():

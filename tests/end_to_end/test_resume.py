@@ -34,14 +34,14 @@ engine._Chunk._forward = dying
     "inside a PPO epoch": DIE_AT_UPDATE.format(15),
     "while an RL checkpoint is written": """
 import chatrlhf.trainers.ppo as ppo
-save, calls = ppo.save_model, [0]
+save, calls = ppo.save_trained, [0]
 def dying(model, path):
     save(model, path)
     calls[0] += 1
     if calls[0] == 2:
         open(path, "r+b").truncate(100)
         die()
-ppo.save_model = dying
+ppo.save_trained = dying
 """,
     "while an SFT checkpoint is published": """
 import chatrlhf.trainers.hf_stage as stage

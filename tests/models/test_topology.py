@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import EOS, FAMILIES, PLAIN, gemma2, gpt2, llama, prompts, rollout, widened
 
+from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
-from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk
+from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.types import Rollout
 
 

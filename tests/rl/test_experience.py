@@ -91,7 +91,9 @@ def test_advantages_of_padding_are_0(name):
 
 
 def test_select_takes_the_same_rows_of_everything():
-    experience = make_experience(scored(), ALGORITHMS["ppo"], Estimation(0.1))
+    given = scored()
+    given.trunk_states = torch.randn(4, 9, 3)
+    experience = make_experience(given, ALGORITHMS["ppo"], Estimation(0.1))
     picked = experience.select(torch.tensor([2, 0]))
     assert len(picked) == 2
     for name, value in vars(experience).items():

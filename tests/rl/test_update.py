@@ -24,9 +24,10 @@ from tiny import (
 
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join
-from chatrlhf.models.topology import PolicyOnly, Reference, SeparateCritic, SharedTrunk
+from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling
@@ -191,7 +192,7 @@ def test_padding_of_the_experience_changes_nothing():
     wide = Experience(
         **{
             name: torch.nn.functional.pad(value, (4, 0) if name.startswith("prompt") else (0, 4))
-            if value.dim() == 2
+            if value is not None and value.dim() == 2
             else value
             for name, value in vars(batch).items()
         }
