@@ -58,6 +58,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "trainer_config": {
             "examples_path": str(folder / "prompts.json"),
             "total_episodes": 48,
+            "precision": "fp32",  # not what this machine happens to be fast in
             "num_rollouts": 8,
             "batch_size": 4,
             "ppo_epochs": 2,

@@ -84,7 +84,7 @@ def gpt_neox(seed: int = 0, **options) -> GPTNeoXForCausalLM:
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     sizes |= dict(vocab_size=VOCAB, max_position_embeddings=64)
-    config = GPTNeoXConfig(initializer_range=0.3, **sizes, **IDS | options)
+    config = GPTNeoXConfig(initializer_range=0.3, **sizes | IDS | options)
     return GPTNeoXForCausalLM(config).eval()
 
 
@@ -92,7 +92,7 @@ def gptj(seed: int = 0, **options) -> GPTJForCausalLM:
     """Its output embedding has a bias; half of each head is rotated."""
     torch.manual_seed(seed)
     sizes = dict(n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=64)
-    config = GPTJConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes, **IDS | options)
+    config = GPTJConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes | IDS | options)
     model = GPTJForCausalLM(config).eval()
     nn.init.normal_(model.lm_head.bias)  # is made 0
     return model
@@ -106,7 +106,7 @@ def qwen2(seed: int = 0, **options) -> Qwen2ForCausalLM:
     """Queries, keys and values have a bias."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=VOCAB, max_position_embeddings=64)
-    config = Qwen2Config(initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
+    config = Qwen2Config(initializer_range=0.3, **GROUPED | sizes | IDS | options)
     model = Qwen2ForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # are made 0
@@ -118,7 +118,7 @@ def qwen3(seed: int = 0, **options) -> Qwen3ForCausalLM:
     """Queries and keys are normalised."""
     torch.manual_seed(seed)
     sizes = dict(head_dim=8, max_position_embeddings=64)
-    config = Qwen3Config(vocab_size=VOCAB, initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
+    config = Qwen3Config(vocab_size=VOCAB, initializer_range=0.3, **GROUPED | sizes | IDS | options)
     return Qwen3ForCausalLM(config).eval()
 
 
@@ -126,7 +126,7 @@ def gemma(seed: int = 0, **options) -> GemmaForCausalLM:
     """Embeddings are scaled by the root of their width."""
     torch.manual_seed(seed)
     sizes = dict(head_dim=8, max_position_embeddings=64)
-    config = GemmaConfig(vocab_size=VOCAB, initializer_range=0.3, **GROUPED, **sizes, **IDS | options)
+    config = GemmaConfig(vocab_size=VOCAB, initializer_range=0.3, **GROUPED | sizes | IDS | options)
     return GemmaForCausalLM(config).eval()
 
 

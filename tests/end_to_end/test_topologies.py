@@ -17,7 +17,7 @@ from chatrlhf.cli import main
 from chatrlhf.data.templates import Template
 from chatrlhf.models.adapters import base_of, without_adapters
 from chatrlhf.models.frozen_trunk import BranchReference, FrozenTrunk
-from chatrlhf.rl.master_weights import to_bfloat16
+from chatrlhf.rl.master_weights import prepare_models
 from chatrlhf.rl.update import Updater
 
 
@@ -154,15 +154,14 @@ ADAPTERS = {"actor_config.peft_enable": True}
 def test_adapters_are_trained_upon_the_fine_tuned_actor(files, sft, topologies, changes, capsys):
     """From the key to the tensors of the policy and its reference, the metric, and what is left on disk."""
     stage = improved(files, sft, ADAPTERS | {"trainer_config.actor_lr": 3e-2} | changes)
-    actor = AutoModelForCausalLM.from_pretrained(sft / "actor", attn_implementation="eager").eval()
+    actor = AutoModelForCausalLM.from_pretrained(sft / "actor").eval()
     assert "is its own reference without them" in capsys.readouterr().out
     made = topologies[-1]
     trained = {name for name, p in made.policy.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     ids = torch.arange(2, 30)[None]
     bf16 = "trainer_config.precision" in changes
-    if bf16:
-        to_bfloat16(actor)
+    prepare_models([], [actor], "bf16" if bf16 else "fp32", torch.device("cpu"))
     with torch.no_grad():
         want = actor(input_ids=ids).logits
         with without_adapters(made.policy):
