@@ -32,7 +32,12 @@ def test_logits_and_gradients_stay_what_they_were(family):
     assert_same_gradients({n: got_gradients[n] for n in some}, {n: want_gradients[n] for n in some})
 
 
-@pytest.mark.parametrize("make", [llama, qwen2])
+def grouped():
+    """Four heads, two to a head of keys and values."""
+    return qwen2(num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("make", [llama, grouped])
 @pytest.mark.parametrize("short", [4, SHORT], ids=["beyond short", "short"])
 def test_left_padding_is_hidden(make, short, monkeypatch):
     monkeypatch.setattr(attention_module, "SHORT", short)
@@ -45,7 +50,7 @@ def test_left_padding_is_hidden(make, short, monkeypatch):
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [llama, qwen2])
+@pytest.mark.parametrize("make", [llama, grouped])
 def test_one_token_at_a_time(make):
     model = make()
     prefer_fast_attention(model, CPU)

@@ -21,8 +21,12 @@ from transformers import MistralConfig, MistralForCausalLM
 from chatrlhf.models import attention as attention_module
 from chatrlhf.models import packing
 from chatrlhf.models.attention import SHORT, prefer_fast_attention
+from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.packing import pack, packs
+from chatrlhf.models.reference import copy_of_trained
+from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join, response_logits, response_logprobs
+from chatrlhf.models.topology import SeparateCritic, SharedTrunk
 
 CPU = torch.device("cpu")
 PACKING = ["llama", "gpt2", "gpt_neox", "opt", "qwen2", "qwen3", "gemma"]
@@ -35,6 +39,11 @@ def mistral() -> MistralForCausalLM:
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, sliding_window=4)
     sizes |= dict(num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0)
     return MistralForCausalLM(MistralConfig(vocab_size=VOCAB, **sizes)).eval()
+
+
+def grouped():
+    """Four heads, two to a head of keys and values."""
+    return FAMILIES["qwen2"](num_attention_heads=4, num_key_value_heads=2)
 
 
 def ragged() -> Sequences:
@@ -83,7 +92,7 @@ def test_which_families_pack():
 
 
 @pytest.mark.parametrize("short", [4, SHORT], ids=["beyond short", "short"])
-@pytest.mark.parametrize("make", [*(FAMILIES[name] for name in PACKING), mistral])
+@pytest.mark.parametrize("make", [*(FAMILIES[name] for name in PACKING), mistral, grouped])
 def test_packed_is_padded(make, short, monkeypatch):
     monkeypatch.setattr(attention_module, "SHORT", short)
     model, sequences = make().eval(), ragged()
@@ -98,6 +107,32 @@ def test_packed_is_padded(make, short, monkeypatch):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     some = [name for name in want_gradients if "k_proj.bias" not in name]  # 0 but for rounding
     assert_same_gradients({n: got_gradients[n] for n in some}, {n: want_gradients[n] for n in some})
+
+
+@pytest.mark.parametrize("kind", [SharedTrunk, SeparateCritic])
+def test_a_frozen_trunk_takes_packed_rows(kind):
+    """States are captured in padded rows and used in a stream, by policy, critic and reference."""
+    policy = llama(num_hidden_layers=3)
+    freeze_trunk(policy, 1)
+    head = ScalarHead(16)
+    critic = () if kind is SharedTrunk else (copy_of_trained(policy.base_model),)
+    made = FrozenTrunk(kind(policy, *critic, head, PLAIN), 1)
+    reference = made.reference()
+    want, want_reference = made.evaluate(ragged()), reference.logprobs(ragged())
+    (want.logprobs + want.values).sum().backward()
+    want_gradients = gradients(made.inner)
+    made.inner.zero_grad()
+    for model in (*made.backbones(), reference.model):
+        prefer_fast_attention(model, CPU)
+    assert made.packs
+    sequences = ragged()
+    sequences.trunk_states = made.trunk_states(sequences)
+    got, got_reference = made.evaluate(sequences), reference.logprobs(sequences)
+    (got.logprobs + got.values).sum().backward()
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.values, want.values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got_reference, want_reference, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(made.inner), want_gradients)
 
 
 def test_a_model_that_mixes_rows_does_not_pack(monkeypatch):

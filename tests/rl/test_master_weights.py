@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import PLAIN, gpt2, llama, opt, prompts, rollout, updater
 
+from chatrlhf.models import attention
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
-from chatrlhf.rl.master_weights import MasterWeights
+from chatrlhf.rl.master_weights import MasterWeights, prepare_models
 from chatrlhf.types import Experience
 
 
@@ -117,3 +118,35 @@ def test_what_is_loaded_at_full_precision_is_computed_with():
     with torch.no_grad():
         first, second = (each.topology.evaluate(sequences).logprobs for each in (mixed, other))
     assert torch.equal(first, second)
+
+
+# ----- models made ready
+
+
+def test_in_float32_a_model_keeps_its_weights_and_gets_its_kernels():
+    trained, frozen = llama(), llama(seed=1)
+    assert prepare_models([trained], [frozen], "fp32", torch.device("cpu")) is None
+    for model in (trained, frozen):
+        assert model.config._attn_implementation == attention.NAME
+        assert "forward" in vars(model.model.norm)
+        assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_weights_shared_with_a_frozen_model_have_masters_of_their_own_bytes():
+    trained, frozen = llama(), llama(seed=1)
+    frozen.model.embed_tokens.weight = trained.model.embed_tokens.weight
+    before = trained.model.embed_tokens.weight.detach().clone()
+    masters = prepare_models([trained], [frozen], "bf16", torch.device("cpu"))
+    assert all(weight.dtype == torch.bfloat16 for model in (trained, frozen) for weight in model.parameters())
+    with masters.exposed():
+        assert torch.equal(trained.model.embed_tokens.weight, before)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_frozen_weights_have_masters_only_where_they_are_saved(wanted):
+    trained = llama()
+    trained.model.embed_tokens.weight.requires_grad_(False)
+    masters = prepare_models([trained], [], "bf16", torch.device("cpu"), masters_of_frozen=wanted)
+    with masters.exposed():
+        assert (trained.model.embed_tokens.weight.dtype == torch.float32) == wanted
+        assert trained.model.norm.weight.dtype == torch.float32
