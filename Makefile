@@ -37,7 +37,7 @@ lint: $(VENV)/.stamp-test  ## check style and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-bench: $(VENV)/.stamp-run $(PEER)/.stamp  ## time a PPO iteration against TRL 1.12.0's, some ten minutes
+bench: $(VENV)/.stamp-run $(PEER)/.stamp  ## time a PPO iteration against TRL 1.12.0's, a quarter of an hour
 	$(BIN)/python -m benchmarks.ppo_step --peer-python $(PEER)/bin/python $(ARGS)
 
 clean:  ## remove caches and build results

@@ -114,7 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ppo_step", description=__doc__.split("\n")[0])
     parser.add_argument("--peer-python", default=str(ROOT / ".venv-peer" / "bin" / "python"), help="has trl 1.12.0")
     parser.add_argument("--works", nargs="+", default=["small-fixed", "small-natural"], choices=list(WORKS))
-    parser.add_argument("--pairs", type=int, default=4, help="runs of each engine")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each engine")
     parser.add_argument("--iterations", type=int, default=3, help="measured in each run, behind one of warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override our configuration")
