@@ -44,12 +44,13 @@ def attention(
     dropout: float = 0.0,
     segments: Segments | None = None,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers asks of an attention function: [B, h, T, e] each, to [B, T, h, e].
 
     Args:
-        attention_mask: added to the scores, [B, 1, T, width]; None for causal.
+        attention_mask: added to the scores, [B, 1, T, width]; None for causal, or for all in a model that is not.
         segments: the batch is one packed stream, [1, h, M, e]; the mask is of no meaning then.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -70,11 +71,21 @@ def attention(
         return _taken(mixed, segments.tokens, segments.slots).transpose(1, 2), None
     if query.shape[2] > SHORT or dropout:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
-    if attention_mask is None:
+    if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         # Queries are the last positions of what they look at.
         attention_mask = _causal(key.shape[2], None, query.dtype, query.device)[:, :, -query.shape[2] :]
+    elif attention_mask is None:
+        attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
     return _plain(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import FAMILIES, assert_same_gradients, gradients, llama, opt, qwen2
+from transformers import BertConfig, BertModel
 
 from chatrlhf.models import attention as attention_module
 from chatrlhf.models.attention import NAME, SHORT, prefer_fast_attention
+from chatrlhf.models.packing import packs
 
 CPU = torch.device("cpu")
 IDS = torch.randint(2, 24, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -62,6 +64,24 @@ def test_one_token_at_a_time(make):
             cache = output.past_key_values
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("short", [4, SHORT], ids=["beyond short", "short"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_bidirectional_model_looks_both_ways(padded, short, monkeypatch):
+    monkeypatch.setattr(attention_module, "SHORT", short)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    model, mask = BertModel(BertConfig(vocab_size=24, initializer_range=0.3, **sizes)).eval(), torch.ones_like(IDS)
+    if padded:
+        mask[0, 8:] = 0
+    with torch.no_grad():
+        want = model(input_ids=IDS, attention_mask=mask).last_hidden_state
+        prefer_fast_attention(model, CPU)
+        got = model(input_ids=IDS, attention_mask=mask).last_hidden_state
+    assert model.config._attn_implementation == NAME
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
+    assert not packs(model)
 
 
 def test_in_bfloat16_it_is_as_close_to_float32_as_the_plain_way():
