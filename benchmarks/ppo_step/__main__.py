@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.ppo_step.bound import bound, measure
 from benchmarks.ppo_step.work import WORKS, Work, prepare
-from benchmarks.processes import ROOT, run
+from benchmarks.processes import ROOT, alternating, run, spread
 
 PHASES = ("rollout", "score", "update", "total")
 PEER_PRECISIONS = ("fp32", "bf16", "pure_bf16")  # "bf16" is autocast over fp32 weights, "pure_bf16" has no others
@@ -55,13 +55,12 @@ def compare(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         )
         best = min((name for name in tried if tried[name]["moved"] > LEAST_MOVED), key=seconds.get)
         to_run = commands(options, folder, options.iterations + 1, best)
-        order = [("ours", "TRL"), ("TRL", "ours")]
-        found: dict[str, list[dict[str, Any]]] = {"ours": [], "TRL": []}
+        found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in to_run}
         rates = []
-        for pair in range(options.pairs):
-            rates.append(measure(work, torch.bfloat16))
-            for engine in order[pair % 2]:
-                found[engine].append(run(to_run[engine], options.threads))
+        for engine in alternating(list(to_run), options.pairs):
+            if engine == "ours":
+                rates.append(measure(work, torch.bfloat16))
+            found[engine].append(run(to_run[engine], options.threads))
     middle = sorted(rates, key=lambda rate: rate.train)[len(rates) // 2]
     bounds = [bound(work, middle, i, weight_bytes=2) for i in range(1, options.iterations + 1)]
     return {
@@ -80,8 +79,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     for engine, runs in result["runs"].items():
         kept = [each for one in runs for each in one["iterations"][1:]]  # the first is warm-up
         for phase in PHASES:
-            seconds = [each[phase] for each in kept]
-            table[engine, phase] = (statistics.median(seconds), min(seconds), max(seconds))
+            table[engine, phase] = spread([each[phase] for each in kept])
         table[engine, "tokens/s"] = statistics.median(each["tokens"] / each["total"] for each in kept)
         table[engine, "peak"] = statistics.median(one["peak_bytes"] for one in runs)
     return table

@@ -47,7 +47,8 @@ class RolloutEngine:
     """Samples one response a prompt row, token by token.
 
     Every row draws with its own stream of uniform numbers, made from the seed and the row's place in the
-    rollout batch. So what a row says does not depend on the chunk it is decoded in.
+    rollout batch. So what a row says does not depend on the chunk it is decoded in, up to rounding: products of other
+    shapes round otherwise, in bfloat16 often enough to change a token (`benchmarks/bf16_flips.py` counts them).
     """
 
     model: nn.Module

@@ -58,7 +58,7 @@ def attention(
         if key.shape[1] < query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         # Heads first: the rows of a head lie side by side already.
-        q, k, v = (_taken(x, segments.slots, segments.tokens) for x in (query, key, value))
+        q, k, v = (_Take.apply(x, segments.slots, segments.tokens) for x in (query, key, value))
         q, k, v = (x.reshape(-1, segments.rows, segments.width, x.shape[-1]) for x in (q, k, v))
         if segments.width <= SHORT and not dropout:
             mixed = _plain(q, k, v, _causal(segments.width, sliding_window, q.dtype, q.device), scaling)
@@ -68,7 +68,7 @@ def attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling
             )
         mixed = mixed.reshape(1, mixed.shape[0], -1, mixed.shape[-1])
-        return _taken(mixed, segments.tokens, segments.slots).transpose(1, 2), None
+        return _Take.apply(mixed, segments.tokens, segments.slots).transpose(1, 2), None
     if query.shape[2] > SHORT or dropout:
         return sdpa_attention_forward(
             module,
@@ -136,7 +136,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Four products and a softmax in each direction, with nothing converted or copied between them.
+    """Two products and a softmax, four products back, with nothing converted or copied between them.
 
     In bfloat16 the softmax rounds its result only, as the usual way through a float32 copy does.
     """
@@ -161,13 +161,11 @@ class _PlainAttention(torch.autograd.Function):
         return of_query, of_key, torch.bmm(shares.transpose(1, 2), of_mixed), None, None
 
 
-def _taken(states: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """[1, h, X, e] to [1, h, len(index), e] along ``index``, one of the two directions of `Segments`."""
-    return _Take.apply(states, index, inverse)
-
-
 class _Take(torch.autograd.Function):
-    """A selection whose gradient is a selection too, where a general one would have to add up."""
+    """[1, h, X, e] to [1, h, len(index), e]: one of the two directions of `Segments`, whose gradient is the other.
+
+    A general selection would have to add up.
+    """
 
     @staticmethod
     def forward(ctx, states, index, inverse):
@@ -186,6 +184,5 @@ def _causal(width: int, window: int | None, dtype: torch.dtype, device: torch.de
     hidden = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
     if window is not None:
         hidden |= torch.ones_like(hidden).tril(-window)
-    return torch.zeros(width, width, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)[
-        None, None
-    ]
+    mask = torch.zeros(1, 1, width, width, dtype=dtype, device=device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)

@@ -50,10 +50,6 @@ class Cut:
                 "than the hidden states that enter them; set it to -1"
             )
 
-    def frozen_blocks(self) -> list[nn.Module]:
-        """The blocks below the cut."""
-        return list(self.blocks)[: self.first]
-
     def freeze(self) -> None:
         """Leave to be trained what lies above the cut: the top blocks, the final norm and a head of its own.
 
