@@ -145,6 +145,10 @@ class FrozenTrunk(PolicyOnly):
     def backbones(self) -> list[nn.Module]:
         return self.inner.backbones()
 
+    @property
+    def critic_is_apart(self) -> bool:
+        return self.inner.critic_is_apart
+
     def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
         return self.inner.value_function()
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.lanes import side_by_side
 from chatrlhf.models.packing import packs
 from chatrlhf.models.reference import Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
@@ -65,6 +66,11 @@ class PolicyOnly(nn.Module):
         """Whether rows cost their own tokens and no padding, in all of the models."""
         return all(packs(backbone.base_model) for backbone in self.backbones())
 
+    @property
+    def critic_is_apart(self) -> bool:
+        """Whether values have no trained weight in common with the policy: their gradients never meet."""
+        return False
+
     def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
         """The backbone that values are read from and the head on it, None without a critic."""
         return None
@@ -85,9 +91,19 @@ class SeparateCritic(PolicyOnly):
         self.eval()
 
     def evaluate(self, sequences: Sequences, with_entropy: bool = False) -> Evaluation:
-        evaluation = super().evaluate(sequences, with_entropy)
-        evaluation.values = sequences.spread(self.value_head(response_states(self.critic, sequences)))
+        def policy() -> Evaluation:
+            return PolicyOnly.evaluate(self, sequences, with_entropy)
+
+        def values() -> Tensor:
+            return sequences.spread(self.value_head(response_states(self.critic, sequences)))
+
+        evaluation, read = side_by_side(policy, values, sequences.input_ids.device)
+        evaluation.values = read
         return evaluation
+
+    @property
+    def critic_is_apart(self) -> bool:
+        return True
 
     def backbones(self) -> list[nn.Module]:
         return [self.policy, self.critic]

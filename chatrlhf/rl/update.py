@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
+from chatrlhf.lanes import side_by_side
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.experience import Algorithm
@@ -92,18 +93,21 @@ class Updater:
         lengths = minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)
         for rows in cut_by_length(lengths, self.settings.micro_batch_size, self.topology.packs):
             rows = rows.to(self.device)
-            loss, stats = self._loss(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
-            loss.backward()
+            losses, stats = self._losses(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
+            if self.topology.critic_is_apart:
+                side_by_side(losses[0].backward, losses[1].backward, self.device)
+            else:
+                sum(losses).backward()
             if self.masters is not None:
                 self.masters.collect()
             for name, value in stats.items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums
 
-    def _loss(
+    def _losses(
         self, micro: Experience, weights: Tensor, token_mean: Tensor, kl_coef: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This microbatch's share of the loss and of the statistics, 0-d each."""
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """This microbatch's share of the policy's loss, of the critic's where there is one, and of the statistics."""
         settings = self.settings
         sequences = join(
             micro.prompt_ids,
@@ -119,23 +123,23 @@ class Updater:
         if self.algorithm.kl_in == "loss":
             per_token = per_token + kl_coef * k3(logprobs, micro.ref_logprobs)
         policy = (weights * per_token).sum()
-        loss = policy
+        losses = [policy]
         stats = {"loss/policy": policy.detach()}
         if evaluation.values is not None:
             per_value = value_loss(evaluation.values, micro.old_values, micro.returns, settings.cliprange_value)
             value = (token_mean * per_value).sum()
-            loss = loss + settings.vf_coef * value
+            losses.append(settings.vf_coef * value)
             stats["loss/value"] = value.detach()
         if evaluation.entropy is not None:
             # Minus: the bonus rewards entropy.
-            loss = loss - settings.entropy_coef * (weights * evaluation.entropy).sum()
+            losses[0] = policy - settings.entropy_coef * (weights * evaluation.entropy).sum()
         with torch.no_grad():
             clipped = policy_clipped(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
             stats["ppo/clipfrac"] = (token_mean * clipped).sum()
             # KL(old || new) with samples of the old: the k3 estimate with the roles turned round.
             stats["ppo/approx_kl"] = (token_mean * k3(micro.old_logprobs, logprobs)).sum()
             stats["ppo/ratio_error"] = (token_mean * (torch.exp(logprobs - micro.old_logprobs) - 1).abs()).sum()
-        return loss, stats
+        return losses, stats
 
     def full_precision(self) -> AbstractContextManager[None]:
         """Inside, the topology holds float32 weights: what is saved, and what is loaded into."""

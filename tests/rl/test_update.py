@@ -151,6 +151,23 @@ def test_microbatches_do_not_change_the_gradient(algorithm, kind):
             assert stats[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-7), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_policy_and_critic_side_by_side_learn_as_one_after_the_other(precision, one_thread):
+    start, found = topology("separate"), []
+    batch = experience(start)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        made = copy.deepcopy(start)
+        masters = MasterWeights(*made.backbones()) if precision == "bf16" else None
+        update = updater(made, lr=0.1, max_grad_norm=None, masters=masters, micro_batch_size=3)
+        stats = update.step(batch, kl_coef=0.0)
+        found.append((stats, made.state_dict()))
+    (apart, weights), (together, others) = found
+    assert together == pytest.approx(apart, rel=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_minibatchs_gradient_is_that_of_its_rows_one_at_a_time(family):
     made = SharedTrunk(FAMILIES[family](), ScalarHead(16), ODD)
