@@ -97,7 +97,10 @@ class SeparateCritic(PolicyOnly):
         def values() -> Tensor:
             return sequences.spread(self.value_head(response_states(self.critic, sequences)))
 
-        evaluation, read = side_by_side(policy, values, sequences.input_ids.device)
+        if with_entropy:  # which makes the policy's the longer half by far: all cores for either
+            evaluation, read = policy(), values()
+        else:
+            evaluation, read = side_by_side(policy, values, sequences.input_ids.device)
         evaluation.values = read
         return evaluation
 
