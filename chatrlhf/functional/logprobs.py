@@ -92,9 +92,15 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy = torch.empty(len(ids) if with_entropy else 0, device=logits.device)
         for rows in _chunks(logits, len(ids)):
             adjusted = distribution.adjust(logits[rows], position[rows], min_new_tokens[rows])
-            logprobs[rows] = selected_logprobs(adjusted, ids[rows])
+            # One exponential serves both: with z from its peak, log p = z - log S and H = log S - sum(e^z z) / S.
+            z = adjusted - adjusted.amax(dim=-1, keepdim=True)
+            exponentials = z.exp()
+            total = exponentials.sum(dim=-1)
+            logprobs[rows] = z.gather(-1, ids[rows, None]).squeeze(-1) - total.log()
             if with_entropy:
-                entropy[rows] = entropy_from_logits(adjusted)
+                # A forbidden token's z is -inf, and 0 times that is no number.
+                products = exponentials.mul_(z.clamp_(min=torch.finfo(z.dtype).min))
+                entropy[rows] = total.log() - products.sum(dim=-1) / total
         ctx.save_for_backward(logits, ids, position, min_new_tokens, entropy)
         ctx.distribution, ctx.with_entropy = distribution, with_entropy
         return logprobs, entropy
@@ -116,7 +122,7 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 part = torch.softmax(adjusted, dim=-1).mul_(-weight)
             part.scatter_add_(1, ids[rows, None], weight)
-            gradient[rows] = part.div_(ctx.distribution.temperature)
+            gradient[rows] = part if ctx.distribution.temperature == 1.0 else part.div_(ctx.distribution.temperature)
         return gradient, None, None, None, None, None
 
 

@@ -17,6 +17,7 @@ from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.templates import Template
 from chatrlhf.errors import CheckpointError
 from chatrlhf.models.adapters import save_plain
+from chatrlhf.models.packing import pack, packs
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.tokenizer import load_tokenizer
 
@@ -56,9 +57,13 @@ class RewardModel(nn.Module):
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
         if self.pooling == "last":  # a causal model: right-padding cannot reach the last real token
-            states = self.backbone(input_ids=input_ids).last_hidden_state
-            rows = torch.arange(len(states), device=states.device)
-            return self.head(states[rows, mask.sum(dim=1) - 1])
+            last = torch.arange(len(mask), device=mask.device) * mask.shape[1] + mask.sum(dim=1) - 1
+            stream = pack(input_ids, mask) if packs(self.backbone) else None
+            if stream is None:
+                states = self.backbone(input_ids=input_ids).last_hidden_state
+            else:
+                states, last = self.backbone(**stream.inputs).last_hidden_state, stream.positions_of[last]
+            return self.head(states.flatten(0, 1)[last])
         return self.head(self.backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state[:, 0])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:

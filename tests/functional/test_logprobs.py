@@ -104,7 +104,8 @@ def test_token_logprobs_are_the_composition_gradients_included(size, distributio
     torch.testing.assert_close(logprobs, expected)
     total, expected_total = (weights[0] * logprobs).sum(), (weights[0] * expected).sum()
     if with_entropy:
-        torch.testing.assert_close(entropy, entropy_from_logits(adjusted))
+        # Two float32 sums over up to 262,147 tokens, in another order.
+        torch.testing.assert_close(entropy, entropy_from_logits(adjusted), rtol=2e-5, atol=1e-5)
         total = total + (weights[1] * entropy).sum()
         expected_total = expected_total + (weights[1] * entropy_from_logits(adjusted)).sum()
     else:

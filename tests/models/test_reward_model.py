@@ -9,7 +9,10 @@ from chatrlhf.config.schema import ActorConfig, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import TEMPLATES
 from chatrlhf.errors import CheckpointError
+from chatrlhf.models import reward_model
+from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.factory import new_reward_model
+from chatrlhf.models.packing import pack
 from chatrlhf.models.reward_model import RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead
 
@@ -59,6 +62,16 @@ def test_scores_do_not_depend_on_batch_or_order():
     alone = [made.score([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert alone == pytest.approx(together, abs=1e-5)
     assert len(set(together)) == 3
+
+
+def test_packed_rows_have_the_scores_of_padded_ones(monkeypatch):
+    made, rows = scorer(), [[5, 6, 7, 8, 9, 10, 11, 12] * 3, [5], [6, 7], [8, 9, 10], [7]]
+    padded = made.score_ids(rows)
+    prefer_fast_attention(made.model.backbone, torch.device("cpu"))
+    packed = []
+    monkeypatch.setattr(reward_model, "pack", lambda *rows: packed.append(pack(*rows)) or packed[-1])
+    torch.testing.assert_close(made.score_ids(rows), padded, rtol=1e-5, atol=1e-6)
+    assert packed[0] is not None
 
 
 def test_pad_may_be_eos():
