@@ -4,101 +4,33 @@ from __future__ import annotations
 
 import copy
 import inspect
-import socket
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from test_engine import scored
-from tiny import llama, tokenizer
+from tiny import llama
 from transformers import AutoModelForCausalLM
-from vllm_standin import installed
+from vllm_standin import (
+    DISTRIBUTIONS,
+    ENDS,
+    EOS,
+    PAD,
+    PLAIN,
+    TOKENIZER,
+    VOCAB,
+    assert_lawful,
+    decode,
+    ragged,
+    sampler,
+    scored,
+)
 
 from chatrlhf.config.schema import PeftConfig
-from chatrlhf.config.vllm import VllmConfig
-from chatrlhf.data.collate import prompt_batch
 from chatrlhf.errors import ConfigError, DivergedError, RolloutError
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits
-from chatrlhf.generation.vllm_sampler import VllmSampler, wait_for_server
+from chatrlhf.generation.vllm_sampler import VllmSampler
 from chatrlhf.models.adapters import add_adapters
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.master_weights import prepare_models
-
-TOKENIZER = tokenizer()
-EOS, PAD, VOCAB = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id, len(TOKENIZER)
-ENDS = (EOS, *range(40, 100))  # many, so that rows of a random model end at different steps
-PLAIN = SamplingDistribution(eos_token_ids=ENDS, forbidden_ids=(PAD,))
-
-
-@pytest.fixture
-def vllm():
-    """vLLM's stand-in, sampling in float32: then its log-probabilities are the policy's up to rounding."""
-    with installed():
-        import vllm
-
-        vllm.LLM.dtype = torch.float32
-        yield vllm
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("policy")
-    model = llama(vocab=VOCAB, eos_token_id=EOS, pad_token_id=PAD)
-    model.save_pretrained(path)
-    TOKENIZER.save_pretrained(path)
-    return path
-
-
-def sampler(folder: Path, distribution: SamplingDistribution = PLAIN, policy=None, stop=(), **options) -> VllmSampler:
-    limits = {"max_new_tokens": 8, "max_length": 40} | {
-        name: options.pop(name)
-        for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length")
-        if name in options
-    }
-    settings = VllmConfig(**{name: options.pop(name) for name in list(options) if name in VllmConfig.model_fields})
-    policy = policy or AutoModelForCausalLM.from_pretrained(folder).eval()
-    return VllmSampler(policy, TOKENIZER, distribution, Limits(**limits), decode, settings, PAD, list(stop), **options)
-
-
-def decode(ids: list[int]) -> str:
-    return TOKENIZER.decode(ids, skip_special_tokens=True)
-
-
-def ragged(lengths=(3, 9, 1, 6, 4, 2), samples: int = 1):
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(5, VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    return prompt_batch(rows, [decode(row) for row in rows], PAD, samples)
-
-
-def assert_lawful(rollout, distribution: SamplingDistribution, made: VllmSampler, tolerance: float = 1e-4) -> None:
-    """Shapes, masks, ends and the log-probabilities of the policy itself."""
-    lengths = rollout.lengths
-    assert rollout.response_mask.dtype == torch.bool and rollout.response_mask.shape[1] == lengths.max()
-    assert torch.equal(rollout.response_mask, torch.arange(int(lengths.max())) < lengths[:, None])
-    most, fewest = made.limits.per_row(rollout.prompts.attention_mask.sum(dim=1))
-    assert (lengths >= 1).all() and (lengths <= most).all() and torch.equal(rollout.min_new_tokens, fewest)
-    assert (rollout.sampling_logprobs[~rollout.response_mask] == 0).all()
-    assert (rollout.response_ids[~rollout.response_mask] == PAD).all()
-    for i, n in enumerate(lengths.tolist()):
-        ids = rollout.response_ids[i, :n].tolist()
-        ended = ids[-1] in distribution.eos_token_ids
-        assert not set(ids[:-1]) & set(distribution.eos_token_ids) and not set(ids) & set(distribution.forbidden_ids)
-        if not made.stop:
-            assert bool(rollout.finished[i]) == ended
-            assert ended and n > fewest[i] or n == most[i]
-            assert rollout.completions[i] == decode(ids[:-1] if ended else ids)
-    want = scored(made.policy.float(), distribution, rollout)
-    torch.testing.assert_close(rollout.sampling_logprobs, want, rtol=0, atol=tolerance)
-
-
-DISTRIBUTIONS = {
-    "plain": PLAIN,
-    "cool": SamplingDistribution(0.6, ENDS, (PAD,)),
-    "hot": SamplingDistribution(1.7, ENDS, (PAD,)),
-    "many forbidden": SamplingDistribution(1.0, ENDS, (PAD, *range(100, 240))),
-}
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -380,117 +312,3 @@ def test_several_processes_are_refused(vllm, folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="samples for one process, got 2"):
         sampler(folder)
-
-
-# ----- a server
-
-
-@pytest.fixture
-def serve(vllm, folder, monkeypatch):
-    """Start servers; the device that weights would be sent from is called a GPU, as TRL asks for one."""
-    import accelerate
-    import vllm_server
-
-    monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda self: torch.device("cuda")))
-    started = []
-
-    def start(max_model_len: int = 40, **options):
-        started.append(vllm_server.Server(str(folder), max_model_len, **options))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.close()
-
-
-def served(folder, server, distribution=PLAIN, **options) -> VllmSampler:
-    return sampler(folder, distribution, mode="server", server_base_url=server.url, server_timeout=5, **options)
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_a_server_samples_what_is_scored_with_current_weights(serve, folder, name):
-    server = serve()
-    made = served(folder, server, DISTRIBUTIONS[name], min_new_tokens=2)
-    for _ in range(2):
-        with torch.no_grad():
-            for weight in made.policy.parameters():
-                weight.add_(0.05 * torch.randn_like(weight))
-        assert_lawful(made.generate(ragged(), seed=0), DISTRIBUTIONS[name], made)
-    once = ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
-    paths = [path for path, _ in server.asked]
-    assert paths == ["/init_weight_transfer_engine", *[*once, "/v1/completions"] * 2]
-
-
-def test_a_server_is_asked_for_no_more_than_fits_and_rows_keep_their_places(serve, folder):
-    server = serve(max_model_len=12)
-    no_end = SamplingDistribution(eos_token_ids=(EOS,), forbidden_ids=(PAD,))
-    made = served(folder, server, no_end, max_new_tokens=10, max_length=12)
-    rollout = made.generate(ragged(), seed=0)
-    assert_lawful(rollout, no_end, made)
-    asked = [body for path, body in server.asked if path == "/v1/completions"]
-    # Rows of 3, 9, 1, 6, 4 and 2 prompt tokens may say 9, 3, 10, 6, 8 and 10.
-    assert [body["max_tokens"] for body in asked] == [10, 9, 8, 6, 3]
-
-
-def test_where_the_server_has_room_one_request_is_enough(serve, folder):
-    server = serve(max_model_len=40)
-    no_end = SamplingDistribution(eos_token_ids=(EOS,), forbidden_ids=(PAD,))
-    made = served(folder, server, no_end, max_new_tokens=10, max_length=12)
-    assert_lawful(made.generate(ragged(), seed=0), no_end, made)
-    assert sum(path == "/v1/completions" for path, _ in server.asked) == 1
-
-
-def test_an_absent_server_is_an_error_in_time(vllm, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    start = time.monotonic()
-    with pytest.raises(ConfigError, match=rf"server_base_url: no vLLM server answers at {url} within 1 s .*vllm serve"):
-        sampler(folder, mode="server", server_base_url=url, server_timeout=1)
-    assert time.monotonic() - start < 10
-
-
-def test_a_server_that_is_never_well_or_never_speaks_is_an_error_in_time(serve):
-    server = serve()
-    server.healthy = False
-    with pytest.raises(ConfigError, match="within 0.5 s .*503"):
-        wait_for_server(server.url, 0.5)
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        with pytest.raises(ConfigError, match="within 0.5 s .*timed out"):
-            wait_for_server(f"http://127.0.0.1:{silent.getsockname()[1]}", 0.5)
-
-
-@pytest.mark.parametrize(
-    "options, limits, said",
-    [
-        ({"logprobs_mode": "raw_logprobs"}, {}, "gives raw_logprobs.*--logprobs-mode processed_logprobs"),
-        ({"max_model_len": 20}, {"max_length": 30}, "takes 20 tokens, expected 30.*--max-model-len 30"),
-    ],
-)
-def test_a_server_that_serves_something_else_is_refused(serve, folder, options, limits, said):
-    with pytest.raises(ConfigError, match=f"server_base_url: .*{said}"):
-        served(folder, serve(**options), **limits)
-
-
-def test_a_server_without_a_gpu_beside_it_is_one_line(vllm, serve, folder, monkeypatch):
-    import accelerate
-
-    monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda self: torch.device("cpu")))
-    with pytest.raises(ConfigError, match="server_base_url: the server at .* did not start .*needs a CUDA device"):
-        served(folder, serve())
-
-
-def test_a_server_that_refuses_a_request_is_one_line_with_its_words(serve, folder):
-    server = serve()
-    made = served(folder, server)
-    server.llm.max_model_len = 5  # it was started anew with less
-    with pytest.raises(RolloutError, match="server_base_url: .* gave no rollout .*maximum context length"):
-        made.generate(ragged(), seed=0)
-
-
-def test_a_configuration_names_an_address():
-    with pytest.raises(ValueError, match="expected http://host:port"):
-        VllmConfig(server_base_url="localhost:8000")
-    assert VllmConfig(server_base_url="http://gpu:8000/").server_base_url == "http://gpu:8000"
