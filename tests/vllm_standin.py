@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import trl.generation.vllm_client
 import trl.generation.vllm_generation
@@ -23,11 +24,14 @@ from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly
 
 STANDINS = str(Path(__file__).parent / "standins")
+THERE = importlib.util.find_spec("vllm") is not None
+without_vllm = pytest.mark.skipif(THERE, reason="vLLM is installed")
 
 
 @contextmanager
 def installed() -> Iterator[None]:
-    assert importlib.util.find_spec("vllm") is None, "these tests are for machines without vLLM"
+    if THERE:
+        pytest.skip("vLLM itself is installed; these tests run on its stand-in")
     sys.path.insert(0, STANDINS)
     _look_again()
     try:
@@ -50,6 +54,16 @@ TOKENIZER = tokenizer()
 EOS, PAD, VOCAB = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id, len(TOKENIZER)
 ENDS = (EOS, *range(40, 100))  # many, so that rows of a random model end at different steps
 PLAIN = SamplingDistribution(eos_token_ids=ENDS, forbidden_ids=(PAD,))
+
+
+def scored(policy, distribution: SamplingDistribution, rollout) -> torch.Tensor:
+    """The policy's log-probabilities of a rollout, as the scorer and the update compute them."""
+    prompts = rollout.prompts
+    sequences = join(
+        prompts.input_ids, prompts.attention_mask, rollout.response_ids, rollout.response_mask, rollout.min_new_tokens
+    )
+    with torch.no_grad():
+        return PolicyOnly(policy, distribution).evaluate(sequences).logprobs
 
 
 def sampler(folder: Path, distribution: SamplingDistribution = PLAIN, policy=None, stop=(), **options) -> VllmSampler:
@@ -100,13 +114,3 @@ DISTRIBUTIONS = {
     "hot": SamplingDistribution(1.7, ENDS, (PAD,)),
     "many forbidden": SamplingDistribution(1.0, ENDS, (PAD, *range(100, 240))),
 }
-
-
-def scored(policy, distribution: SamplingDistribution, rollout) -> torch.Tensor:
-    """The policy's log-probabilities of a rollout, as the scorer and the update compute them."""
-    prompts = rollout.prompts
-    sequences = join(
-        prompts.input_ids, prompts.attention_mask, rollout.response_ids, rollout.response_mask, rollout.min_new_tokens
-    )
-    with torch.no_grad():
-        return PolicyOnly(policy, distribution).evaluate(sequences).logprobs

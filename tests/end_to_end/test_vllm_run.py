@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_run import settings, write_config, write_files
-from vllm_standin import installed
+from vllm_standin import installed, without_vllm
 
 from chatrlhf import load_config, run
 from chatrlhf.cli import main
@@ -125,6 +125,7 @@ def test_a_run_by_vllm_is_resumed(files, sft):
     assert [row["step"] for row in steps(stage)] == [1, 2, 3, 4]
 
 
+@without_vllm
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])
 @pytest.mark.parametrize("stage", ["RL", "ALL"])
 def test_without_vllm_nothing_starts(files, tmp_path, capsys, words, stage):

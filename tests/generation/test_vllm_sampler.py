@@ -22,6 +22,7 @@ from vllm_standin import (
     ragged,
     sampler,
     scored,
+    without_vllm,
 )
 
 from chatrlhf.config.schema import PeftConfig
@@ -268,9 +269,21 @@ def test_a_policy_that_has_diverged_is_an_error(vllm, folder):
         made.generate(ragged(), seed=0)
 
 
+def test_an_error_inside_vllm_keeps_its_traceback(vllm, folder):
+    made = sampler(folder)
+
+    def generate(*_, **__):
+        raise RuntimeError("CUDA out of memory")
+
+    made.vllm.llm.generate = generate
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        made.generate(ragged(), seed=0)
+
+
 # ----- refused before anything starts
 
 
+@without_vllm
 def test_without_vllm_the_error_says_what_to_install(folder):
     with pytest.raises(ConfigError, match=r"rollout_backend: 'vllm' .* pip install \"chatrlhf\[vllm\]\""):
         sampler(folder)
