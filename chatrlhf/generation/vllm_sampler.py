@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import math
 import time
 import urllib.request
@@ -103,11 +104,10 @@ class VllmSampler:
         self.room = math.inf
         if self.served:
             wait_for_server(self.settings.server_base_url, self.settings.server_timeout)
+            with self._one_line(ConfigError, "says not what it serves; start it with VLLM_SERVER_DEV_MODE=1"):
+                self._check(server_settings(self.settings.server_base_url))
         with self._one_line(ConfigError, "did not start"):
             self.vllm = self._start()
-        if self.served:
-            with self._one_line(ConfigError, "does not say what it serves"):
-                self._check(self.vllm.vllm_client.get_server_info()["model_config"])
 
     @torch.no_grad()
     def generate(self, prompts: PromptBatch, seed: int) -> Rollout:
@@ -294,6 +294,12 @@ class _Weights(nn.Module):
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Tensor]]:
         return merged_parameters(self._policy[0])
+
+
+def server_settings(url: str) -> dict[str, Any]:
+    """vLLM's `ModelConfig` as a server reports it; an OSError or KeyError where it does not."""
+    with urllib.request.urlopen(f"{url}/server_info?config_format=json", timeout=HEALTH_SECONDS) as answer:
+        return json.load(answer)["vllm_config"]["model_config"]
 
 
 def wait_for_server(url: str, seconds: float) -> None:

@@ -104,6 +104,13 @@ def test_a_server_that_serves_something_else_is_refused(serve, folder, options, 
         served(folder, serve(**options), **limits)
 
 
+def test_a_server_that_does_not_say_what_it_serves_is_refused(serve, folder):
+    server = serve()
+    server.silent_about = "/server_info"  # as without VLLM_SERVER_DEV_MODE
+    with pytest.raises(ConfigError, match="server_base_url: .* VLLM_SERVER_DEV_MODE=1.*404"):
+        served(folder, server)
+
+
 def test_a_server_without_a_gpu_beside_it_is_one_line(vllm, serve, folder, monkeypatch):
     import accelerate
 

@@ -19,12 +19,13 @@ class Server:
 
     def __init__(self, model: str, max_model_len: int, logprobs_mode: str = "processed_logprobs") -> None:
         self.llm = LLM(model, max_model_len=max_model_len, logprobs_mode=logprobs_mode)
-        self.name, self.asked, self.healthy = model, [], True
+        self.name, self.asked, self.healthy, self.silent_about = model, [], True, None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply(outer.get(self.path))
+                hidden = self.path.split("?")[0] == outer.silent_about
+                self.reply(outer.get(self.path), 404 if hidden else 200)
 
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length", 0))
