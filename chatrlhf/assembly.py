@@ -14,6 +14,8 @@ from chatrlhf.errors import DataError
 from chatrlhf.evaluation.heldout import HeldOut
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.generation.sampler import Sampler
+from chatrlhf.generation.vllm_sampler import VllmSampler
 from chatrlhf.models.adapters import has_adapters
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.topology import PolicyOnly
@@ -54,18 +56,10 @@ def assemble_ppo(
         DataError: no prompt leaves room for a response.
     """
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
-    limits, stop = _limits(config, encoder), trainer.gen_kwargs.stop
+    limits = _limits(config, encoder)
     pad_id = encoder.tokenizer.pad_token_id
     prompts, texts = _encoded_prompts(rows.train, encoder, limits, log, "trainer_config.examples_path")
-    engine = RolloutEngine(
-        topology.policy,
-        topology.distribution,
-        limits,
-        pad_id,
-        lambda ids: encoder.template.strip(encoder.tokenizer.decode(ids, skip_special_tokens=True)),
-        stop,
-        trainer.chunk_size,
-    )
+    engine = _sampler(config, topology, encoder, limits, log)
     scaling = RewardScaling(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
     )
@@ -94,6 +88,8 @@ def assemble_ppo(
         vf_coef=trainer.vf_coef,
         entropy_coef=trainer.entropy_coef,
         max_grad_norm=trainer.max_grad_norm,
+        foreign_sampler=isinstance(engine, VllmSampler),
+        importance_cap=trainer.importance_cap,
     )
     updater = Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, masters)
     held_out = None
@@ -131,6 +127,31 @@ def sampling_distribution(config: Config, encoder: Encoder) -> SamplingDistribut
         forbidden.add(tokenizer.pad_token_id)
     temperature = gen.temperature or config.actor_config.temperature or 1.0
     return SamplingDistribution(temperature, eos_ids, tuple(sorted(forbidden)))
+
+
+def _sampler(config: Config, topology: PolicyOnly, encoder: Encoder, limits: Limits, log: RunLog) -> Sampler:
+    """What samples the rollouts, from the policy as it is at any time."""
+    trainer, tokenizer = config.trainer_config, encoder.tokenizer
+    policy, distribution, stop = topology.policy, topology.distribution, trainer.gen_kwargs.stop
+
+    def decode(ids: list[int]) -> str:
+        return encoder.template.strip(tokenizer.decode(ids, skip_special_tokens=True))
+
+    if trainer.rollout_backend == "chatrlhf":
+        return RolloutEngine(policy, distribution, limits, tokenizer.pad_token_id, decode, stop, trainer.chunk_size)
+    log.note("RL: vLLM samples, with random numbers of its own: a run that is resumed or repeated goes another way")
+    return VllmSampler(
+        policy,
+        tokenizer,
+        distribution,
+        limits,
+        decode,
+        trainer.vllm,
+        tokenizer.pad_token_id,
+        stop,
+        trainer.chunk_size,
+        config.actor_config.trust_remote_code,
+    )
 
 
 def _limits(config: Config, encoder: Encoder) -> Limits:

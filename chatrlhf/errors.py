@@ -23,6 +23,10 @@ class RewardError(UserError):
     """A reward function, model or endpoint that gave something other than one finite number a completion."""
 
 
+class RolloutError(UserError):
+    """A rollout backend that is gone, or gave something that cannot have been drawn from the distribution."""
+
+
 class Interrupted(Exception):
     """Training was asked to stop and has left a valid checkpoint behind."""
 

@@ -11,6 +11,7 @@ from chatrlhf.data.inputs import Inputs, corpus
 from chatrlhf.data.records import Preference, ScoredCompletion
 from chatrlhf.data.templates import get_template
 from chatrlhf.errors import ConfigError
+from chatrlhf.generation.vllm_sampler import require_vllm
 from chatrlhf.models.adapters import base_of
 from chatrlhf.models.factory import (
     TINY,
@@ -34,6 +35,9 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
     template = get_template(actor.template)
     if reward.template:
         get_template(reward.template, "reward_config.template")
+    if "RL" in stages and trainer.rollout_backend == "vllm":
+        temperature = trainer.gen_kwargs.temperature or actor.temperature or 1.0
+        require_vllm(temperature, len(trainer.gen_kwargs.forbidden_tokens) + 1)
     if "RL" in stages and trainer.eval_fn:
         load_function(trainer.eval_fn, "trainer_config.eval_fn")
     if "RL" in stages and "REWARD" not in stages and not has_reward_fn:

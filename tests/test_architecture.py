@@ -28,7 +28,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Which files may import a package, and never while they are imported themselves.
 ONLY_IN = {
-    "trl": {"trainers/sft.py", "trainers/reward.py"},
+    "trl": {"trainers/sft.py", "trainers/reward.py", "generation/vllm_sampler.py"},
     "deepspeed": set(),
     "bitsandbytes": set(),
     "openai": set(),

@@ -9,7 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from chatrlhf.config.section import Section
+from chatrlhf.config.vllm import VllmConfig
 
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
@@ -17,12 +20,6 @@ Scheduler = Literal[
 Precision = Literal["auto", "fp32", "bf16"]
 
 DEFAULT_EPISODES = 3200
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, assignments are checked."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class OptimizerKeys(Section):
@@ -279,6 +276,16 @@ class TrainerConfig(OptimizerKeys):
     whiten_advantages: bool = True
     missing_eos_penalty: float | None = Field(None, ge=0, description="taken off where a response did not finish")
     gen_kwargs: GenKwargs = Field(default_factory=GenKwargs)
+    rollout_backend: Literal["chatrlhf", "vllm"] = Field(
+        "chatrlhf", description="what samples rollouts: this package's engine, or vLLM through TRL"
+    )
+    vllm: VllmConfig = Field(default_factory=VllmConfig, description="read where rollout_backend is 'vllm'")
+    importance_cap: float | None = Field(
+        2.0,
+        gt=0,
+        description="a token that vLLM sampled counts by its probability here over the one there, at most this much; "
+        "null: no cap",
+    )
     precision: Precision = "auto"
     eval_interval: int | None = Field(None, ge=1, description="steps; null: only before and after")
     eval_fn: str | None = Field(None, description="'package.module:function': criteria of a completion, for the table")

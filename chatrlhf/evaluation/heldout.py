@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chatrlhf.errors import RewardError
-from chatrlhf.generation.engine import RolloutEngine
+from chatrlhf.generation.sampler import Sampler
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.types import PromptBatch
 
@@ -68,7 +68,7 @@ class HeldOut:
     """The held-out prompts and how their completions are judged."""
 
     prompts: PromptBatch
-    engine: RolloutEngine
+    engine: Sampler
     scorer: Scorer
     eval_fn: EvalFunction | None
     seed: int

@@ -7,7 +7,7 @@ calls it as it calls any other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,19 +75,15 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def save_plain(model: nn.Module, folder: Path) -> None:
     """Save a model's weights with what its adapters add to them; one without adapters as it is."""
-    layers = _adapted(model)
-    if not layers:
+    if _adapted(model):
+        model.save_pretrained(folder, state_dict=dict(_merged(model, model.state_dict().items())))
+    else:
         model.save_pretrained(folder)
-        return
-    merged: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        owner, _, rest = name.partition(".base_layer.")
-        if rest:
-            added = layers[owner].get_delta_weight("default") if rest == "weight" else 0
-            merged[f"{owner}.{rest}"] = value + added
-        elif ".lora_" not in name:
-            merged[name] = value
-    model.save_pretrained(folder, state_dict=merged)
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters by the names they have without adapters, with what its adapters add; one at a time."""
+    return _merged(model, model.named_parameters())
 
 
 def base_of(name: str) -> str | None:
@@ -108,6 +104,18 @@ def merged(model: nn.Module, folder: str) -> nn.Module:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
+
+
+@torch.no_grad()
+def _merged(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    layers = _adapted(model)
+    for name, value in weights:
+        owner, _, rest = name.partition(".base_layer.")
+        if rest:
+            added = layers[owner].get_delta_weight("default") if rest == "weight" else 0
+            yield f"{owner}.{rest}", value + added
+        elif ".lora_" not in name:
+            yield name, value
 
 
 def _adapted(model: nn.Module) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Stream | None:
     rows, longest = attention_mask.shape
     lengths = attention_mask.sum(dim=1)
     total = int(lengths.sum())
-    size = _up(total + 1, QUANTUM)
+    size = _whole(total + 1)
     if rows * longest <= size:
         return None
     device, width = input_ids.device, _up(longest, BLOCK)
@@ -74,7 +74,7 @@ def packs(backbone: nn.Module) -> bool:
 
 def whole_quanta(slots: Tensor) -> Tensor:
     """[N] indices with zeros behind them, up to a whole number of quanta."""
-    return nn.functional.pad(slots, (0, _up(len(slots), QUANTUM) - len(slots)))
+    return nn.functional.pad(slots, (0, _whole(len(slots)) - len(slots)))
 
 
 def _packed_is_padded(backbone: nn.Module) -> bool:
@@ -93,6 +93,11 @@ def _packed_is_padded(backbone: nn.Module) -> bool:
     # Rounding, and nothing else: a model that mixed rows or lost positions is off by far more, even when it is new.
     tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
     return bool((packed[mask] - padded[mask]).abs().max() <= tolerance * padded[mask].abs().max())
+
+
+def _whole(length: int) -> int:
+    """In quanta that grow with the length: eight lengths from each power of two to the next."""
+    return _up(length, max(QUANTUM, 2 ** (length.bit_length() - 1) // 8))
 
 
 def _up(value: int, to: int) -> int:

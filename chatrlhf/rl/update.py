@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
 from chatrlhf.lanes import side_by_side
@@ -32,6 +33,9 @@ class UpdateSettings:
     vf_coef: float = 1.0
     entropy_coef: float = 0.0
     max_grad_norm: float | None = 1.0
+    # Rollouts of another engine than this package's: each token's policy loss is weighed by how likely it is here.
+    foreign_sampler: bool = False
+    importance_cap: float | None = 2.0
 
 
 @dataclass
@@ -120,6 +124,10 @@ class Updater:
         evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
         logprobs = evaluation.logprobs
         per_token = policy_loss(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
+        if settings.foreign_sampler:
+            per_token = per_token * importance_weights(
+                micro.old_logprobs, micro.sampling_logprobs, settings.importance_cap
+            )
         if self.algorithm.kl_in == "loss":
             per_token = per_token + kl_coef * k3(logprobs, micro.ref_logprobs)
         policy = (weights * per_token).sum()
@@ -139,6 +147,9 @@ class Updater:
             # KL(old || new) with samples of the old: the k3 estimate with the roles turned round.
             stats["ppo/approx_kl"] = (token_mean * k3(micro.old_logprobs, logprobs)).sum()
             stats["ppo/ratio_error"] = (token_mean * (torch.exp(logprobs - micro.old_logprobs) - 1).abs()).sum()
+            if settings.foreign_sampler and settings.importance_cap is not None:
+                ratios = importance_ratios(micro.old_logprobs, micro.sampling_logprobs)
+                stats["sampling/truncated"] = (token_mean * (ratios > settings.importance_cap)).sum()
         return losses, stats
 
     def full_precision(self) -> AbstractContextManager[None]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from chatrlhf.errors import CheckpointError, Interrupted
 from chatrlhf.evaluation.heldout import HeldOut, HeldOutReport
-from chatrlhf.generation.engine import RolloutEngine
+from chatrlhf.functional.importance import logprob_gap
+from chatrlhf.generation.sampler import Sampler
 from chatrlhf.models.factory import fingerprint
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
@@ -43,7 +44,7 @@ class PPOTrainer:
     """
 
     prompts: PromptSchedule
-    engine: RolloutEngine
+    engine: Sampler
     scorer: Scorer
     updater: Updater
     algorithm: Algorithm
@@ -96,6 +97,7 @@ class PPOTrainer:
     ) -> None:
         rollout = scored.rollout
         lengths, tokens = rollout.lengths.float(), int(rollout.lengths.sum())
+        gap, largest_gap = logprob_gap(scored.old_logprobs, rollout.sampling_logprobs, rollout.response_mask)
         rollout_s, score_s, update_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
         metrics: dict[str, Any] = {
             "reward/mean": float(scored.raw_scores.mean()),
@@ -105,6 +107,8 @@ class PPOTrainer:
             "kl/coef": coef,
             **stats,
             "ppo/entropy": scored.entropy,
+            "sampling/logprob_gap": gap,
+            "sampling/logprob_gap_max": largest_gap,
             "response/length": float(lengths.mean()),
             "response/finished": float(rollout.finished.float().mean()),
             "lr/actor": self.updater.optimizer.param_groups[0]["lr"],

@@ -50,7 +50,7 @@ def test_metrics_have_the_names_that_are_promised(whole):
     metrics = whole.stages["RL"].metrics
     promised = (
         "reward/mean reward/std kl/ref kl/coef loss/policy loss/value ppo/clipfrac ppo/approx_kl ppo/entropy "
-        "response/length response/finished time/rollout time/score time/update tokens/s"
+        "response/length response/finished time/rollout time/score time/update tokens/s sampling/logprob_gap"
     )
     assert set(promised.split()) <= metrics.keys()
 

@@ -326,6 +326,45 @@ def test_the_policys_step_does_not_depend_on_a_separate_critics_error():
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
 
 
+# ----- rollouts of another sampler
+
+
+@pytest.mark.parametrize("algorithm, kind", CASES)
+@pytest.mark.parametrize("cap", [None, 1.2])
+def test_each_tokens_policy_loss_is_weighed_and_nothing_else(algorithm, kind, cap):
+    """Weights are positive, so a weighed token is one with another advantage; value and KL terms stay as they are."""
+    made = topology(kind)
+    batch = experience(made)
+    torch.manual_seed(7)
+    batch.sampling_logprobs = batch.old_logprobs + 0.5 * torch.randn(batch.old_logprobs.shape) * batch.response_mask
+    weighed = updater(made, algorithm, foreign_sampler=True, importance_cap=cap, micro_batch_size=3)
+    stats = weighed.backward(batch, kl_coef=0.2)
+    got, loss = gradients(made), stats["loss/policy"].item()
+    made.zero_grad()
+    ratios = torch.exp(batch.old_logprobs - batch.sampling_logprobs)
+    batch.advantages = batch.advantages * (ratios if cap is None else ratios.clamp(max=cap))
+    want = updater(made, algorithm, micro_batch_size=3).backward(batch, kl_coef=0.2)["loss/policy"].item()
+    assert_same_gradients(got, gradients(made))
+    assert loss == pytest.approx(want, rel=1e-5)
+    if cap is None:
+        assert "sampling/truncated" not in stats
+    else:
+        share = (ratios > cap)[batch.response_mask].float().mean()
+        assert 0.2 < share < 0.6 and stats["sampling/truncated"].item() == pytest.approx(share.item(), abs=1e-6)
+
+
+def test_the_own_engines_rollouts_are_not_weighed():
+    made = topology("none")
+    batch = experience(made)
+    updater(made, "rloo").backward(batch, kl_coef=0.0)
+    want = gradients(made)
+    made.zero_grad()
+    batch.sampling_logprobs = batch.old_logprobs - 1.0 * batch.response_mask
+    stats = updater(made, "rloo").backward(batch, kl_coef=0.0)
+    assert_same_gradients(gradients(made), want, tolerance=0.0)
+    assert "sampling/truncated" not in stats
+
+
 # ----- statistics
 
 
