@@ -224,6 +224,16 @@ def rollout(
     return Rollout(prompt_batch, ids, mask, torch.zeros(mask.shape), flags, fewest, texts)
 
 
+def same_responses(first: Rollout, second: Rollout) -> bool:
+    """Whether two rollouts say the same, however wide they are."""
+    return (
+        torch.equal(first.response_mask, second.response_mask)
+        and torch.equal(first.response_ids[first.response_mask], second.response_ids[second.response_mask])
+        and torch.equal(first.finished, second.finished)
+        and first.completions == second.completions
+    )
+
+
 def words(ids: list[int]) -> str:
     """Ids as text: one letter each."""
     return "".join(chr(ord("a") + i) for i in ids)
