@@ -95,6 +95,8 @@ class Memory:
     without a gap before it.
     """
 
+    block = BLOCK
+
     def __init__(self, cache: DynamicCache, mask: Tensor) -> None:
         """A cache that holds prompts, and their mask, [n, P] bool, left-padded."""
         self.cache, self.mask, self.filled = cache, mask, mask.shape[1]
@@ -107,6 +109,10 @@ class Memory:
         self.mask[:, self.filled] = True
         self.filled += 1
         return self.mask
+
+    def grows(self, columns: int) -> bool:
+        """Whether so many more columns begin another block."""
+        return -(-(self.filled + columns) // self.block) > -(-self.filled // self.block)
 
     def keep(self, index: Tensor) -> None:
         """Only rows ``index``, int64, are left."""

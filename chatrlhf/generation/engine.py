@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from chatrlhf.errors import DivergedError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.cache import all_in_place, make_cache
+from chatrlhf.generation.graphs import Held, StaticDecoding
 from chatrlhf.generation.slots import Decoding
 from chatrlhf.types import PromptBatch, Rollout
 
@@ -58,12 +59,14 @@ class RolloutEngine:
     stop: list[str] = field(default_factory=list)
     chunk_size: int | None = None
     look_every: int | None = None  # steps between two looks at who has ended; None: as the device likes it
+    static: bool | None = None  # decode by recorded steps (`graphs.py`); None: on a GPU
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.model.forward).parameters
         # Some families (BLOOM) derive positions from the mask and take none; a few compute all logits.
         self.takes_positions = "position_ids" in parameters
         self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.held: Held | None = None  # what recorded steps are bound to
         self.in_place = all_in_place(make_cache(self.model.config))
 
     @torch.no_grad()
@@ -85,14 +88,20 @@ class RolloutEngine:
         lengths = torch.zeros(len(prompts), dtype=torch.long)
         finished = torch.zeros(len(prompts), dtype=torch.bool)
         texts: list[str] = [""] * len(prompts)
+        static = device.type == "cuda" if self.static is None else self.static
+        kind = StaticDecoding if static and self.in_place else Decoding
         # Prompts of one length side by side need little padding; samples of one prompt stay together.
+        kind = (
+            StaticDecoding
+            if self.in_place and (device.type == "cuda" if self.static is None else self.static)
+            else Decoding
+        )
         refills = self.in_place and size < len(prompts)
         by_length = torch.argsort(prompts.attention_mask.sum(dim=1), stable=True, descending=refills)
         for rows in by_length.split(len(prompts) if refills else size):
-            decoding = Decoding(self, prompts.select(rows), most[rows], fewest[rows], uniforms[rows], size, device)
+            decoding = kind(self, prompts.select(rows), most[rows], fewest[rows], uniforms[rows], size, device)
             decoding.run()
-            width = decoding.ids.shape[1]
-            ids[rows, :width], logprobs[rows, :width] = decoding.ids, decoding.logprobs
+            ids[rows], logprobs[rows] = decoding.ids[:, :width], decoding.logprobs[:, :width]
             lengths[rows], finished[rows] = decoding.lengths, decoding.finished
             for i, text in zip(rows.tolist(), decoding.texts(), strict=True):
                 texts[i] = text

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from chatrlhf.functional.logprobs import sample_by_inversion
-from chatrlhf.generation.cache import BLOCK, Memory, make_cache, width_for
+from chatrlhf.functional.logprobs import id_tensor, sample_by_inversion
+from chatrlhf.generation.cache import Memory, make_cache
 from chatrlhf.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -49,14 +49,18 @@ class Slots:
     def fields(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
+    def front(self, count: int) -> Slots:
+        """The first ``count`` of them, in the same tensors."""
+        return Slots(*(value[:count] for value in self.fields()))
+
     def keep(self, index: Tensor) -> Slots:
         """Slots ``index``, int64 and no more than there are, moved to the front of the same tensors."""
         for value in self.fields():
             value[: len(index)] = value[index]
-        return Slots(*(value[: len(index)] for value in self.fields()))
+        return self.front(len(index))
 
-    def put(self, index: Tensor, others: Slots) -> None:
-        """Write other rows into slots ``index``, int64."""
+    def put(self, index: Tensor | slice, others: Slots) -> None:
+        """Write other rows into slots ``index``, int64 where it is a tensor."""
         for value, new in zip(self.fields(), others.fields(), strict=True):
             value[index] = new
 
@@ -83,10 +87,9 @@ class Decoding:
         self.prompt_ids, self.prompt_mask = prompts.input_ids.to(device), prompts.attention_mask.to(device)
         self.group_ids = prompts.group_ids.to(device)
         self.most, self.fewest = most.to(device), fewest.to(device)
-        rows, width = len(prompts), int(most.max())
-        # One column more: a row that has ended and waits in its slot draws there.
-        self.uniforms = torch.nn.functional.pad(uniforms[:, :width], (0, 1)).to(device)
-        self.eos = torch.tensor(engine.distribution.eos_token_ids, dtype=torch.long, device=device)
+        # As wide in each rollout; and one column more, where a row that has ended and waits in its slot draws.
+        rows, width = len(prompts), min(engine.limits.max_new_tokens, engine.limits.max_length)
+        self.uniforms = torch.nn.functional.pad(uniforms, (0, width + 1 - uniforms.shape[1])).to(device)
         self.admitted = 0  # prompts that have, or had, a slot
         self.stopped_text: dict[int, str] = {}
         self.read: dict[int, int] = {}  # tokens of each row in which stop strings have been looked for
@@ -96,14 +99,18 @@ class Decoding:
 
     def run(self) -> None:
         """Prefill as many prompts as there are slots, then draw one token a row and step until all have ended."""
-        self.slots, ids, mask = self._admit(self.size)
-        logits, cache, of_row = self._prefill(self.slots.row, ids, mask)
-        cache.batch_select_indices(of_row)
-        self.memory = Memory(cache, mask)
+        slots, ids, mask = self._admit(self.size)
+        logits, cache, of_row = self._prefill(slots.row, ids, mask)
+        self._begin(slots, mask, cache, of_row)
         self._draw(logits[of_row])
         while self._tidy():
             for _ in range(self.look_every):
                 self._step()
+
+    def _begin(self, slots: Slots, mask: Tensor, cache: DynamicCache, of_row: Tensor) -> None:
+        """Take up the first rows, whose prompts are prefilled."""
+        cache.batch_select_indices(of_row)
+        self.slots, self.memory = slots, Memory(cache, mask)
 
     def _step(self) -> None:
         """Show the model each row's newest token and draw the next one."""
@@ -113,13 +120,13 @@ class Decoding:
 
     def _draw(self, logits: Tensor) -> None:
         """One token of each row from its next-token logits, [n, V]. Nothing is asked of the device."""
-        slots, place = self.slots, self.slots.length[:, None]
-        logits = self.engine.distribution.adjust(logits, slots.length, slots.fewest)
+        slots, distribution, place = self.slots, self.engine.distribution, self.slots.length[:, None]
+        logits = distribution.adjust(logits, slots.length, slots.fewest)
         tokens, logprobs = sample_by_inversion(logits, slots.uniforms.gather(1, place).squeeze(1))
         slots.token.copy_(tokens)
         slots.ids.scatter_(1, place, tokens[:, None])
         slots.logprobs.scatter_(1, place, logprobs[:, None])
-        ended = (tokens[:, None] == self.eos).any(dim=1)
+        ended = (tokens[:, None] == id_tensor(distribution.eos_token_ids, tokens.device)).any(dim=1)
         slots.finished |= ended & slots.live
         slots.length += slots.live
         slots.live &= ~ended & (slots.length < slots.most)
@@ -133,17 +140,22 @@ class Decoding:
         if left == 0 and waiting == 0:
             self._store()
             return False
-        if len(slots) - left >= LEAVE_AT * len(slots):
+        room = self._room_for(min(left + waiting, len(slots)))
+        if len(slots) - left >= LEAVE_AT * len(slots) and (waiting or room < len(slots)):
             self._store()
             if waiting:
                 self._refill((~slots.live).nonzero().squeeze(-1)[:waiting])
-            if waiting < len(slots) - left:
-                staying = slots.live.nonzero().squeeze(-1)
+            if room < len(slots):
+                staying = torch.argsort(slots.live, descending=True, stable=True)[:room]
                 self.slots = slots.keep(staying)
                 self.memory.keep(staying)
-        if self.engine.in_place and width_for(self.memory.filled + self.look_every) > width_for(self.memory.filled):
+        if self.engine.in_place and self.memory.grows(self.look_every):
             self._compact()
         return True
+
+    def _room_for(self, rows: int) -> int:
+        """Slots to go on with where so many rows are left."""
+        return rows
 
     def _refill(self, index: Tensor) -> None:
         """Give slots ``index`` to the next prompts.
@@ -161,7 +173,7 @@ class Decoding:
         """Forget whole blocks of columns that are older than anything of the rows in flight."""
         slots = self.slots
         needed = int(((slots.prompt_length + slots.length - 1) * slots.live).max())
-        columns = (self.memory.filled - needed) // BLOCK * BLOCK
+        columns = (self.memory.filled - needed) // self.memory.block * self.memory.block
         if columns:
             self.memory.drop(columns)
 
@@ -209,9 +221,9 @@ class Decoding:
         kwargs = dict(self.engine.keep_last)
         if self.engine.takes_positions:
             kwargs["position_ids"] = positions
-        output = self.engine.model(
-            input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **kwargs
-        )
+        if mask.dtype == torch.bool:
+            mask = mask.long()
+        output = self.engine.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
         return output.logits[:, -1]
 
     def _check_stop(self) -> None:
