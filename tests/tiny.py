@@ -33,6 +33,7 @@ from transformers import (
 from chatrlhf.data.collate import Encoder, pad_right, prompt_batch
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.models import attention
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.experience import ALGORITHMS
@@ -247,6 +248,17 @@ def engine(model: nn.Module, distribution: SamplingDistribution = PLAIN, pad: in
         if name in options
     }
     return RolloutEngine(model, distribution, Limits(**limits), pad, words, **options)
+
+
+# Ways through `models/attention.py`.
+BRANCHES = ("short", "beyond short", "as on a GPU")
+
+
+def take(branch: str, monkeypatch) -> None:
+    if branch == "beyond short":
+        monkeypatch.setattr(attention, "SHORT", 4)
+    if branch == "as on a GPU":
+        monkeypatch.setattr(attention, "BY_PRODUCTS", set())
 
 
 def tokenizer(vocab: int = 270, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import (
+    BRANCHES,
     FAMILIES,
     PLAIN,
     VOCAB,
@@ -15,12 +16,13 @@ from tiny import (
     prompts,
     ragged_mask,
     rollout,
+    take,
 )
 from transformers import MistralConfig, MistralForCausalLM
 
 from chatrlhf.models import attention as attention_module
 from chatrlhf.models import packing
-from chatrlhf.models.attention import SHORT, prefer_fast_attention
+from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.packing import pack, packs
 from chatrlhf.models.reference import copy_of_trained
@@ -91,10 +93,10 @@ def test_which_families_pack():
     assert found == PACKING
 
 
-@pytest.mark.parametrize("short", [4, SHORT], ids=["beyond short", "short"])
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("make", [*(FAMILIES[name] for name in PACKING), mistral, grouped])
-def test_packed_is_padded(make, short, monkeypatch):
-    monkeypatch.setattr(attention_module, "SHORT", short)
+def test_packed_is_padded(make, branch, monkeypatch):
+    take(branch, monkeypatch)
     model, sequences = make().eval(), ragged()
     assert sequences.stream.inputs["input_ids"].shape[1] <= sequences.input_ids.numel() / 2
     want, want_gradients = read(model, sequences)
