@@ -89,7 +89,6 @@ class StaticMemory(Memory):
                 layer.hold(*self.held_mask.shape, new.keys, new.values)
         self.rows, self.filled = mask.shape
         self.column.fill_(self.filled - 1)
-        self.held_mask.zero_()
         self.write(torch.arange(self.rows, device=mask.device), mask, cache, of_row)
 
     def show(self, columns: int) -> int:
