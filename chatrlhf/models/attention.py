@@ -73,6 +73,15 @@ def attention(
         mixed = mixed.reshape(1, mixed.shape[0], -1, mixed.shape[-1])
         return _Take.apply(mixed, segments.tokens, segments.slots).transpose(1, 2), None
     if not _by_products(query, dropout):
+        batch, heads, length, size = query.shape
+        if length == 1 and key.shape[1] < heads:
+            # Query heads that share a key head stand as its queries; transformers would write keys and values out for
+            # each of them, at every token.
+            query = query.reshape(batch, key.shape[1], -1, size)
+            mixed = nn.functional.scaled_dot_product_attention(
+                query, key, value, attention_mask, dropout, scale=scaling
+            )
+            return mixed.reshape(batch, 1, heads, value.shape[-1]), None
         return sdpa_attention_forward(
             module,
             query,

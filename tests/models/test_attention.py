@@ -51,18 +51,25 @@ def test_left_padding_is_hidden(make, branch, monkeypatch):
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("make", [llama, grouped])
-def test_one_token_at_a_time(make):
-    model = make()
-    prefer_fast_attention(model, CPU)
+def test_one_token_at_a_time(make, branch, padded, monkeypatch):
+    take(branch, monkeypatch)
+    model, mask = make(), torch.ones_like(IDS)
+    if padded:
+        mask[0, :5] = mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        want = model(input_ids=IDS).logits
+        want = model(input_ids=IDS, attention_mask=mask, position_ids=positions).logits
+        prefer_fast_attention(model, CPU)
         cache, steps = None, []
         for t in range(IDS.shape[1]):
-            output = model(input_ids=IDS[:, t : t + 1], past_key_values=cache, use_cache=True)
+            here = dict(attention_mask=mask[:, : t + 1], position_ids=positions[:, t : t + 1])
+            output = model(input_ids=IDS[:, t : t + 1], past_key_values=cache, use_cache=True, **here)
             cache = output.past_key_values
             steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(steps, dim=1)[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
