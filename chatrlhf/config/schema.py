@@ -256,7 +256,7 @@ class TrainerConfig(OptimizerKeys):
     total_episodes: int | None = Field(None, ge=1, description="null: ChatLLaMA's 3,200, in whole rollout batches")
     num_rollouts: int = Field(64, ge=1, description="sequences sampled between two updates")
     samples_per_prompt: int | None = Field(None, ge=1, description="null: 1 for ppo, 4 for rloo and grpo")
-    chunk_size: int | None = Field(None, ge=1, description="sequences decoded side by side, at most; null: num_rollouts")
+    chunk_size: int | None = Field(None, ge=1, description="sequences decoded side by side; null: num_rollouts")
     batch_size: int | None = Field(None, ge=1, description="null: a quarter of num_rollouts where that divides")
     micro_batch_size: int | None = Field(None, ge=1, description="longest sequences per backward; null: batch_size")
     ppo_epochs: int = Field(4, ge=1)
