@@ -144,6 +144,7 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.records = device.type == "cuda"
+        self.aside = torch.cuda.Stream(device) if self.records else None
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.runs: Counter[Hashable] = Counter()
         self.pool: Any = None
@@ -157,7 +158,7 @@ class Graphs:
         if key in self.graphs:
             self.graphs[key].replay()
         elif self.records:
-            self._aside(step)
+            self._step_aside(step)
         else:
             step()
 
@@ -173,13 +174,12 @@ class Graphs:
             return
         self.graphs[key], self.pool = graph, graph.pool()
 
-    def _aside(self, step: Callable[[], None]) -> None:
+    def _step_aside(self, step: Callable[[], None]) -> None:
         """A step on a stream of its own, as recording needs it beforehand."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.aside):
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.aside)
 
 
 class Held:

@@ -141,7 +141,8 @@ class Decoding:
             self._store()
             return False
         room = self._room_for(min(left + waiting, len(slots)))
-        if len(slots) - left >= LEAVE_AT * len(slots) and (waiting or room < len(slots)):
+        making_room = len(slots) - left >= LEAVE_AT * len(slots) and (waiting > 0 or room < len(slots))
+        if making_room:
             self._store()
             if waiting:
                 self._refill((~slots.live).nonzero().squeeze(-1)[:waiting])
@@ -149,7 +150,7 @@ class Decoding:
                 staying = torch.argsort(slots.live, descending=True, stable=True)[:room]
                 self.slots = slots.keep(staying)
                 self.memory.keep(staying)
-        if self.engine.in_place and self.memory.grows(self.look_every):
+        if self.engine.in_place and (making_room or self.memory.grows(self.look_every)):
             self._compact()
         return True
 

@@ -187,7 +187,7 @@ def test_a_model_that_cannot_be_recorded_goes_on(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", Refused)
-    monkeypatch.setattr(graphs.Graphs, "_aside", lambda self, step: step())
+    monkeypatch.setattr(graphs.Graphs, "_step_aside", lambda self, step: step())
     static = engine(llama(), ENDS, static=True, max_new_tokens=20)
     want = static.generate(prompts(RAGGED), seed=0)
     static.held.graphs.records = True

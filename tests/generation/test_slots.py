@@ -103,17 +103,35 @@ def test_samples_of_one_prompt_share_their_prefill_when_they_are_refilled():
     assert same_responses(refilled, engine(model, SamplingDistribution(), max_new_tokens=6).generate(batch, seed=0))
 
 
-def test_the_memory_does_not_grow_without_end(monkeypatch):
-    """Forty rows go through two slots, one behind the other; no row has more than 28 columns."""
-    widths = []
-    update = BlockLayer.update
+@pytest.fixture
+def widths(monkeypatch) -> list[int]:
+    """Columns that are shown to each layer, from now on."""
+    seen, update = [], BlockLayer.update
 
     def watched(self, *args, **kwargs):
         keys, values = update(self, *args, **kwargs)
-        widths.append(keys.shape[2])
+        seen.append(keys.shape[2])
         return keys, values
 
     monkeypatch.setattr(BlockLayer, "update", watched)
+    return seen
+
+
+def test_columns_of_the_last_rows_are_forgotten_when_their_slots_are_refilled(widths):
+    engine(llama(), SamplingDistribution(), max_new_tokens=50, chunk_size=4).generate(prompts([5] * 8), seed=0)
+    assert widths[::2] == [5] + [32] * 27 + [64] * 22 + [4] + [32] * 10 + [64] * 32 + [96] * 8
+
+
+def test_columns_of_a_long_prompt_are_forgotten_before_a_block_is_added(widths):
+    """It ends at once and stays in its slot, one of twenty."""
+    sampler = engine(llama(max_position_embeddings=128), SamplingDistribution(), max_new_tokens=60, max_length=128)
+    given_lengths(sampler, [1] + [60] * 19)
+    sampler.generate(prompts([60] + [2] * 19), seed=0)
+    assert widths[::2] == [60] + [64] * 36 + [96] * 23
+
+
+def test_the_memory_does_not_grow_without_end(widths):
+    """Forty rows go through two slots, one behind the other; no row has more than 28 columns."""
     batch = prompts([8] * 40)
     refilled = engine(llama(), ENDS, max_new_tokens=20, chunk_size=2).generate(batch, seed=0)
     assert len(widths) / 2 > 100  # two layers
