@@ -173,7 +173,8 @@ class Decoding:
     def _compact(self) -> None:
         """Forget whole blocks of columns that are older than anything of the rows in flight."""
         slots = self.slots
-        needed = int(((slots.prompt_length + slots.length - 1) * slots.live).max())
+        # One at least: to a memory of nothing the next step would be a prefill, with no room behind it.
+        needed = max(1, int(((slots.prompt_length + slots.length - 1) * slots.live).max()))
         columns = (self.memory.filled - needed) // self.memory.block * self.memory.block
         if columns:
             self.memory.drop(columns)

@@ -66,6 +66,14 @@ def test_prompts_of_one_token_and_long_ones(ragged):
         assert same_responses(whole, engine(model, ENDS, chunk_size=size, **options).generate(batch, seed=0))
 
 
+@pytest.mark.parametrize("family", REFILLED)
+def test_new_prompts_of_one_token_behind_a_whole_block(family):
+    """Nothing of the block is needed any more, and nothing of the new prompts is remembered yet."""
+    model, batch = FAMILIES[family]().eval(), prompts([1] * 4)
+    whole, refilled = (engine(model, SamplingDistribution(), max_new_tokens=32, chunk_size=size) for size in (None, 2))
+    assert same_responses(whole.generate(batch, seed=0), refilled.generate(batch, seed=0))
+
+
 def test_natural_lengths_need_fewer_forwards():
     """Counted, not timed: 4 slots, 16 rows of which a quarter is long."""
     model, lengths = llama(), [40, 4, 6, 5] * 4
