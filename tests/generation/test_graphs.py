@@ -198,10 +198,11 @@ def test_a_model_that_cannot_be_recorded_goes_on(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [None, 5])
 @pytest.mark.parametrize("family", RECORDED)
-def test_recorded_on_a_gpu(family, small):
+def test_recorded_on_a_gpu(family, size, small):
     model = FAMILIES[family]().eval().cuda()
-    options = dict(max_new_tokens=30, look_every=3)
+    options = dict(max_new_tokens=30, chunk_size=size, look_every=3)
     static, dynamic = (engine(model, ENDS, static=each, **options) for each in (True, False))
     for seed in range(3):
         batch = prompts(RAGGED, seed=seed)
