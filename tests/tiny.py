@@ -33,6 +33,7 @@ from transformers import (
 from chatrlhf.data.collate import Encoder, pad_right, prompt_batch
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.models import attention
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.experience import ALGORITHMS
@@ -224,6 +225,16 @@ def rollout(
     return Rollout(prompt_batch, ids, mask, torch.zeros(mask.shape), flags, fewest, texts)
 
 
+def same_responses(first: Rollout, second: Rollout) -> bool:
+    """Whether two rollouts say the same, however wide they are."""
+    return (
+        torch.equal(first.response_mask, second.response_mask)
+        and torch.equal(first.response_ids[first.response_mask], second.response_ids[second.response_mask])
+        and torch.equal(first.finished, second.finished)
+        and first.completions == second.completions
+    )
+
+
 def words(ids: list[int]) -> str:
     """Ids as text: one letter each."""
     return "".join(chr(ord("a") + i) for i in ids)
@@ -237,6 +248,17 @@ def engine(model: nn.Module, distribution: SamplingDistribution = PLAIN, pad: in
         if name in options
     }
     return RolloutEngine(model, distribution, Limits(**limits), pad, words, **options)
+
+
+# Ways through `models/attention.py`.
+BRANCHES = ("short", "beyond short", "as on a GPU")
+
+
+def take(branch: str, monkeypatch) -> None:
+    if branch == "beyond short":
+        monkeypatch.setattr(attention, "SHORT", 4)
+    if branch == "as on a GPU":
+        monkeypatch.setattr(attention, "BY_PRODUCTS", set())
 
 
 def tokenizer(vocab: int = 270, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:

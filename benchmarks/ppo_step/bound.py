@@ -64,18 +64,19 @@ class Model:
 class Rates:
     """What this machine does at the model's shapes."""
 
-    train: float  # FLOP/s of forward and backward products at a minibatch's tokens
-    score: float  # FLOP/s of forward products at a minibatch's tokens
+    train: float  # FLOP/s of forward and backward products at the tokens of a backward
+    score: float  # FLOP/s of forward products at the tokens of a backward
     decode: float  # FLOP/s of forward products at one token a row
     bandwidth: float  # bytes/s of a copy, read and written both counted
 
 
 def measure(work: Work, dtype: torch.dtype) -> Rates:
-    """Measure all rates; a few seconds."""
+    """Measure all rates, on the machine's GPU where there is one; a few seconds."""
     model = Model(work.hidden, work.layers, work.vocab)
     lengths = work.lengths(0)
-    tokens = round((work.prompt + sum(lengths) / len(lengths)) * work.minibatch)
-    predicted = round(sum(lengths) / len(lengths) * work.minibatch)
+    rows = work.backward or work.minibatch
+    tokens = round((work.prompt + sum(lengths) / len(lengths)) * rows)
+    predicted = round(sum(lengths) / len(lengths) * rows)
     products = [(tokens, a, b) for a, b in model.linears] * model.layers + [(predicted, model.hidden, model.vocab)]
     steps = [(work.rollouts, a, b) for a, b in model.linears] * model.layers
     steps.append((work.rollouts, model.hidden, model.vocab))
@@ -118,8 +119,7 @@ def _product_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, backwa
     flop = seconds = 0.0
     for shape in sorted(set(shapes)):
         m, a, b = shape
-        x, w = torch.randn(m, a).to(dtype), torch.randn(b, a).to(dtype)
-        y = torch.randn(m, b).to(dtype)
+        x, w, y = (torch.randn(size, device=_device()).to(dtype) for size in ((m, a), (b, a), (m, b)))
         count = shapes.count(shape)
         products: list[Callable[[], torch.Tensor]] = [lambda x=x, w=w: torch.nn.functional.linear(x, w)]
         if backward:
@@ -131,16 +131,30 @@ def _product_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, backwa
 
 
 def _bandwidth() -> float:
-    source, target = torch.empty(2**27), torch.empty(2**27)  # half a GiB each
+    source, target = (torch.empty(2**27, device=_device()) for _ in range(2))  # half a GiB each
     return 2 * source.numel() * 4 / _median_seconds(lambda: target.copy_(source))
 
 
 def _median_seconds(work: Callable[[], object], at_least: float = 0.05) -> float:
-    """Median of single calls, for at least so many seconds and five calls."""
+    """Median of single calls, for at least so many seconds and five calls; a GPU is given twenty at once."""
     work()
+    calls = 20 if _device() == "cuda" else 1
     found: list[float] = []
     while len(found) < 5 or sum(found) < at_least:
+        _wait()
         began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
+        for _ in range(calls):
+            work()
+        _wait()
+        found.append((time.perf_counter() - began) / calls)
     return sorted(found)[len(found) // 2]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _wait() -> None:
+    """Until a GPU has done what was asked of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

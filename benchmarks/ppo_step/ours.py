@@ -44,6 +44,7 @@ def settings(work: Work, folder: Path, iterations: int) -> dict:
             "total_episodes": iterations * work.rollouts,
             "num_rollouts": work.rollouts,
             "batch_size": work.minibatch,
+            "micro_batch_size": work.backward,
             "ppo_epochs": work.epochs,
             "actor_lr": 3e-6,
             "critic_lr": 3e-6,

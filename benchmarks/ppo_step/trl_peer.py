@@ -33,6 +33,13 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E40
 from benchmarks.ppo_step.work import EOS, FIRST_WORD, Work, moved, read_work, report, rss  # noqa: E402
 
 
+def now() -> float:
+    """Seconds, once all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(TrainerCallback):
     """Seconds of each phase; the end of an iteration is the end of its logging."""
 
@@ -41,22 +48,22 @@ class Clock(TrainerCallback):
         self.generated = self.scored = 0.0
 
     def on_train_begin(self, *args, **kwargs):
-        self.began = time.perf_counter()
+        self.began = now()
 
     def on_step_end(self, *args, **kwargs):
-        now = time.perf_counter()
+        ended = now()
         self.found.append(
             {
                 "rollout": self.generated - self.began,
                 "score": self.scored - self.generated,
-                "update": now - self.scored,
-                "total": now - self.began,
+                "update": ended - self.scored,
+                "total": ended - self.began,
                 "tokens": sum(self.work.lengths(len(self.found))),
             }
         )
 
     def mark_start(self):
-        self.began = time.perf_counter()
+        self.began = now()
 
 
 def put_lengths(clock: Clock) -> None:
@@ -71,12 +78,12 @@ def put_lengths(clock: Clock) -> None:
         if clock.work.natural:
             for row, length in enumerate(clock.work.lengths(len(clock.found))):
                 response[row, length - 1] = EOS
-        clock.generated = time.perf_counter()
+        clock.generated = now()
         return sequences, logits
 
     def masked_whiten(*args, **kwargs):
         whitened = whiten(*args, **kwargs)  # the advantages' is the last thing before the update
-        clock.scored = time.perf_counter()
+        clock.scored = now()
         return whitened
 
     ppo_trainer.batch_generation, ppo_trainer.masked_whiten = batch_generation, masked_whiten
@@ -103,13 +110,14 @@ def main(folder: Path, iterations: int, precision: str) -> None:
             save_strategy="no",
             bf16=precision == "bf16",
             learning_rate=3e-6,
-            # Its optimizer steps once in gradient_accumulation_steps backwards, so minibatches are made this way.
-            per_device_train_batch_size=work.rollouts,
-            gradient_accumulation_steps=1,
+            # Its optimizer steps once in gradient_accumulation_steps backwards, so minibatches are made this way. Where
+            # they do not fit into memory, it steps less often than it should: the same products, fewer steps.
+            per_device_train_batch_size=work.backward or work.rollouts,
+            gradient_accumulation_steps=work.rollouts // (work.backward or work.rollouts),
             num_mini_batches=work.minibatches,
             num_ppo_epochs=work.epochs,
             total_episodes=iterations * work.rollouts,
-            local_rollout_forward_batch_size=work.rollouts,
+            local_rollout_forward_batch_size=work.forward or work.rollouts,
             response_length=work.response,
             temperature=1.0,
             stop_token=None,

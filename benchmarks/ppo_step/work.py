@@ -25,6 +25,9 @@ class Work:
     epochs: int = 4
     minibatches: int = 4
     natural: bool = False  # responses of long-tailed lengths instead of the full length
+    # What fits into memory, where all at once do not: sequences a backward, and a forward of the peer without one.
+    backward: int | None = None
+    forward: int | None = None
 
     @property
     def heads(self) -> int:
@@ -49,6 +52,7 @@ class Work:
 
 SMALL = dict(hidden=256, layers=4, vocab=4096, rollouts=64, prompt=32, response=64)
 LARGE = dict(hidden=512, layers=8, vocab=16384, rollouts=32, prompt=64, response=128)
+BILLION = dict(hidden=2048, layers=18, vocab=32000, rollouts=256, prompt=256, response=256, backward=16, forward=64)
 WORKS = {
     work.name: work
     for work in (
@@ -56,6 +60,11 @@ WORKS = {
         Work("small-natural", **SMALL, natural=True),
         Work("large-fixed", **LARGE),
         Work("large-natural", **LARGE, natural=True),
+        # For a GPU of 80 GB or more.
+        Work("gpu-1b-fixed", **BILLION),
+        Work("gpu-1b-natural", **BILLION, natural=True),
+        # The same code on next to nothing, to see it run.
+        Work("tiny-natural", 64, 2, 64, 16, 8, 16, natural=True, backward=2, forward=8),
     )
 }
 
@@ -120,11 +129,19 @@ def read_work(folder: Path) -> Work:
 
 
 def report(iterations: list[dict[str, float]], rss_after_imports: int, moved: float) -> None:
-    """The line of JSON that the driver reads: seconds by phase and tokens of each iteration, peak memory, `moved`."""
+    """The line of JSON that the driver reads: seconds by phase and tokens of each iteration, peak memory, `moved`.
+
+    Peak memory is a GPU's, where there is one, or this process's behind its imports.
+    """
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"iterations": iterations, "peak_bytes": peak - rss_after_imports, "moved": moved}), flush=True)
+    import torch
+
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - rss_after_imports
+    print(json.dumps({"iterations": iterations, "peak_bytes": peak, "moved": moved}), flush=True)
 
 
 def moved(trained: dict[str, Any], folder: Path) -> float:
@@ -132,7 +149,9 @@ def moved(trained: dict[str, Any], folder: Path) -> float:
     from safetensors.torch import load_file
 
     before = load_file(folder / "policy" / "model.safetensors")
-    changed = sum(int((trained[name].float() != before[name].to(trained[name].dtype).float()).sum()) for name in before)
+    changed = sum(
+        int((trained[name].cpu().float() != before[name].to(trained[name].dtype).float()).sum()) for name in before
+    )
     return changed / sum(tensor.numel() for tensor in before.values())
 
 

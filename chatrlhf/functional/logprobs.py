@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,13 +38,19 @@ class SamplingDistribution:
         if adjusted is logits and (self.forbidden_ids or self.eos_token_ids):
             adjusted = logits.clone()
         if self.forbidden_ids:
-            adjusted.index_fill_(1, torch.tensor(self.forbidden_ids, device=logits.device), -torch.inf)
+            adjusted.index_fill_(1, id_tensor(self.forbidden_ids, logits.device), -torch.inf)
         if self.eos_token_ids:
             # Only these columns are touched, and nothing is asked of the device: no pass over V, no waiting.
-            columns = torch.tensor(self.eos_token_ids, device=logits.device)
+            columns = id_tensor(self.eos_token_ids, logits.device)
             too_early = (position < min_new_tokens)[:, None]
             adjusted[:, columns] = adjusted[:, columns].masked_fill(too_early, -torch.inf)
         return adjusted
+
+
+@cache
+def id_tensor(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Token ids as int64 on a device; made once, since a GPU waits for what is sent to it."""
+    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 def selected_logprobs(logits: Tensor, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention of short sequences on a CPU, over padded rows or over rows packed into one stream."""
+"""Attention over padded rows or over rows packed into one stream; on a CPU fast on short ones."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ NAME = "chatrlhf"
 # sequences of 96 tokens took 0.8 of the time, decoding 0.6 of it, in bfloat16; forwards of 250 tokens half the time
 # in float32. Longer ones were not measured.
 SHORT = 256
+# And on which devices: a GPU's fused attention is made for short sequences, too.
+BY_PRODUCTS = {"cpu"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def attention(
     """What transformers asks of an attention function: [B, h, T, e] each, to [B, T, h, e].
 
     Args:
-        attention_mask: added to the scores, [B, 1, T, width]; None for causal, or for all in a model that is not.
+        attention_mask: added to the scores, [B, 1, T, width], or bool on a GPU (True = seen); None for causal, or for
+            all in a model that is not.
         segments: the batch is one packed stream, [1, h, M, e]; the mask is of no meaning then.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -60,7 +63,7 @@ def attention(
         # Heads first: the rows of a head lie side by side already.
         q, k, v = (_Take.apply(x, segments.slots, segments.tokens) for x in (query, key, value))
         q, k, v = (x.reshape(-1, segments.rows, segments.width, x.shape[-1]) for x in (q, k, v))
-        if segments.width <= SHORT and not dropout:
+        if _by_products(q, dropout):
             mixed = _plain(q, k, v, _causal(segments.width, sliding_window, q.dtype, q.device), scaling)
         else:
             mask = None if sliding_window is None else _causal(segments.width, sliding_window, q.dtype, q.device)
@@ -69,7 +72,16 @@ def attention(
             )
         mixed = mixed.reshape(1, mixed.shape[0], -1, mixed.shape[-1])
         return _Take.apply(mixed, segments.tokens, segments.slots).transpose(1, 2), None
-    if query.shape[2] > SHORT or dropout:
+    if not _by_products(query, dropout):
+        batch, heads, length, size = query.shape
+        if length == 1 and key.shape[1] < heads:
+            # Query heads that share a key head stand as its queries; transformers would write keys and values out for
+            # each of them, at every token.
+            query = query.reshape(batch, key.shape[1], -1, size)
+            mixed = nn.functional.scaled_dot_product_attention(
+                query, key, value, attention_mask, dropout, scale=scaling
+            )
+            return mixed.reshape(batch, 1, heads, value.shape[-1]), None
         return sdpa_attention_forward(
             module,
             query,
@@ -90,10 +102,10 @@ def attention(
 
 
 def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
-    """transformers' mask as a number to add, and none where plain causality says it all."""
+    """transformers' mask as a number to add, and none where plain causality says it all; as it is for a GPU."""
     allowed = sdpa_mask(*args, **kwargs)
-    if allowed is None:
-        return None
+    if allowed is None or allowed.device.type not in BY_PRODUCTS:
+        return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
@@ -102,15 +114,20 @@ AttentionMaskInterface.register(NAME, additive_mask)
 
 
 def prefer_fast_attention(model: nn.Module, device: torch.device) -> None:
-    """Have a model on a CPU use `attention`, which takes packed rows and is fast on short ones.
+    """Have a model use `attention`, which takes packed rows and, on a CPU, is fast on short ones.
 
     Only a model that would use PyTorch's fused kernel is changed: another choice was somebody's own. And none that
     caps its attention scores (Gemma 2), which the fused kernel leaves out: the stages before ran without, too.
     """
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     fused = getattr(model.config, "_attn_implementation", None) == "sdpa"
-    if device.type == "cpu" and fused and not capped:
+    if device.type in ("cpu", "cuda") and fused and not capped:
         model.set_attn_implementation(NAME)
+
+
+def _by_products(query: Tensor, dropout: float) -> bool:
+    """Whether queries [., h, T, e] are few enough for plain products."""
+    return query.device.type in BY_PRODUCTS and query.shape[2] <= SHORT and not dropout
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:

@@ -23,12 +23,12 @@ update.Updater.step = dying
 """
 KILLS = {
     "during a rollout": """
-import chatrlhf.generation.engine as engine
-forward, calls = engine._Chunk._forward, [0]
+import chatrlhf.generation.slots as slots
+forward, calls = slots.Decoding._forward, [0]
 def dying(self, *args):
     calls[0] += 1
     return die() if calls[0] == 30 else forward(self, *args)
-engine._Chunk._forward = dying
+slots.Decoding._forward = dying
 """,
     "before the first RL checkpoint": DIE_AT_UPDATE.format(3),
     "inside a PPO epoch": DIE_AT_UPDATE.format(15),

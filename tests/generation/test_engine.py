@@ -13,6 +13,7 @@ from tiny import (
     gpt2,
     llama,
     prompts,
+    same_responses,
     script,
     widened,
     words,
@@ -36,15 +37,6 @@ def scored(model, distribution: SamplingDistribution, batch: Rollout) -> torch.T
     )
     with torch.no_grad():
         return PolicyOnly(model, distribution).evaluate(sequences).logprobs
-
-
-def same_responses(first: Rollout, second: Rollout) -> bool:
-    return (
-        torch.equal(first.response_mask, second.response_mask)
-        and torch.equal(first.response_ids[first.response_mask], second.response_ids[second.response_mask])
-        and torch.equal(first.finished, second.finished)
-        and first.completions == second.completions
-    )
 
 
 def one_prompt(*ids: int, rows: int = 1) -> PromptBatch:

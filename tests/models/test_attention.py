@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, assert_same_gradients, gradients, llama, opt, qwen2
+from tiny import BRANCHES, FAMILIES, assert_same_gradients, gradients, llama, opt, qwen2, take
 from transformers import BertConfig, BertModel
 
-from chatrlhf.models import attention as attention_module
-from chatrlhf.models.attention import NAME, SHORT, prefer_fast_attention
+from chatrlhf.models.attention import NAME, prefer_fast_attention
 from chatrlhf.models.packing import packs
 
 CPU = torch.device("cpu")
@@ -40,9 +39,9 @@ def grouped():
 
 
 @pytest.mark.parametrize("make", [llama, grouped])
-@pytest.mark.parametrize("short", [4, SHORT], ids=["beyond short", "short"])
-def test_left_padding_is_hidden(make, short, monkeypatch):
-    monkeypatch.setattr(attention_module, "SHORT", short)
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_left_padding_is_hidden(make, branch, monkeypatch):
+    take(branch, monkeypatch)
     model, mask = make(), torch.ones_like(IDS)
     mask[0, :5] = mask[1, :2] = 0
     with torch.no_grad():
@@ -52,24 +51,31 @@ def test_left_padding_is_hidden(make, short, monkeypatch):
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("make", [llama, grouped])
-def test_one_token_at_a_time(make):
-    model = make()
-    prefer_fast_attention(model, CPU)
+def test_one_token_at_a_time(make, branch, padded, monkeypatch):
+    take(branch, monkeypatch)
+    model, mask = make(), torch.ones_like(IDS)
+    if padded:
+        mask[0, :5] = mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        want = model(input_ids=IDS).logits
+        want = model(input_ids=IDS, attention_mask=mask, position_ids=positions).logits
+        prefer_fast_attention(model, CPU)
         cache, steps = None, []
         for t in range(IDS.shape[1]):
-            output = model(input_ids=IDS[:, t : t + 1], past_key_values=cache, use_cache=True)
+            here = dict(attention_mask=mask[:, : t + 1], position_ids=positions[:, t : t + 1])
+            output = model(input_ids=IDS[:, t : t + 1], past_key_values=cache, use_cache=True, **here)
             cache = output.past_key_values
             steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(steps, dim=1)[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("short", [4, SHORT], ids=["beyond short", "short"])
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("padded", [True, False])
-def test_a_bidirectional_model_looks_both_ways(padded, short, monkeypatch):
-    monkeypatch.setattr(attention_module, "SHORT", short)
+def test_a_bidirectional_model_looks_both_ways(padded, branch, monkeypatch):
+    take(branch, monkeypatch)
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     model, mask = BertModel(BertConfig(vocab_size=24, initializer_range=0.3, **sizes)).eval(), torch.ones_like(IDS)
@@ -96,9 +102,16 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_the_plain_way():
     assert 0 < errors[0] < 1.1 * errors[1]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_where_rows_are_packed(device):
+    model = opt()
+    prefer_fast_attention(model, torch.device(device))
+    assert model.config._attn_implementation == NAME
+
+
 def test_on_another_device_the_kernel_stays():
     model = opt()
-    prefer_fast_attention(model, torch.device("cuda"))
+    prefer_fast_attention(model, torch.device("mps"))
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import (
+    BRANCHES,
     FAMILIES,
     PLAIN,
     VOCAB,
@@ -15,12 +16,13 @@ from tiny import (
     prompts,
     ragged_mask,
     rollout,
+    take,
 )
 from transformers import MistralConfig, MistralForCausalLM
 
 from chatrlhf.models import attention as attention_module
 from chatrlhf.models import packing
-from chatrlhf.models.attention import SHORT, prefer_fast_attention
+from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.packing import pack, packs
 from chatrlhf.models.reference import copy_of_trained
@@ -46,17 +48,18 @@ def grouped():
     return FAMILIES["qwen2"](num_attention_heads=4, num_key_value_heads=2)
 
 
-def ragged() -> Sequences:
+def ragged(device: str = "cpu") -> Sequences:
     batch = rollout(prompts(PROMPTS), RESPONSES)
     prompt = batch.prompts
-    return join(prompt.input_ids, prompt.attention_mask, batch.response_ids, batch.response_mask)
+    rows = prompt.input_ids, prompt.attention_mask, batch.response_ids, batch.response_mask
+    return join(*(each.to(device) for each in rows))
 
 
 def read(model, sequences: Sequences) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probabilities, and gradients of a weighted sum of them."""
     model.zero_grad()
     logprobs, _ = response_logprobs(response_logits(model, sequences), sequences, PLAIN)
-    weights = torch.linspace(0.5, 2.0, logprobs.numel()).view_as(logprobs)
+    weights = torch.linspace(0.5, 2.0, logprobs.numel(), device=logprobs.device).view_as(logprobs)
     (weights * logprobs).sum().backward()
     return logprobs.detach(), gradients(model)
 
@@ -91,10 +94,10 @@ def test_which_families_pack():
     assert found == PACKING
 
 
-@pytest.mark.parametrize("short", [4, SHORT], ids=["beyond short", "short"])
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("make", [*(FAMILIES[name] for name in PACKING), mistral, grouped])
-def test_packed_is_padded(make, short, monkeypatch):
-    monkeypatch.setattr(attention_module, "SHORT", short)
+def test_packed_is_padded(make, branch, monkeypatch):
+    take(branch, monkeypatch)
     model, sequences = make().eval(), ragged()
     assert sequences.stream.inputs["input_ids"].shape[1] <= sequences.input_ids.numel() / 2
     want, want_gradients = read(model, sequences)
@@ -107,6 +110,20 @@ def test_packed_is_padded(make, short, monkeypatch):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     some = [name for name in want_gradients if "k_proj.bias" not in name]  # 0 but for rounding
     assert_same_gradients({n: got_gradients[n] for n in some}, {n: want_gradients[n] for n in some})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("make", [*(FAMILIES[name] for name in PACKING), mistral, grouped])
+def test_packed_is_padded_on_a_gpu(make):
+    model, sequences = make().eval().cuda(), ragged("cuda")
+    want, want_gradients = read(model, sequences)
+    prefer_fast_attention(model, torch.device("cuda"))
+    assert packs(model.base_model)
+    got, got_gradients = read(model, sequences)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    some = [name for name in want_gradients if "k_proj.bias" not in name]  # 0 but for rounding
+    assert_same_gradients({n: got_gradients[n] for n in some}, {n: want_gradients[n] for n in some}, 1e-3)
 
 
 @pytest.mark.parametrize("kind", [SharedTrunk, SeparateCritic])
