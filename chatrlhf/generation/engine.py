@@ -66,12 +66,13 @@ class RolloutEngine:
         self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     @torch.no_grad()
-    def generate(self, prompts: PromptBatch, seed: int) -> Rollout:
+    def generate(self, prompts: PromptBatch, seed: int, rows: Tensor | None = None) -> Rollout:
         """Sample a response for each row.
 
         Args:
             prompts: B rows; rows of one group are sampled independently.
             seed: equal seeds give equal responses.
+            rows: [N] int64, the only ones to be answered; they say what they would among all.
 
         Raises:
             DivergedError: the model's logits are not finite.
@@ -80,6 +81,8 @@ class RolloutEngine:
         most, fewest = self.limits.per_row(prompts.attention_mask.sum(dim=1))
         width = int(most.max())
         uniforms = torch.rand(len(prompts), width, generator=torch.Generator().manual_seed(seed))
+        if rows is not None:
+            prompts, most, fewest, uniforms = prompts.select(rows), most[rows], fewest[rows], uniforms[rows]
         ids = torch.full((len(prompts), width), self.pad_token_id, dtype=torch.long)
         logprobs = torch.zeros(len(prompts), width)
         lengths = torch.zeros(len(prompts), dtype=torch.long)
