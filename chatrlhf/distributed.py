@@ -38,6 +38,8 @@ def start() -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1 or dist.is_initialized():
         return
+    from accelerate import PartialState
+
     backend = "gloo"
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -48,7 +50,11 @@ def start() -> None:
             )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
+    else:
+        # accelerate would number the CPUs, and transformers finds no checkpoint's tensors on a "cpu:0".
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     dist.init_process_group(backend, timeout=TIMEOUT)
+    PartialState(cpu=not torch.cuda.is_available())  # so that TRL's trainers and the trackers see this group
 
 
 def end() -> None:
