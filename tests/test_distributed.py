@@ -179,6 +179,19 @@ def test_a_signal_to_one_rank_stops_both_behind_a_checkpoint(config, undisturbed
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", [AT_LOG, AT_UPDATE], ids=["ACTOR", "RL"])
+def test_what_two_ranks_began_one_process_can_finish(config, undisturbed, tmp_path, place):
+    run_dir = tmp_path / "run"
+    code = ON_RANK_1.format(**place, act=f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=code, ranks=2))
+    assert status != 0
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), "--resume"))
+    assert status == 0, err
+    for ours, theirs in zip(records(run_dir, "metrics.jsonl"), records(undisturbed, "metrics.jsonl"), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_stops_all(config, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     process = start(str(config), "--output-dir", str(run_dir), ranks=2)

@@ -87,7 +87,7 @@ class GlobalBatches:
         return _Loader(dataset, batch_sampler=batches, collate_fn=_Collator(self.data_collator, dataset[0]))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """All held-out rows on every rank: they are few, and the loss is that of one process to the last digit."""
+        """All held-out rows on every rank: they are few, and so none is counted twice to fill up a batch."""
         if world_size() == 1:
             return super().get_eval_dataloader(eval_dataset)
         dataset = self._remove_unused_columns(self.eval_dataset, description="evaluation")
