@@ -80,7 +80,7 @@ class PPOTrainer:
             for step in range(start, self.num_steps):
                 clock = [time.perf_counter()]
                 prompts = self.prompts.batch(step)
-                rows = sampled_rows(prompts.group_ids)  # this rank's; from the scorer on all rows are everywhere
+                rows = sampled_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
                 rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
                 clock.append(time.perf_counter())
                 scored = self.scorer.score(rollout, rows)
