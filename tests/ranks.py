@@ -14,6 +14,7 @@ import torch
 from tiny import EOS, PAD, engine, llama, prompts
 
 from chatrlhf import distributed
+from chatrlhf.errors import RewardError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import Reference
@@ -108,10 +109,27 @@ def ppo_steps(kind: str, algorithm: str, batch_size: int, precision: str, sample
         return found | {"weights": {name: each.clone() for name, each in made.state_dict().items()}}
 
 
+def check_that_an_error_is_shared() -> None:
+    """What one rank is refused all are, with its message; and all can go on from there."""
+
+    def work() -> int:
+        if distributed.rank() == 1:
+            raise RewardError("of rank 1")
+        return 7
+
+    try:
+        found = str(distributed.gather_results(work))
+    except RewardError as error:
+        found = str(error)
+    assert distributed.gather_objects(found) == ["of rank 1"] * distributed.world_size()
+    assert distributed.largest(distributed.rank()) == distributed.world_size() - 1
+
+
 def main() -> None:
     torch.set_num_threads(1)
     distributed.start()
     assert distributed.world_size() == int(os.environ["WORLD_SIZE"])
+    check_that_an_error_is_shared()
     results = {name: ppo_steps(*case) for name, case in CASES.items()}
     # Every rank ends with the same weights, bit for bit.
     for name, result in results.items():
