@@ -25,14 +25,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _init(words[1:])
         return _train(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return EXIT_USER_ERROR
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        _say(str(stopped))
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
-        print("stopped at once; --resume goes on from the newest checkpoint", file=sys.stderr)
+        _say("stopped at once; --resume goes on from the newest checkpoint")
         return 130
+    except Exception:
+        if _speaks():
+            raise
+        return 1  # another process failed and said why; this one lost touch with it
+
+
+def _speaks() -> bool:
+    """Whether it is for this process to say why the run ends; without torch there is only one."""
+    if "torch" not in sys.modules:
+        return True
+    from chatrlhf.distributed import speaks_of_failure
+
+    return speaks_of_failure()
+
+
+def _say(text: str) -> None:
+    if _speaks():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _train(words: Sequence[str]) -> int:
@@ -47,20 +65,26 @@ def _train(words: Sequence[str]) -> int:
     ):
         if value is not None:
             overrides.append(f"{key}={_yaml_text(value)}")
+    from chatrlhf import distributed
     from chatrlhf.config import load_config
 
+    distributed.start()  # first of all, so that whatever goes wrong is said once
     config = load_config(args.config, overrides)
     if args.dry_run:
         from chatrlhf.plan import show_plan
 
-        show_plan(config, args.type)
+        if distributed.is_main():
+            show_plan(config, args.type)
+        distributed.end()
         return 0
     from chatrlhf.pipeline import run
 
     result = run(config, type=args.type, resume=args.resume)
-    for stage, left in result.stages.items():
-        print(f"{stage}: {left.checkpoint}")
-    print(f"metrics: {result.output_dir / 'metrics.jsonl'}")
+    if distributed.is_main():
+        for stage, left in result.stages.items():
+            print(f"{stage}: {left.checkpoint}")
+        print(f"metrics: {result.output_dir / 'metrics.jsonl'}")
+    distributed.end()
     return 0
 
 

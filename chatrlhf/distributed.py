@@ -1,21 +1,182 @@
-"""Launch facts and reductions over ranks. One process is one rank; several are refused until RL splits over them."""
+"""What ranks know of each other and do together; the one place that talks to `torch.distributed`.
+
+A launch of several processes (torchrun, accelerate) is plain data parallelism: every rank holds all weights, works on
+its own rows, and gradients are added up once an optimizer step. In one process each function here is the identity.
+
+What is agreed upon goes through the CPU (gloo), gradients through the device they are on (nccl on GPUs). A wrapper that
+splits the weights over ranks would have to make them whole once a rollout, where `RolloutEngine.generate` begins.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from chatrlhf.errors import UserError
 
+T = TypeVar("T")
+
+# A rank that waits longer than this for the others gives up; rank 0 writes checkpoints meanwhile.
+TIMEOUT = timedelta(minutes=30)
+# Numbers that one reduction carries: few enough that a copy of them is cheap, many enough to keep a network busy.
+BUCKET = 2**25
+
+
+def start() -> None:
+    """Join the group of this launch, where it has several processes; once is enough.
+
+    Raises:
+        UserError: there are more processes on this machine than GPUs.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1 or dist.is_initialized():
+        return
+    from accelerate import PartialState
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(
+                f"process {local} of this machine has no GPU of its own, there are {gpus}; launch at most {gpus} "
+                "processes here (--nproc_per_node)"
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        # accelerate would number the CPUs, and transformers finds no checkpoint's tensors on a "cpu:0".
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    PartialState(cpu=not torch.cuda.is_available())  # so that TRL's trainers and the trackers see this group
+
+
+def end() -> None:
+    """Leave the group, after everything was done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 
 def world_size() -> int:
-    """Processes of this launch, as torchrun and accelerate announce them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def require_single_process() -> None:
-    """Refuse a launch over several processes rather than train the same model several times."""
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the one that prints and writes."""
+    return rank() == 0
+
+
+def speaks_of_failure() -> bool:
+    """Whether this process is to say why the run ends: the first that fails is. Later ones fail because of it."""
+    if world_size() == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("chatrlhf/failures", 1) == 1
+    except RuntimeError:  # whoever kept the count is gone
+        return True
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
     if world_size() > 1:
-        raise UserError(
-            f"launched with {world_size()} processes (WORLD_SIZE), but this version trains in one; "
-            "start it with plain python"
-        )
+        dist.all_reduce(torch.zeros(1))
+
+
+def gather_objects(value: T) -> list[T]:
+    """``value`` of every rank, in the order of ranks; small and on the CPU, it is pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_results(work: Callable[[], T]) -> list[T]:
+    """What ``work`` gives on every rank, in the order of ranks.
+
+    Raises:
+        UserError: on all ranks alike, where it was raised on one: nobody is left waiting.
+    """
+    if world_size() == 1:
+        return [work()]
+    result, failure = None, None
+    try:
+        result = work()
+    except UserError as error:
+        failure = error
+    shares = gather_objects((result, failure))
+    for _, error in shares:
+        if error is not None:
+            raise error
+    return [each for each, _ in shares]
+
+
+def largest(number: int) -> int:
+    """The largest of the ranks' numbers."""
+    if world_size() == 1:
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def sum_over_ranks(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """0-d tensors added up over ranks, by name; every rank has the same names in the same order."""
+    if world_size() == 1 or not numbers:
+        return numbers
+    total = torch.stack([each.float() for each in numbers.values()])
+    dist.all_reduce(total)
+    return dict(zip(numbers, total.unbind(), strict=True))
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up the parameters' gradients over ranks, in place and in their own precision.
+
+    A parameter that no rank has a gradient of keeps none, as in one process: an optimizer passes it over.
+    """
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    present = torch.tensor([float(each.grad is not None) for each in parameters])
+    dist.all_reduce(present)
+    used = [each for each, count in zip(parameters, present.tolist(), strict=True) if count]
+    for each in used:
+        if each.grad is None:
+            each.grad = torch.zeros_like(each)
+    for bucket in _buckets([each.grad for each in used]):
+        flat = _flatten_dense_tensors(bucket)
+        dist.all_reduce(flat)
+        torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every rank rank 0's values, in place."""
+    if world_size() > 1:
+        for each in tensors:
+            dist.broadcast(each.data, src=0)
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type in groups of about `BUCKET` numbers, in their order."""
+    bucket: list[Tensor] = []
+    for each in tensors:
+        if bucket and (bucket[0].dtype != each.dtype or sum(t.numel() for t in bucket) + each.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(each)
+    if bucket:
+        yield bucket

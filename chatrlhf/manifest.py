@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.config.schema import Config
+from chatrlhf.distributed import barrier, is_main
 from chatrlhf.errors import CheckpointError
 from chatrlhf.progress import METRICS, SAMPLES
 from chatrlhf.trainers.checkpoint import write_atomically
@@ -63,12 +64,22 @@ class Manifest:
         return self.stages.get(stage, {}).get("status") == "done"
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
-        """Mark a stage as done; its outputs are in place."""
+        """Mark a stage as done; its outputs are in place. Every rank goes on with rank 0's record."""
         self.stages[stage] = {"status": "done", "finished_at": _now(), **record}
         self._save()
+        barrier()
+        if not is_main():
+            self.stages = Manifest.open(self.run_dir, resume=True).stages
 
     def set_aside(self, stage: str, note: Callable[[str], None]) -> None:
         """Before a stage starts afresh, move what an earlier run of it left into ``previous/``; nothing is deleted."""
+        barrier()  # others may still be reading
+        if is_main():
+            self._set_aside(stage, note)
+        barrier()
+        self.stages.pop(stage, None)
+
+    def _set_aside(self, stage: str, note: Callable[[str], None]) -> None:
         left = [self.run_dir / name for name in (*OUTPUTS[stage], f"checkpoints/{stage}")]
         left = [path for path in left if path.exists()]
         if not left:
@@ -88,6 +99,8 @@ class Manifest:
         note(f"{stage}: results of an earlier run were moved to {target} (--resume goes on with a run instead)")
 
     def _save(self, **extra: Any) -> None:
+        if not is_main():
+            return
         stored = {
             "stages": self.stages,
             "config": self.config,

@@ -17,7 +17,7 @@ from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
 from chatrlhf.data.templates import get_template
 from chatrlhf.device import pick_device
-from chatrlhf.distributed import require_single_process
+from chatrlhf.distributed import broadcast, rank, start
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
@@ -126,7 +126,7 @@ def run(
     """
     if type not in ("ALL", *STAGES):
         raise ConfigError(f"type: expected ALL, {', '.join(STAGES)}, got {type!r}")
-    require_single_process()
+    start()
     stages = list(STAGES) if type == "ALL" else [type]
     # Checks come first: nothing is written before everything that will be read has been read once.
     reward = _reward_function(config, reward_fn)
@@ -236,11 +236,17 @@ def run_rl(this: Run) -> dict[str, Any]:
         # Only now: a critic that is a copy of the policy is trained whole, as one that starts from a reward model.
         add_adapters(policy, load_peft_config(config), base, config.actor_config.revision)
         critic_line += "; the policy is trained by adapters, and is its own reference without them"
+    broadcast(topology.parameters())
     reference = topology.reference()
     this.log.note(f"RL: {trainer_config.algorithm}, {trained_count(topology):,} parameters in training; {critic_line}")
     files = this.files("RL", trainer_config.n_checkpoints_to_keep)
     trainer = assemble_ppo(config, topology, reference, encoder, reward, rows, this.device, this.log, files.store)
     files.begin()
+    if rank() > 0:
+        from transformers import set_seed
+
+        # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
+        set_seed(this.seed("RL") + rank())
     trainer.train(this.resume)
     with trainer.updater.full_precision():
         _publish_policy(this.dir / "actor_rl", policy, encoder)

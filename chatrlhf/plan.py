@@ -12,11 +12,13 @@ from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.inputs import Inputs, corpus, read_inputs
 from chatrlhf.device import pick_device, resolve_rl_precision
+from chatrlhf.distributed import world_size
 from chatrlhf.models.factory import ALL_BLOCKS, TINY, block_count, meta_model, parameter_count, tiny_model
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import quiet_libraries
 from chatrlhf.rl.experience import ALGORITHMS
+from chatrlhf.trainers.global_batches import rows_a_backward
 
 
 def show_plan(config: Config, type: str) -> None:
@@ -40,12 +42,9 @@ def show_plan(config: Config, type: str) -> None:
 
 def _batch_lines(config: Config, stages: list[str], inputs: Inputs) -> list[str]:
     lines = []
-    for stage, section, rows in (
-        ("ACTOR", config.actor_config, inputs.actor),
-        ("REWARD", config.reward_config, inputs.reward),
-    ):
+    for stage, name, rows in (("ACTOR", "actor_config", inputs.actor), ("REWARD", "reward_config", inputs.reward)):
         if stage in stages and rows is not None:
-            lines.append(f"{stage}: {_epochs(section, len(rows.train))}; {len(rows.held_out)} rows held out")
+            lines.append(f"{stage}: {_epochs(config, name, len(rows.train))}; {len(rows.held_out)} rows held out")
     if "REWARD" in stages and inputs.reward is None:
         lines.append(f"REWARD: skipped, the reward is {config.reward_config.reward_fn}")
     if "RL" in stages and inputs.prompts is not None:
@@ -65,12 +64,14 @@ def _batch_lines(config: Config, stages: list[str], inputs: Inputs) -> list[str]
     return lines
 
 
-def _epochs(section: ActorConfig | RewardConfig, rows: int) -> str:
+def _epochs(config: Config, name: str, rows: int) -> str:
+    section: ActorConfig | RewardConfig = getattr(config, name)
     steps = -(-rows // section.batch_size)
-    micro = min(section.micro_batch_size or section.batch_size, section.batch_size)
+    micro, backwards = rows_a_backward(section, name)
+    ranks = f" on each of {world_size()} processes" if world_size() > 1 else ""
     return (
         f"{section.epochs} epochs x {steps} optimizer steps of {section.batch_size} rows "
-        f"({section.batch_size // micro} backwards of {micro}) over {rows} rows"
+        f"({backwards} backwards of {micro}{ranks}) over {rows} rows"
     )
 
 

@@ -23,6 +23,7 @@ from chatrlhf.models.factory import (
 from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.rl.rewards import load_function
+from chatrlhf.trainers.global_batches import rows_a_backward
 
 
 def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: bool, run_dir: Path) -> None:
@@ -42,6 +43,10 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
         load_function(trainer.eval_fn, "trainer_config.eval_fn")
     if "RL" in stages and "REWARD" not in stages and not has_reward_fn:
         require_reward_model(run_dir / "reward", reward)
+    if "ACTOR" in stages:
+        rows_a_backward(actor, "actor_config")
+    if "REWARD" in stages and not has_reward_fn:
+        rows_a_backward(reward, "reward_config")
     _check_models(config, stages, has_reward_fn)
     if "RL" in stages:
         refuse_more_than(trainer.num_layers_unfrozen, block_count(actor))

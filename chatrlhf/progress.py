@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from chatrlhf.distributed import is_main
 from chatrlhf.errors import ConfigError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -35,17 +36,17 @@ SHOWN = {
 
 
 class RunLog:
-    """One run's log. Every number goes into `metrics.jsonl`; the terminal shows a few."""
+    """One run's log. Every number goes into `metrics.jsonl`; the terminal shows a few. Only rank 0's says anything."""
 
     def __init__(self, run_dir: Path, trackers: Sequence[str] = (), config: Mapping[str, Any] | None = None) -> None:
         self.run_dir = run_dir
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not is_main())
         self.last: dict[str, dict[str, float]] = {}
         self._progress: Progress | None = None
         self._task: Any = None
         self._total, self._every = 0, 1
         self._last_line = 0.0
-        self._trackers = _start_trackers(trackers, run_dir, config or {})
+        self._trackers = _start_trackers(trackers, run_dir, config or {}) if is_main() else []
 
     def note(self, text: str) -> None:
         """A line for the reader."""
@@ -107,6 +108,8 @@ class RunLog:
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what a stage recorded beyond ``step``: a resumed run records it again."""
+        if not is_main():
+            return
         for name in (METRICS, SAMPLES):
             path = self.run_dir / name
             if not path.exists():
@@ -132,6 +135,8 @@ class RunLog:
         self._trackers = []
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if not is_main():
+            return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -76,6 +76,7 @@ class ScoredRollout:
     values: Tensor | None  # [B, R] float32, None where the algorithm needs no critic
     entropy: float  # mean entropy of the policy at the response positions, nats per token
     trunk_states: Tensor | None = None  # see Experience
+    trunk_rows: Tensor | None = None
 
     @property
     def kl_to_reference(self) -> float:
@@ -102,6 +103,9 @@ class Experience:
     # [B, T, d] in the model's precision, each row's prompt and response from the left, T those of the longest row: what
     # a frozen trunk made of them, so that no epoch runs it again. None where nothing is frozen.
     trunk_states: Tensor | None = None
+    # With several processes each keeps the states of rows it sampled: [B] int64, where in `trunk_states` those of a row
+    # are, -1 where another process has them. None: they stand row by row.
+    trunk_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
@@ -111,8 +115,14 @@ class Experience:
         picked = {
             field.name: None if (value := getattr(self, field.name)) is None else value[index]
             for field in dataclasses.fields(self)
+            if self.trunk_rows is None or field.name != "trunk_states"
         }
-        return Experience(**picked)
+        return Experience(**{"trunk_states": self.trunk_states} | picked)
+
+    @property
+    def own_trunk_states(self) -> Tensor | None:
+        """The states of these rows, row by row, where there are any and all of them lie here."""
+        return self.trunk_states if self.trunk_rows is None else self.trunk_states[self.trunk_rows]
 
     def to(self, device: torch.device | str) -> Experience:
         """The same experience on ``device``."""

@@ -13,6 +13,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+
 GREETINGS = ("hello there", "good day", "how are you", "what is new", "who is it", "where to", "see you", "thank you")
 
 
@@ -88,14 +90,22 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def start(*words: str, code: str | None = None) -> subprocess.Popen[str]:
-    """The command line in a process of its own; ``code`` runs in it first."""
-    program = (
-        ["-c", code + "\nfrom chatrlhf.cli import main\nraise SystemExit(main())"] if code else [str(ROOT / "main.py")]
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def start(*words: str, code: str | None = None, ranks: int = 1) -> subprocess.Popen[str]:
+    """The command line in a process of its own, or in several by torchrun; ``code`` runs in it first."""
+    program = [str(ROOT / "main.py")]
+    if code:
+        program = ["-c", code + "\nfrom chatrlhf.cli import main\nraise SystemExit(main())"]
+    if ranks > 1:
+        program = [*TORCHRUN, str(ranks), "--no-python", sys.executable, *program]
+    return start_python(*program, *words)
+
+
+def start_python(*words: str) -> subprocess.Popen[str]:
+    """Python in a process of its own."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *program, *words],
+        [sys.executable, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -105,8 +115,13 @@ def start(*words: str, code: str | None = None) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error."""
-    out, err = process.communicate(timeout=timeout)
+    """Exit status, standard output and standard error. What hangs is ended, its ranks too, and is an error."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks, by force after half a minute
+        process.communicate(timeout=60)
+        raise
     return process.returncode, out, err
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from chatrlhf.distributed import gather_results, is_main
 from chatrlhf.errors import RewardError
 from chatrlhf.generation.sampler import Sampler
 from chatrlhf.rl.scoring import Scorer
+from chatrlhf.rl.sharing import sampled_rows
 from chatrlhf.types import PromptBatch
 
 # Criteria of each completion; a plain number a completion is taken as the one criterion "score".
@@ -75,19 +77,21 @@ class HeldOut:
 
     def evaluate(self) -> HeldOutReport:
         """Sample one completion a prompt, with the same random numbers each time, and judge it."""
-        rollout = self.engine.generate(self.prompts, self.seed)
-        read = self.scorer.likelihoods(rollout)
+        rows = sampled_rows(self.prompts.group_ids)
+        rollout, rewards, read = self.scorer.read(self.engine.generate(self.prompts, self.seed, rows), rows)
         kl = float(((read.logprobs - read.ref_logprobs) * rollout.response_mask).sum(dim=1).mean())
         texts, completions = rollout.prompts.texts, rollout.completions
+        # Of all completions at once, and only once: what judges them may be slow, or count its calls.
+        criteria = gather_results(lambda: _criteria(self.eval_fn, texts, completions) if is_main() else {})[0]
         return HeldOutReport(
             prompts=texts,
             completions=completions,
-            rewards=self.scorer.reward(rollout).tolist(),
+            rewards=rewards.tolist(),
             kl=kl,
             length=float(rollout.lengths.float().mean()),
             finished=float(rollout.finished.float().mean()),
             distinct=len(set(completions)) / len(completions),
-            criteria=_criteria(self.eval_fn, texts, completions),
+            criteria=criteria,
         )
 
 

@@ -70,20 +70,24 @@ class RolloutEngine:
         self.in_place = all_in_place(make_cache(self.model.config))
 
     @torch.no_grad()
-    def generate(self, prompts: PromptBatch, seed: int) -> Rollout:
+    def generate(self, prompts: PromptBatch, seed: int, rows: Tensor | None = None) -> Rollout:
         """Sample a response for each row.
 
         Args:
             prompts: B rows; rows of one group are sampled independently.
             seed: equal seeds give equal responses.
+            rows: [N] int64, the only ones to be answered; they say what they would among all.
 
         Raises:
             DivergedError: the model's logits are not finite.
         """
         device = next(self.model.parameters()).device
         most, fewest = self.limits.per_row(prompts.attention_mask.sum(dim=1))
-        width, size = int(most.max()), self.chunk_size or len(prompts)
+        width = int(most.max())
         uniforms = torch.rand(len(prompts), width, generator=torch.Generator().manual_seed(seed))
+        if rows is not None:
+            prompts, most, fewest, uniforms = prompts.select(rows), most[rows], fewest[rows], uniforms[rows]
+        size = self.chunk_size or len(prompts)
         ids, logprobs = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width)
         lengths = torch.zeros(len(prompts), dtype=torch.long)
         finished = torch.zeros(len(prompts), dtype=torch.bool)
@@ -93,18 +97,18 @@ class RolloutEngine:
         # Prompts of one length side by side need little padding; samples of one prompt stay together.
         refills = self.in_place and size < len(prompts)
         by_length = torch.argsort(prompts.attention_mask.sum(dim=1), stable=True, descending=refills)
-        for rows in by_length.split(len(prompts) if refills else size):
-            decoding = kind(self, prompts.select(rows), most[rows], fewest[rows], uniforms[rows], size, device)
+        for part in by_length.split(len(prompts) if refills else size):
+            decoding = kind(self, prompts.select(part), most[part], fewest[part], uniforms[part], size, device)
             decoding.run()
-            ids[rows], logprobs[rows] = decoding.ids[:, :width], decoding.logprobs[:, :width]
-            lengths[rows], finished[rows] = decoding.lengths, decoding.finished
-            for i, text in zip(rows.tolist(), decoding.texts(), strict=True):
+            ids[part], logprobs[part] = decoding.ids[:, :width], decoding.logprobs[:, :width]
+            lengths[part], finished[part] = decoding.lengths, decoding.finished
+            for i, text in zip(part.tolist(), decoding.texts(), strict=True):
                 texts[i] = text
             mask = torch.arange(logprobs.shape[1]) < lengths[:, None]
             broken = int((mask & ~logprobs.isfinite()).any(dim=1).sum())
             if broken:
                 raise DivergedError(
-                    f"the policy's logits are not finite any more ({broken} of {len(rows)} rollouts); go back to an "
+                    f"the policy's logits are not finite any more ({broken} of {len(part)} rollouts); go back to an "
                     "earlier checkpoint with a lower trainer_config.actor_lr"
                 )
         longest = int(lengths.max())

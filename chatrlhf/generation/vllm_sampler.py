@@ -110,26 +110,29 @@ class VllmSampler:
             self.vllm = self._start()
 
     @torch.no_grad()
-    def generate(self, prompts: PromptBatch, seed: int) -> Rollout:
+    def generate(self, prompts: PromptBatch, seed: int, rows: Tensor | None = None) -> Rollout:
         """Give vLLM the policy's weights as they are now, and sample a response for each row.
 
         Args:
             prompts: B rows; rows of one group are sampled independently.
             seed: not used, see above.
+            rows: [N] int64, the only ones to be answered.
 
         Raises:
             DivergedError: a log-probability is not finite.
             RolloutError: the server is gone, or what came back cannot have been drawn from the distribution.
         """
+        if rows is not None:
+            prompts = prompts.select(rows)
         lengths = prompts.attention_mask.sum(dim=1)
         most, fewest = self.limits.per_row(lengths)
         given = [ids[mask].tolist() for ids, mask in zip(prompts.input_ids, prompts.attention_mask, strict=True)]
         responses: dict[int, Response] = {}
         with self._one_line(RolloutError, "gave no rollout"):
             self.vllm.sync_weights()
-            for rows, limit, least in self._requests(lengths, most, fewest):
-                sampled = self._sample([given[row] for row in rows], limit, least)
-                for row, (ids, logprobs) in zip(rows, sampled, strict=True):
+            for asked, limit, least in self._requests(lengths, most, fewest):
+                sampled = self._sample([given[row] for row in asked], limit, least)
+                for row, (ids, logprobs) in zip(asked, sampled, strict=True):
                     responses[row] = self._response(ids, logprobs, int(most[row]), least)
         return self._rollout(prompts, fewest, [responses[row] for row in range(len(prompts))])
 

@@ -88,4 +88,5 @@ def make_experience(scored: ScoredRollout, algorithm: Algorithm, how: Estimation
         returns=returns,
         old_values=scored.values,
         trunk_states=scored.trunk_states,
+        trunk_rows=scored.trunk_rows,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chatrlhf.distributed import gather_results
 from chatrlhf.functional.masked import masked_mean
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.sequences import join
@@ -14,6 +15,7 @@ from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import RewardSource
+from chatrlhf.rl.sharing import held_rows, stitched
 from chatrlhf.types import Rollout, ScoredRollout
 
 
@@ -26,6 +28,7 @@ class Likelihoods:
     entropy: Tensor
     values: Tensor | None = None  # None without a critic
     trunk_states: Tensor | None = None  # as in Experience, on the device
+    trunk_rows: Tensor | None = None
 
 
 @dataclass
@@ -44,15 +47,47 @@ class Scorer:
     micro_batch_size: int = 64
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> ScoredRollout:
-        """Scores [B] and per-token quantities [B, R], on the CPU; ``micro_batch_size`` longest rows at once."""
-        raw_scores = self.reward(rollout)
+    def score(self, rollout: Rollout, rows: Tensor | None = None) -> ScoredRollout:
+        """Scores [B] and per-token quantities [B, R], on the CPU; of the whole batch, as `read` gives it."""
+        rollout, raw_scores, read = self.read(rollout, rows)
         scores = self.scaling(raw_scores, rollout.finished)
-        read = self.likelihoods(rollout)
         mean_entropy = float(masked_mean(read.entropy, rollout.response_mask))
         return ScoredRollout(
-            rollout, scores, raw_scores, read.logprobs, read.ref_logprobs, read.values, mean_entropy, read.trunk_states
+            rollout,
+            scores,
+            raw_scores,
+            read.logprobs,
+            read.ref_logprobs,
+            read.values,
+            mean_entropy,
+            read.trunk_states,
+            read.trunk_rows,
         )
+
+    @torch.no_grad()
+    def read(self, rollout: Rollout, rows: Tensor | None = None) -> tuple[Rollout, Tensor, Likelihoods]:
+        """What reward and models make of a rollout, ``micro_batch_size`` longest rows at once.
+
+        Args:
+            rollout: of the rows that this rank has sampled.
+            rows: [N] int64, their places in the batch; None in one process, where they are all of it.
+
+        Returns:
+            Rollout, raw scores [B] and likelihoods of all ranks' rows, in the order of the batch, on every rank. Only a
+            frozen trunk's states stay with the rank that made them.
+
+        Raises:
+            RewardError: on every rank, where one rank's reward gave something other than a finite number a response.
+        """
+        own = self.likelihoods(rollout)
+        states, own.trunk_states = own.trunk_states, None
+        shares = gather_results(lambda: (rollout, self.reward(rollout), own, rows))
+        rollouts, raw_scores, likelihoods, places = (list(each) for each in zip(*shares, strict=True))
+        read = stitched(likelihoods, places)
+        read.trunk_states = states
+        if states is not None and len(shares) > 1:
+            read.trunk_rows = held_rows(places)
+        return stitched(rollouts, places), stitched(raw_scores, places), read
 
     @torch.no_grad()
     def likelihoods(self, rollout: Rollout) -> Likelihoods:

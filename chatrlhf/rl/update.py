@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from chatrlhf.distributed import sum_gradients, sum_over_ranks
 from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
@@ -18,6 +19,7 @@ from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.master_weights import MasterWeights
 from chatrlhf.rl.microbatches import cut_by_length
+from chatrlhf.rl.sharing import learned_rows
 from chatrlhf.types import Experience
 
 
@@ -74,7 +76,9 @@ class Updater:
     def step(self, minibatch: Experience, kl_coef: float) -> dict[str, float]:
         """One optimizer step on a minibatch; its statistics are left on the device until the step is done."""
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self.backward(minibatch, kl_coef)
+        sums = sum_over_ranks(self.backward(minibatch, kl_coef))
+        # Once a step, whatever each rank's number of backwards was; from here on all ranks do the same.
+        sum_gradients(each for group in self.optimizer.param_groups for each in group["params"])
         grad_norm = self._clip_gradients()
         self.optimizer.step()
         self.scheduler.step()
@@ -85,18 +89,23 @@ class Updater:
         return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
     def backward(self, minibatch: Experience, kl_coef: float) -> dict[str, Tensor]:
-        """Accumulate the minibatch's gradient; returns sums that are already means over the minibatch.
+        """Accumulate the gradient of this rank's rows; returns sums that, over all ranks, are means over the minibatch.
 
         The weights are made for the whole minibatch, so the gradient does not depend on the microbatches, which
-        are cut so that little is computed on padding.
+        are cut so that little is computed on padding, nor on the number of ranks.
         """
         weights = token_weights(minibatch.response_mask, self.algorithm.aggregation)
         # Value loss and statistics are plain means over tokens, whatever the policy loss is.
         token_mean = token_weights(minibatch.response_mask, "token_mean")
         sums: dict[str, Tensor] = {}
-        lengths = minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)
-        for rows in cut_by_length(lengths, self.settings.micro_batch_size, self.topology.packs):
-            rows = rows.to(self.device)
+        lengths = (minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)).cpu()
+        own = learned_rows(lengths, minibatch.trunk_rows)
+        if len(own) == 0:
+            # Without a row here this rank reads the shortest with weight 0, so that it has all that is added up.
+            own, weights, token_mean = lengths.argmin()[None], 0 * weights, 0 * token_mean
+            minibatch = replace(minibatch, trunk_states=None, trunk_rows=None)
+        for rows in cut_by_length(lengths[own], self.settings.micro_batch_size, self.topology.packs):
+            rows = own[rows].to(self.device)
             losses, stats = self._losses(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
             if self.topology.critic_is_apart:
                 side_by_side(losses[0].backward, losses[1].backward, self.device)
@@ -119,7 +128,7 @@ class Updater:
             micro.response_ids,
             micro.response_mask,
             micro.min_new_tokens,
-            micro.trunk_states,
+            micro.own_trunk_states,
         )
         evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
         logprobs = evaluation.logprobs

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from chatrlhf.distributed import barrier, is_main
 from chatrlhf.errors import CheckpointError
 
 CONTENTS = "contents.json"
@@ -28,8 +29,9 @@ class CheckpointStore:
     def publish(self, step: int, write: Callable[[Path], None]) -> Path:
         """Publish what ``write`` puts into the folder it is given, then drop the oldest beyond ``keep``."""
         path = publish_folder(self.folder / f"step-{step:06d}", write)
-        for old in self._steps()[: -self.keep]:
-            shutil.rmtree(old)
+        if is_main():
+            for old in self._steps()[: -self.keep]:
+                shutil.rmtree(old)
         return path
 
     def newest(self) -> tuple[int, Path] | None:
@@ -70,15 +72,26 @@ class StageFiles:
         """To be called when all checks are done, before the first file is written."""
         if not self.resume:
             self.set_aside()
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        barrier()
 
 
 def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     """Fill a folder beside ``target``, list its files with size and SHA-256, and rename it to ``target``.
 
     A kill at any moment leaves either the old ``target`` (or none) or the new one, and at most a folder with
-    a dot in front, which the next publication clears away.
+    a dot in front, which the next publication clears away. All ranks call this, rank 0 writes, and each leaves when the
+    folder is in its place.
     """
+    barrier()
+    if is_main():
+        _publish(target, write)
+    barrier()
+    return target
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> None:
     writing = target.parent / f"{WRITING}{target.name}"
     replaced = target.parent / f"{REPLACED}{target.name}"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +111,6 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
     writing.rename(target)
     _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    return target
 
 
 def why_invalid(folder: Path) -> str | None:

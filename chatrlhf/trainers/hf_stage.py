@@ -16,10 +16,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.device import resolve_precision
+from chatrlhf.distributed import barrier, is_main
 from chatrlhf.errors import CheckpointError, Interrupted
 from chatrlhf.models.factory import fingerprint
 from chatrlhf.progress import RunLog
 from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles
+from chatrlhf.trainers.global_batches import rows_a_backward
 from chatrlhf.trainers.interrupt import StopRequest
 
 FINGERPRINT = "model_fingerprint.txt"
@@ -37,22 +39,29 @@ METRIC_NAMES = {
 
 
 def common_arguments(
-    config: ActorConfig | RewardConfig, scratch: Path, rows: int, held_out: int, device: torch.device, seed: int
+    config: ActorConfig | RewardConfig,
+    section: str,
+    scratch: Path,
+    rows: int,
+    held_out: int,
+    device: torch.device,
+    seed: int,
 ) -> dict[str, Any]:
     """Training arguments as the section of a stage gives them.
 
     Args:
+        section: its name, for messages.
         rows: training rows, which set the length of an epoch.
         held_out: evaluation rows; 0 turns evaluation off.
     """
-    micro = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    micro, accumulated = rows_a_backward(config, section)
     steps_an_epoch = -(-rows // config.batch_size)
     return {
         "output_dir": str(scratch),
         "num_train_epochs": config.epochs,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": max(micro, 16),
-        "gradient_accumulation_steps": config.batch_size // micro,
+        "gradient_accumulation_steps": accumulated,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.lr_scheduler,
         "warmup_steps": config.warmup_steps,
@@ -98,6 +107,8 @@ class StageCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
+        if not is_main():
+            return
         metrics = {METRIC_NAMES[name]: value for name, value in logs.items() if name in METRIC_NAMES}
         if "loss/eval" in metrics and self.extra_metrics is not None:
             metrics |= self.extra_metrics()
@@ -108,7 +119,7 @@ class StageCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = True
-        if self.stop.signal_number is not None:
+        if self.stop.agreed() is not None:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -121,7 +132,8 @@ class StageCallback(TrainerCallback):
             (folder / FINGERPRINT).write_text(self.fingerprint, encoding="utf-8")
 
         self.published = self.store.publish(state.global_step, move)
-        shutil.rmtree(written)
+        if is_main():
+            shutil.rmtree(written)
 
 
 def run_trainer(
@@ -162,9 +174,12 @@ def run_trainer(
         trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
         with log.stage(stage, _total_steps(trainer), done, every):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
-    shutil.rmtree(files.scratch, ignore_errors=True)
-    if stop.signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(stop.signal_number, callback.published)
+    barrier()
+    if is_main():
+        shutil.rmtree(files.scratch, ignore_errors=True)
+    signal_number = stop.agreed()
+    if signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(signal_number, callback.published)
 
 
 def _total_steps(trainer: Any) -> int:

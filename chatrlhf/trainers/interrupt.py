@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from chatrlhf.distributed import largest
+
 
 class StopRequest:
     """Within the context the first signal sets ``signal_number``; a second one stops at once."""
@@ -22,6 +24,10 @@ class StopRequest:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
+
+    def agreed(self) -> int | None:
+        """The signal that any rank has got; to be asked by all of them, between two steps."""
+        return largest(self.signal_number or 0) or None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from chatrlhf.distributed import gather_objects, rank
 from chatrlhf.errors import CheckpointError, Interrupted
 from chatrlhf.evaluation.heldout import HeldOut, HeldOutReport
 from chatrlhf.functional.importance import logprob_gap
@@ -25,6 +26,7 @@ from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.prompts import PromptSchedule, step_generator, step_seed
 from chatrlhf.rl.scoring import Scorer
+from chatrlhf.rl.sharing import sampled_rows
 from chatrlhf.rl.update import Updater
 from chatrlhf.trainers.checkpoint import CheckpointStore
 from chatrlhf.trainers.interrupt import StopRequest
@@ -79,15 +81,16 @@ class PPOTrainer:
             for step in range(start, self.num_steps):
                 clock = [time.perf_counter()]
                 prompts = self.prompts.batch(step)
-                rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"))
+                rows = sampled_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
+                rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
                 clock.append(time.perf_counter())
-                scored = self.scorer.score(rollout)
+                scored = self.scorer.score(rollout, rows)
                 clock.append(time.perf_counter())
                 coef = self.kl.coef
                 experience = make_experience(scored, self.algorithm, self.estimation(coef))
                 stats = self.updater.update(experience, coef, step_generator(self.seed, step, "minibatches"))
                 clock.append(time.perf_counter())
-                self.kl.update(scored.kl_to_reference, len(rollout))
+                self.kl.update(scored.kl_to_reference, len(scored.rollout))
                 self._record(step + 1, scored, stats, coef, clock)
                 self._checkpoint(step + 1, stop)
         return dict(self.log.last.get(STAGE, {}))
@@ -139,27 +142,25 @@ class PPOTrainer:
         )
 
     def _checkpoint(self, step: int, stop: StopRequest) -> None:
+        signal_number = stop.agreed()
         if self.checkpoints is None:
-            if stop.signal_number is not None:
+            if signal_number is not None:
                 raise KeyboardInterrupt
             return
-        if stop.signal_number is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
-            path = self.checkpoints.publish(step, lambda folder: self._write(folder, step))
-            if stop.signal_number is not None and step < self.num_steps:
-                raise Interrupted(stop.signal_number, path)
+        if signal_number is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
+            generators = gather_objects(generator_states())
+            path = self.checkpoints.publish(step, lambda folder: self._write(folder, step, generators))
+            if signal_number is not None and step < self.num_steps:
+                raise Interrupted(signal_number, path)
 
-    def _write(self, folder: Path, step: int) -> None:
+    def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
         topology, updater = self.updater.topology, self.updater
         with updater.full_precision():
             save_trained(topology, str(folder / "model.safetensors"))
-        python = random.getstate()
         tensors = {
             "optimizer": updater.optimizer.state_dict(),
             "scheduler": updater.scheduler.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python_rng": torch.tensor(python[1], dtype=torch.int64),
-            "numpy_rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
+            "generators": generators,
         }
         torch.save(tensors, folder / "training.pt")
         state = {
@@ -167,8 +168,6 @@ class PPOTrainer:
             "fingerprint": fingerprint(topology),
             "kl": self.kl.state_dict(),
             "reward_scaling": self.scorer.scaling.state_dict(),
-            "python_rng": [python[0], python[2]],
-            "numpy_rng": [np.random.get_state()[2], *np.random.get_state()[3:]],
             "before": self.before.state_dict() if self.before else None,
             "after": self.after.state_dict() if self.after else None,
         }
@@ -195,18 +194,36 @@ class PPOTrainer:
         updater.scheduler.load_state_dict(tensors["scheduler"])
         self.kl.load_state_dict(state["kl"])
         self.scorer.scaling.load_state_dict(state["reward_scaling"])
-        torch.set_rng_state(tensors["torch_rng"])
-        if tensors["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(tensors["cuda_rng"])
-        random.setstate((state["python_rng"][0], tuple(tensors["python_rng"].tolist()), state["python_rng"][1]))
-        position, has_gauss, gauss = state["numpy_rng"]
-        keys = tensors["numpy_rng"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", keys, position, has_gauss, gauss))
+        if rank() < len(tensors["generators"]):  # a rank that was not there before starts its generators afresh
+            set_generator_states(tensors["generators"][rank()])
         self.before = HeldOutReport(**state["before"]) if state["before"] else None
         self.after = HeldOutReport(**state["after"]) if state["after"] else None
         self.log.rewind(STAGE, step)
         self.log.note(f"{STAGE}: resumed from {folder} (step {step} of {self.num_steps})")
         return step
+
+
+def generator_states() -> dict[str, Any]:
+    """This process's global generators: of torch (and of its GPU), Python and NumPy."""
+    version, words, gauss = random.getstate()
+    _, keys, *numpy_rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": (version, torch.tensor(words, dtype=torch.int64), gauss),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), *numpy_rest),
+    }
+
+
+def set_generator_states(states: dict[str, Any]) -> None:
+    """Put back what `generator_states` gave."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    keys, *numpy_rest = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numpy_rest))
 
 
 def save_trained(topology: nn.Module, path: str) -> None:

@@ -17,6 +17,7 @@ from chatrlhf.evaluation.agreement import pearson, ranking_accuracy, wilson_inte
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.progress import RunLog
 from chatrlhf.trainers.checkpoint import StageFiles
+from chatrlhf.trainers.global_batches import GlobalBatches
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
 
 STAGE = "REWARD"
@@ -71,7 +72,9 @@ def train_reward_model(
     held_out = to_dataset(held_out_rows, scorer) if held_out_rows else None
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Any:
-        arguments = common_arguments(config, files.scratch, len(train), len(held_out_rows), device, seed)
+        arguments = common_arguments(
+            config, "reward_config", files.scratch, len(train), len(held_out_rows), device, seed
+        )
         arguments |= {"eval_on_start": from_the_beginning and held_out is not None, "remove_unused_columns": False}
         pad_id = scorer.tokenizer.pad_token_id
         return _trainer_class(pairwise)(
@@ -199,7 +202,10 @@ def _trainer_class(pairwise: bool) -> Any:
             loss = torch.nn.functional.mse_loss(outputs.logits.squeeze(-1), inputs["target"])
             return (loss, outputs) if return_outputs else loss
 
-    return PairwiseTrainer if pairwise else RegressionTrainer
+    class Trainer(GlobalBatches, PairwiseTrainer if pairwise else RegressionTrainer):
+        pass
+
+    return Trainer
 
 
 def _centre_on(scorer: RewardScorer, rows: Sequence[Preference]) -> None:

@@ -13,6 +13,7 @@ from chatrlhf.data.collate import Encoder, fitting
 from chatrlhf.data.records import Demonstration
 from chatrlhf.progress import RunLog
 from chatrlhf.trainers.checkpoint import StageFiles
+from chatrlhf.trainers.global_batches import GlobalBatches
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
 
 STAGE = "ACTOR"
@@ -37,7 +38,7 @@ def train_actor(
     """
     from trl import SFTConfig, SFTTrainer
 
-    class Trainer(SFTTrainer):
+    class Trainer(GlobalBatches, SFTTrainer):
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """No card: TRL would write one beside each checkpoint."""
 
@@ -45,7 +46,9 @@ def train_actor(
     held_out = _dataset(held_out_rows, encoder, config, "the held-out rows", log) if held_out_rows else None
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> SFTTrainer:
-        arguments = common_arguments(config, files.scratch, len(train), len(held_out_rows), device, seed)
+        arguments = common_arguments(
+            config, "actor_config", files.scratch, len(train), len(held_out_rows), device, seed
+        )
         return Trainer(
             model=model,
             args=SFTConfig(**arguments, packing=False, eval_on_start=from_the_beginning and held_out is not None),

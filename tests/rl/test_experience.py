@@ -97,7 +97,17 @@ def test_select_takes_the_same_rows_of_everything():
     picked = experience.select(torch.tensor([2, 0]))
     assert len(picked) == 2
     for name, value in vars(experience).items():
-        assert torch.equal(getattr(picked, name), value[[2, 0]])
+        if name != "trunk_rows":
+            assert torch.equal(getattr(picked, name), value[[2, 0]])
+    assert torch.equal(picked.own_trunk_states, given.trunk_states[[2, 0]])
+
+
+def test_select_finds_states_that_do_not_stand_row_by_row():
+    given = scored()
+    given.trunk_states, given.trunk_rows = torch.randn(2, 9, 3), torch.tensor([1, -1, 0])
+    experience = make_experience(given, ALGORITHMS["ppo"], Estimation(0.1))
+    picked = experience.select(torch.tensor([2, 1, 0])).select(torch.tensor([2, 0]))
+    assert torch.equal(picked.own_trunk_states, given.trunk_states[[1, 0]])
 
 
 def test_select_keeps_what_is_missing_missing():

@@ -1,0 +1,133 @@
+"""Several processes on TRL's trainers: the optimizer steps of one process, each rank with its part of every batch.
+
+Left to themselves these trainers give each rank a whole batch, fill up the last one of an epoch with rows seen before,
+and average the ranks' mean losses, however many rows each had. Here a batch is what it is in one process, and each row
+counts in it alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import BatchSampler, DataLoader
+
+from chatrlhf.config.schema import ActorConfig, RewardConfig
+from chatrlhf.data.collate import IGNORED
+from chatrlhf.distributed import gather_objects, rank, world_size
+from chatrlhf.errors import ConfigError
+
+
+def rows_a_backward(config: ActorConfig | RewardConfig, section: str) -> tuple[int, int]:
+    """(rows of a backward on each rank, backwards of an optimizer step).
+
+    Raises:
+        ConfigError: ranks and microbatches do not divide the batch evenly; the key is named.
+    """
+    own, rest = divmod(config.batch_size, world_size())
+    if rest:
+        near = " or ".join(str(each * world_size()) for each in (own, own + 1) if each)
+        raise ConfigError(
+            f"{section}.batch_size: {config.batch_size} is not divisible by the {world_size()} processes of this "
+            f"launch; set it to {near}"
+        )
+    micro = min(config.micro_batch_size or own, own)
+    if own % micro:
+        raise ConfigError(
+            f"{section}.micro_batch_size: {micro} does not divide the {own} rows that each of {world_size()} processes "
+            f"has of a batch of {config.batch_size}; set it to a divisor of {own}"
+        )
+    return micro, own // micro
+
+
+class RankBatches:
+    """This rank's rows of each batch in microbatches: a batch sampler, and all ranks yield the same number.
+
+    Rows come in the order in which one process sees them, which accelerate draws from seed and epoch. Of the last
+    batch of an epoch a rank may have no row; it then yields an empty microbatch.
+    """
+
+    def __init__(self, rows: int, batch_size: int, micro: int, seed: int) -> None:
+        self.rows, self.batch_size, self.micro = rows, batch_size, micro
+        self.order = SeedableRandomSampler(range(rows), data_seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer."""
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.rows, self.batch_size)
+        return whole * self._microbatches(self.batch_size) + self._microbatches(rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in BatchSampler(self.order, self.batch_size, drop_last=False):
+            own = batch[rank() :: world_size()]
+            for number in range(self._microbatches(len(batch))):
+                yield own[number * self.micro : (number + 1) * self.micro]
+
+    def _microbatches(self, rows: int) -> int:
+        """Those of the rank with the most rows."""
+        return math.ceil(math.ceil(rows / world_size()) / self.micro)
+
+
+class GlobalBatches:
+    """To stand in front of a TRL trainer; in one process it changes nothing."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        if world_size() == 1:
+            return super().get_train_dataloader()
+        dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        own = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        batches = RankBatches(
+            len(dataset), own * world_size(), self.args.per_device_train_batch_size, self.args.data_seed
+        )
+        return _Loader(dataset, batch_sampler=batches, collate_fn=_Collator(self.data_collator, dataset[0]))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All held-out rows on every rank: they are few, and so none is counted twice to fill up a batch."""
+        if world_size() == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        dataset = self._remove_unused_columns(self.eval_dataset, description="evaluation")
+        return DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """The microbatches of an optimizer step, each with what its mean loss counts in the batch's."""
+        batches, items = super().get_batch_samples(*args)
+        if any("rows" in batch for batch in batches):
+            rows = [batch.pop("rows") for batch in batches]
+            total = sum(gather_objects(sum(rows)))
+            for batch, own in zip(batches, rows, strict=True):
+                # The trainer divides by its microbatches, and DDP by the ranks.
+                batch["share"] = own / total * len(batches) * world_size()
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        share = inputs.pop("share", None)
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if share is None:
+            return result
+        return (share * result[0], result[1]) if return_outputs else share * result
+
+
+class _Loader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Collator:
+    """A collator that can make a microbatch of no rows: of one that counts nothing, so that ranks stay in step."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], spare: Any) -> None:
+        self.collate, self.spare = collate, spare
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = self.collate(rows or [self.spare])
+        if "labels" in batch:  # the loss is divided by the labels of all ranks
+            if not rows:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        else:
+            batch["rows"] = len(rows)
+        return batch
