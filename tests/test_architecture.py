@@ -16,7 +16,7 @@ PACKAGE = ROOT / "chatrlhf"
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
     ("errors", "types", "functional", "config"),
-    ("device", "distributed", "progress", "data", "models", "samples"),
+    ("device", "distributed", "lanes", "progress", "data", "models", "samples"),
     ("generation",),
     ("rl",),
     ("evaluation",),

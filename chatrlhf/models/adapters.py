@@ -100,10 +100,11 @@ def base_of(name: str) -> str | None:
 
 
 def merged(model: nn.Module, folder: str) -> nn.Module:
-    """A model with the adapters of a folder added to its weights; no adapter is left."""
+    """A model with the adapters of a folder added to its weights; no adapter is left, and all of it can be trained."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    # peft has frozen what the adapters were added to.
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
 
 
 @torch.no_grad()

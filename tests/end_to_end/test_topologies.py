@@ -208,6 +208,10 @@ def test_a_run_that_starts_from_saved_adapters_starts_from_their_sum(files, sft,
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
         torch.testing.assert_close(second(input_ids=ids).logits, first(input_ids=ids).logits, rtol=0, atol=1e-5)
+    learned = improved(files, tmp_path / "on", changes | {"trainer_config.actor_lr": 1e-3})
+    third = AutoModelForCausalLM.from_pretrained(learned.checkpoint)
+    start = dict(second.named_parameters())
+    assert not any(torch.equal(weight, start[name]) for name, weight in third.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from vllm_standin import (
 from chatrlhf.config.schema import PeftConfig
 from chatrlhf.errors import ConfigError, DivergedError, RolloutError
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.generation import vllm_sampler
 from chatrlhf.generation.vllm_sampler import VllmSampler
 from chatrlhf.models.adapters import add_adapters
 from chatrlhf.models.topology import PolicyOnly
@@ -320,6 +321,6 @@ def test_a_model_without_files_is_refused(vllm, folder):
 
 
 def test_several_processes_are_refused(vllm, folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(vllm_sampler, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="samples for one process, got 2"):
         sampler(folder)
