@@ -155,8 +155,13 @@ class Decoding:
         return True
 
     def _room_for(self, rows: int) -> int:
-        """Slots to go on with where so many rows are left."""
-        return rows
+        """Slots to go on with where so many rows are left: whole eighths of those at the start.
+
+        On the CPU measured, products of a number of rows that has not been seen before are compiled first, which takes
+        longer than to compute some rows in vain.
+        """
+        eighth = max(1, self.size // 8)
+        return min(len(self.slots), -(-rows // eighth) * eighth)
 
     def _refill(self, index: Tensor) -> None:
         """Give slots ``index`` to the next prompts.
