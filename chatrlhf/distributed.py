@@ -10,14 +10,13 @@ splits the weights over ranks would have to make them whole once a rollout, wher
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from chatrlhf.errors import UserError
 
@@ -25,8 +24,6 @@ T = TypeVar("T")
 
 # A rank that waits longer than this for the others gives up; rank 0 writes checkpoints meanwhile.
 TIMEOUT = timedelta(minutes=30)
-# Numbers that one reduction carries: few enough that a copy of them is cheap, many enough to keep a network busy.
-BUCKET = 2**25
 
 
 def start() -> None:
@@ -141,25 +138,11 @@ def sum_over_ranks(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(numbers, total.unbind(), strict=True))
 
 
-@torch.no_grad()
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up the parameters' gradients over ranks, in place and in their own precision.
-
-    A parameter that no rank has a gradient of keeps none, as in one process: an optimizer passes it over.
-    """
-    if world_size() == 1:
-        return
-    parameters = list(parameters)
-    present = torch.tensor([float(each.grad is not None) for each in parameters])
-    dist.all_reduce(present)
-    used = [each for each, count in zip(parameters, present.tolist(), strict=True) if count]
-    for each in used:
-        if each.grad is None:
-            each.grad = torch.zeros_like(each)
-    for bucket in _buckets([each.grad for each in used]):
-        flat = _flatten_dense_tensors(bucket)
-        dist.all_reduce(flat)
-        torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+def sum_in_place(tensors: Iterable[Tensor]) -> None:
+    """Add up tensors over ranks, in their own precision."""
+    if world_size() > 1:
+        for each in tensors:
+            dist.all_reduce(each)
 
 
 @torch.no_grad()
@@ -168,15 +151,3 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     if world_size() > 1:
         for each in tensors:
             dist.broadcast(each.data, src=0)
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type in groups of about `BUCKET` numbers, in their order."""
-    bucket: list[Tensor] = []
-    for each in tensors:
-        if bucket and (bucket[0].dtype != each.dtype or sum(t.numel() for t in bucket) + each.numel() > BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(each)
-    if bucket:
-        yield bucket

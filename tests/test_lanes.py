@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 
+from chatrlhf import lanes
 from chatrlhf.lanes import side_by_side
 
 CPU = torch.device("cpu")
@@ -37,6 +39,16 @@ def test_both_run_at_once_each_with_its_share_of_the_cores(two_threads):
     assert torch.get_num_threads() == 2
 
 
+def test_threads_that_others_start_have_all_cores(two_threads):
+    lanes._pool.cache_clear()
+    side_by_side(where, where, CPU)
+    found = []
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert found == [2]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_one_core_or_a_gpu_takes_them_one_after_the_other(one_thread, device):
     here = where()
@@ -61,6 +73,7 @@ def test_an_error_is_raised_once_both_have_ended(two_threads):
 
     def end() -> None:
         failed.wait(30)
+        time.sleep(0.2)
         ended.append(True)
 
     with pytest.raises(ValueError, match="of the first"):

@@ -17,9 +17,9 @@ class MasterWeights:
     """Makes a module's weights bfloat16 for every product, and keeps what the optimizer improves in float32.
 
     bfloat16 has eight bits of mantissa: a step of a learning rate that is below a 256th of a weight would be lost
-    in it. So gradients are summed and steps are made in float32 (Micikevicius et al. 2018, "Mixed Precision
-    Training", section 3.1), and the copy is written anew behind each step, in place: a captured graph that reads
-    it stays valid. Unlike autocast nothing is converted inside a forward.
+    in it. So gradients are summed (`gradients.py`) and steps made in float32 (Micikevicius et al. 2018, "Mixed
+    Precision Training", section 3.1), and the copy is written anew behind each step, in place: a captured graph that
+    reads it stays valid. Unlike autocast nothing is converted inside a forward.
     """
 
     def __init__(self, *modules: nn.Module, frozen: bool = True) -> None:
@@ -34,17 +34,10 @@ class MasterWeights:
         """Optimizer groups with masters in the place of the weights that have one."""
         return [group | {"params": [self._master_of.get(id(p), p) for p in group["params"]]} for group in groups]
 
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Add the gradient of a backward to the masters', in float32, and let go of it."""
-        for working, master in zip(self._working, self._masters, strict=True):
-            if working.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = working.grad.float()
-            else:
-                master.grad.add_(working.grad)
-            working.grad = None
+    def working(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """The weights that masters stand behind; any other parameter is its own."""
+        working_of = {id(master): each for each, master in zip(self._working, self._masters, strict=True)}
+        return [working_of.get(id(each), each) for each in parameters]
 
     @torch.no_grad()
     def publish(self) -> None:

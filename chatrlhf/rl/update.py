@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chatrlhf.distributed import sum_gradients, sum_over_ranks
+from chatrlhf.distributed import sum_over_ranks
 from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
@@ -17,6 +18,7 @@ from chatrlhf.lanes import side_by_side
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.experience import Algorithm
+from chatrlhf.rl.gradients import Gradients
 from chatrlhf.rl.master_weights import MasterWeights
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.sharing import learned_rows
@@ -70,34 +72,36 @@ class Updater:
             order = torch.randperm(len(experience), generator=generator)
             for index in order.split(self.settings.batch_size):
                 steps.append(self.step(experience.select(index.to(self.device)), kl_coef))
+        self.gradients.release()
         means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
         return means | {"ppo/first_ratio_error": steps[0]["ppo/ratio_error"]}
 
     def step(self, minibatch: Experience, kl_coef: float) -> dict[str, float]:
         """One optimizer step on a minibatch; its statistics are left on the device until the step is done."""
-        self.optimizer.zero_grad(set_to_none=True)
         sums = sum_over_ranks(self.backward(minibatch, kl_coef))
-        # Once a step, whatever each rank's number of backwards was; from here on all ranks do the same.
-        sum_gradients(each for group in self.optimizer.param_groups for each in group["params"])
-        grad_norm = self._clip_gradients()
+        sums["ppo/grad_norm"] = self.gradients.clip(self.settings.max_grad_norm)[0]
         self.optimizer.step()
         self.scheduler.step()
         if self.masters is not None:
             self.masters.publish()
-        sums["ppo/grad_norm"] = grad_norm
         # One transfer a step, not one a number.
         return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
     def backward(self, minibatch: Experience, kl_coef: float) -> dict[str, Tensor]:
-        """Accumulate the gradient of this rank's rows; returns sums that, over all ranks, are means over the minibatch.
+        """Leave the minibatch's gradient, of all ranks' rows, with what the optimizer improves.
 
         The weights are made for the whole minibatch, so the gradient does not depend on the microbatches, which
-        are cut so that little is computed on padding, nor on the number of ranks.
+        are cut so that little is computed on padding, nor on the number of ranks. Ranks add theirs up once, whatever
+        each one's number of backwards was; from then on all do the same.
+
+        Returns:
+            Sums over this rank's rows that, over all ranks, are means over the minibatch.
         """
         weights = token_weights(minibatch.response_mask, self.algorithm.aggregation)
         # Value loss and statistics are plain means over tokens, whatever the policy loss is.
         token_mean = token_weights(minibatch.response_mask, "token_mean")
         sums: dict[str, Tensor] = {}
+        self.gradients.begin()
         lengths = (minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)).cpu()
         own = learned_rows(lengths, minibatch.trunk_rows)
         if len(own) == 0:
@@ -111,10 +115,10 @@ class Updater:
                 side_by_side(losses[0].backward, losses[1].backward, self.device)
             else:
                 sum(losses).backward()
-            if self.masters is not None:
-                self.masters.collect()
+            self.gradients.collect()
             for name, value in stats.items():
                 sums[name] = sums[name] + value if name in sums else value
+        self.gradients.finish()
         return sums
 
     def _losses(
@@ -165,13 +169,9 @@ class Updater:
         """Inside, the topology holds float32 weights: what is saved, and what is loaded into."""
         return self.masters.exposed() if self.masters is not None else nullcontext()
 
-    def _clip_gradients(self) -> Tensor:
-        """Clip each parameter group by its own norm; returns the policy's norm before clipping.
-
-        Policy and critic are clipped apart, so that a critic far from its target does not slow the policy down.
-        """
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm or float("inf"))
-            for group in self.optimizer.param_groups
-        ]
-        return norms[0].detach().float()
+    @cached_property
+    def gradients(self) -> Gradients:
+        """Of the minibatch that is being learned from."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        parameters = [each for group in groups for each in group]
+        return Gradients(groups, self.masters.working(parameters) if self.masters is not None else parameters)

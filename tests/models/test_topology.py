@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import EOS, FAMILIES, PLAIN, gemma2, gpt2, llama, prompts, rollout, widened
 
+from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
@@ -94,6 +95,23 @@ def test_the_reference_equals_a_policy_of_the_same_weights_and_gets_no_gradient(
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-6)
     assert not logprobs.requires_grad
     assert not any(parameter.requires_grad for parameter in reference.model.parameters())
+
+
+@pytest.mark.parametrize("make", [separate, shared])
+@pytest.mark.parametrize("unfrozen", [None, 1])
+def test_a_critic_is_apart_where_no_weight_gets_both_gradients(make, unfrozen):
+    policy = llama()
+    if unfrozen:
+        freeze_trunk(policy, unfrozen)
+    topology = make(policy)
+    topology = FrozenTrunk(topology, unfrozen) if unfrozen else topology
+    evaluation, trained = topology.evaluate(joined(BATCH)), [p for p in topology.parameters() if p.requires_grad]
+    of_policy, of_critic = (
+        torch.autograd.grad(each.sum(), trained, retain_graph=True, allow_unused=True)
+        for each in (evaluation.logprobs, evaluation.values)
+    )
+    both = [a is not None and b is not None for a, b in zip(of_policy, of_critic, strict=True)]
+    assert topology.critic_is_apart == (make is separate) == (not any(both))
 
 
 def test_a_separate_critic_sends_no_gradient_into_the_policy():
