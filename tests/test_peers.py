@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import statistics
 
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.plot import bars, draw
 from benchmarks.ppo_step.work import WORKS, Work, prepare
 from benchmarks.processes import alternating
 from benchmarks.rollouts import load_peer, our_rollout, our_trainer, peer_rollout
+from benchmarks.trlx_standin import engine
 from benchmarks.trlx_standin.__main__ import calibration_line, overrides
 from benchmarks.trlx_standin.loop import Batch, Settings, StandIn, all_logprobs, inputs
 from benchmarks.walks_race import Race, reached, verdict
@@ -235,3 +237,12 @@ def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SystemExit, match=r"chatrlhf\[dev\]"):
         draw(RAW, tmp_path / "bars.svg")
+
+
+def test_the_stand_ins_engine_reports_what_the_driver_reads(tmp_path, capsys):
+    work = WORKS["tiny-natural"]
+    prepare(work, tmp_path)
+    engine.main(tmp_path, 2, 4)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["tokens"] for each in report["iterations"]] == [sum(work.lengths(i)) for i in range(2)]
+    assert report["moved"] > 0.5 and all(each["total"] > 0 for each in report["iterations"])

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from benchmarks.ppo_step.work import EOS, PAD, Work, read_work, report, rss  # noqa: E402
+from benchmarks.ppo_step.work import EOS, PAD, Work, moved, read_work, report, rss  # noqa: E402
 from benchmarks.trlx_standin.loop import Batch, Settings, StandIn  # noqa: E402
 from benchmarks.trlx_standin.reward import even_words  # noqa: E402
 
@@ -56,7 +56,7 @@ def main(folder: Path, iterations: int, chunk_size: int) -> None:
         stats = loop.iteration(Batch(prompts.input_ids[rows], prompts.attention_mask[rows]), work.lengths(i))
         phases = {phase: stats[phase] for phase in ("rollout", "score", "update")}
         found.append(phases | {"total": sum(phases.values()), "tokens": stats["tokens"]})
-    report(found, after_imports)
+    report(found, after_imports, moved(loop.policy.model.state_dict(), folder))
 
 
 if __name__ == "__main__":
