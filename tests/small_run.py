@@ -30,6 +30,11 @@ def write_files(folder: Path, rows: int = 60) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def length(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward function."""
+    return [float(len(completion)) for completion in completions]
+
+
 def settings(folder: Path) -> dict[str, Any]:
     """A configuration of three short stages with every kind of state: schedules, adaptive KL, running scale."""
     stage = {

@@ -104,15 +104,14 @@ class RolloutEngine:
             lengths[part], finished[part] = decoding.lengths, decoding.finished
             for i, text in zip(part.tolist(), decoding.texts(), strict=True):
                 texts[i] = text
-            mask = torch.arange(logprobs.shape[1]) < lengths[:, None]
-            broken = int((mask & ~logprobs.isfinite()).any(dim=1).sum())
-            if broken:
-                raise DivergedError(
-                    f"the policy's logits are not finite any more ({broken} of {len(part)} rollouts); go back to an "
-                    "earlier checkpoint with a lower trainer_config.actor_lr"
-                )
         longest = int(lengths.max())
-        mask = mask[:, :longest]
+        mask = torch.arange(longest) < lengths[:, None]
         ids = ids[:, :longest].masked_fill(~mask, self.pad_token_id)
         logprobs = logprobs[:, :longest].masked_fill(~mask, 0.0)
+        broken = int((~logprobs.isfinite()).any(dim=1).sum())
+        if broken:
+            raise DivergedError(
+                f"the policy's logits are not finite any more ({broken} of {len(prompts)} rollouts); go back to an "
+                "earlier checkpoint with a lower trainer_config.actor_lr"
+            )
         return Rollout(prompts, ids, mask, logprobs, finished, fewest, texts)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_run import settings, write_files
+from small_run import settings
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import chatrlhf
@@ -16,13 +16,6 @@ from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.config import Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    write_files(folder)
-    return folder
 
 
 def configured(files: Path, run_dir: Path, **changes) -> Config:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import differences, left_behind, settings, write_config, write_files
+from small_run import differences, left_behind, length, settings, write_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from chatrlhf import load_config, load_reward_model, run
@@ -19,30 +19,6 @@ from chatrlhf.models.adapters import base_of, without_adapters
 from chatrlhf.models.frozen_trunk import BranchReference, FrozenTrunk
 from chatrlhf.rl.master_weights import prepare_models
 from chatrlhf.rl.update import Updater
-
-
-def length(prompts: list[str], completions: list[str]) -> list[float]:
-    return [float(len(completion)) for completion in completions]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    write_files(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fine_tuned(files, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("sft") / "run"
-    run(load_config(settings(files), {"output_dir": str(run_dir)}), type="ACTOR")
-    return run_dir
-
-
-@pytest.fixture
-def sft(fine_tuned, tmp_path) -> Path:
-    """A run whose actor has been fine-tuned, and no more."""
-    return shutil.copytree(fine_tuned, tmp_path / "sft")
 
 
 def improved(files: Path, sft: Path, changes: dict):

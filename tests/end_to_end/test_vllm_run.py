@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import settings, write_config, write_files
+from small_run import length, settings, write_config
 from vllm_standin import installed, without_vllm
 
 from chatrlhf import load_config, run
 from chatrlhf.cli import main
 from chatrlhf.generation.vllm_sampler import VllmSampler
 from chatrlhf.rl.update import Updater
-
-
-def length(prompts: list[str], completions: list[str]) -> list[float]:
-    return [float(len(completion)) for completion in completions]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    write_files(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fine_tuned(files, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("sft") / "run"
-    run(load_config(settings(files), {"output_dir": str(run_dir)}), type="ACTOR")
-    return run_dir
-
-
-@pytest.fixture
-def sft(fine_tuned, tmp_path) -> Path:
-    """A run whose actor has been fine-tuned, and no more."""
-    return shutil.copytree(fine_tuned, tmp_path / "sft")
 
 
 def improved(files: Path, sft: Path, changes: dict, resume: bool = False):
