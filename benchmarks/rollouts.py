@@ -21,13 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import chatrlhf.pipeline  # first: what it asks of PyTorch's threads is read when they are loaded
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-import chatrlhf.pipeline  # noqa: E402
 from benchmarks.forced_lengths import ForcedLengths  # noqa: E402
 from benchmarks.ppo_step.ours import settings  # noqa: E402
 from benchmarks.ppo_step.work import EOS, PAD, WORKS, Work, prepare  # noqa: E402

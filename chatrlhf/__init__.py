@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Forked workers of the fast tokenizers buy nothing here and warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# How long an OpenMP thread of PyTorch's (libgomp, which reads this once) turns round and waits for its next piece of work.
+# Its own 300,000 are milliseconds, spent on a core that somebody else could use by then (`lanes.py`); these are enough
+# from one operation to the next.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_config", "load_reward_model", "run"]

@@ -6,8 +6,6 @@ on cores of its own. PyTorch lets go of Python's lock inside its operations, so 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
@@ -16,7 +14,6 @@ from typing import TypeVar
 
 import torch
 
-M_ARENA_MAX = -8  # of glibc's malloc.h
 A, B = TypeVar("A"), TypeVar("B")
 
 
@@ -46,7 +43,6 @@ def side_by_side(first: Callable[[], A], second: Callable[[], B], device: torch.
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Two threads that share so many cores."""
-    _one_heap()
     all_here = Barrier(3)
 
     def begin() -> None:
@@ -61,14 +57,3 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     # What other threads yet to come start with; those two keep their own.
     torch.set_num_threads(threads)
     return pool
-
-
-def _one_heap() -> None:
-    """Have glibc give new threads the heap that is there.
-
-    With one each, what a thread freed is of no use to the other; a run of the benchmark took 80 MiB more, and no less
-    time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_ARENA_MAX, 1)

@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import chatrlhf.pipeline  # first: what it asks of PyTorch's threads is read when they are loaded
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import accelerate  # noqa: E402, F401
@@ -20,7 +22,6 @@ import torch  # noqa: E402
 import transformers  # noqa: E402, F401
 from safetensors.torch import load_file  # noqa: E402
 
-import chatrlhf.pipeline  # noqa: E402
 from benchmarks.ppo_step.work import Work, moved, read_work, report, rss  # noqa: E402
 from chatrlhf.config import load_config  # noqa: E402
 from chatrlhf.generation.engine import Limits  # noqa: E402

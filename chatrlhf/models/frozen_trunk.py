@@ -130,14 +130,14 @@ class FrozenTrunk(PolicyOnly):
     def trunk_states(self, sequences: Sequences) -> Tensor:
         return self.cuts[0].states(sequences.input_ids)
 
-    def evaluate(self, sequences: Sequences, with_entropy: bool = False) -> Evaluation:
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
         states = sequences.trunk_states
         if states is None:
             states = self.trunk_states(sequences)
         with ExitStack() as stack:
             for cut in self.cuts:
                 stack.enter_context(cut.entering(laid_out(states, cut.backbone, sequences)))
-            return self.inner.evaluate(sequences, with_entropy)
+            return self.inner.evaluate(sequences, with_entropy, seam)
 
     def reference(self) -> Reference:
         return BranchReference(self.policy, self.distribution, self.unfrozen)

@@ -32,6 +32,24 @@ class Evaluation:
     logprobs: Tensor
     values: Tensor | None
     entropy: Tensor | None
+    seam: Seam | None = None  # where the log-probabilities' backward stops
+
+
+class Seam:
+    """A place between a policy's trunk and its head at which a backward stops, to be taken up again.
+
+    The trunk's can run beside a critic's then (`lanes.py`). The head, over a whole vocabulary, has no counterpart in a
+    critic, whose core would be left without work.
+    """
+
+    def __init__(self, below: Tensor) -> None:
+        self.below = below
+        self.above = below.detach().requires_grad_(below.requires_grad)
+
+    def backward(self) -> None:
+        """Go on below with the gradient that has come to a stop here."""
+        if self.above.grad is not None:
+            self.below.backward(self.above.grad)
 
 
 class PolicyOnly(nn.Module):
@@ -43,8 +61,12 @@ class PolicyOnly(nn.Module):
         # Dropout would make the ratio of a fresh policy differ from 1. No mode is ever switched back.
         self.eval()
 
-    def evaluate(self, sequences: Sequences, with_entropy: bool = False) -> Evaluation:
-        """Log-probabilities of the sampled tokens, values before each, and entropies where asked for."""
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
+        """Log-probabilities of the sampled tokens, values before each, and entropies where asked for.
+
+        Args:
+            seam: the caller can do with a backward in two parts; a topology gives one where that is of use.
+        """
         logits = response_logits(self.policy, sequences)
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
         return Evaluation(logprobs, None, entropy)
@@ -90,19 +112,21 @@ class SeparateCritic(PolicyOnly):
         self.critic, self.value_head = critic, value_head
         self.eval()
 
-    def evaluate(self, sequences: Sequences, with_entropy: bool = False) -> Evaluation:
-        def policy() -> Evaluation:
-            return PolicyOnly.evaluate(self, sequences, with_entropy)
-
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
         def values() -> Tensor:
             return sequences.spread(self.value_head(response_states(self.critic, sequences)))
 
-        if with_entropy:  # which makes the policy's the longer half by far: all cores for either
-            evaluation, read = policy(), values()
-        else:
-            evaluation, read = side_by_side(policy, values, sequences.input_ids.device)
-        evaluation.values = read
-        return evaluation
+        device = sequences.input_ids.device
+        if not head_is_plain(self.policy):
+            evaluation, evaluation.values = side_by_side(
+                lambda: PolicyOnly.evaluate(self, sequences, with_entropy), values, device
+            )
+            return evaluation
+        states, read = side_by_side(lambda: response_states(self.policy.base_model, sequences), values, device)
+        stop = Seam(states) if seam else None
+        logits = response_logits(self.policy, sequences, stop.above if stop else states)
+        logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
+        return Evaluation(logprobs, read, entropy, stop)
 
     @property
     def critic_is_apart(self) -> bool:
@@ -127,7 +151,7 @@ class SharedTrunk(PolicyOnly):
         self.value_head = value_head
         self.eval()
 
-    def evaluate(self, sequences: Sequences, with_entropy: bool = False) -> Evaluation:
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
         states = response_states(self.policy.base_model, sequences)
         # Where the head is not plain, the model is run whole a second time: correct first.
         reusable = states if head_is_plain(self.policy) else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from chatrlhf.heap import keep_freed_memory
 from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.norm import prefer_fast_norms
 
@@ -65,7 +66,7 @@ def prepare_models(
     device: torch.device,
     masters_of_frozen: bool = True,
 ) -> MasterWeights | None:
-    """Have models compute as fast as they can on this device; in place.
+    """Have models, and this process, compute as fast as they can on this device; in place.
 
     Args:
         trained, frozen: transformers models on ``device``; frozen ones may share weights with trained ones.
@@ -76,6 +77,8 @@ def prepare_models(
         The masters of the trained models' weights, which are what an optimizer has to improve; None in float32,
         where the models' own weights are.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     for model in (*trained, *frozen):
         prefer_fast_attention(model, device)
         prefer_fast_norms(model, device)

@@ -16,7 +16,7 @@ from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
 from chatrlhf.lanes import side_by_side
 from chatrlhf.models.sequences import join
-from chatrlhf.models.topology import PolicyOnly
+from chatrlhf.models.topology import PolicyOnly, Seam
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradients import Gradients
 from chatrlhf.rl.master_weights import MasterWeights
@@ -110,8 +110,11 @@ class Updater:
             minibatch = replace(minibatch, trunk_states=None, trunk_rows=None)
         for rows in cut_by_length(lengths[own], self.settings.micro_batch_size, self.topology.packs):
             rows = own[rows].to(self.device)
-            losses, stats = self._losses(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
-            if self.topology.critic_is_apart:
+            losses, seam, stats = self._losses(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
+            if seam is not None:
+                losses[0].backward()
+                side_by_side(seam.backward, losses[1].backward, self.device)
+            elif self.topology.critic_is_apart:
                 side_by_side(losses[0].backward, losses[1].backward, self.device)
             else:
                 sum(losses).backward()
@@ -123,7 +126,7 @@ class Updater:
 
     def _losses(
         self, micro: Experience, weights: Tensor, token_mean: Tensor, kl_coef: float
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+    ) -> tuple[list[Tensor], Seam | None, dict[str, Tensor]]:
         """This microbatch's share of the policy's loss, of the critic's where there is one, and of the statistics."""
         settings = self.settings
         sequences = join(
@@ -134,7 +137,7 @@ class Updater:
             micro.min_new_tokens,
             micro.own_trunk_states,
         )
-        evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
+        evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0, seam=True)
         logprobs = evaluation.logprobs
         per_token = policy_loss(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
         if settings.foreign_sampler:
@@ -163,7 +166,7 @@ class Updater:
             if settings.foreign_sampler and settings.importance_cap is not None:
                 ratios = importance_ratios(micro.old_logprobs, micro.sampling_logprobs)
                 stats["sampling/truncated"] = (token_mean * (ratios > settings.importance_cap)).sum()
-        return losses, stats
+        return losses, evaluation.seam, stats
 
     def full_precision(self) -> AbstractContextManager[None]:
         """Inside, the topology holds float32 weights: what is saved, and what is loaded into."""
