@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Forked workers of the fast tokenizers buy nothing here and warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# How long an OpenMP thread of PyTorch's (libgomp, which reads this once) turns round and waits for its next piece of work.
-# Its own 300,000 are milliseconds, spent on a core that somebody else could use by then (`lanes.py`); these are enough
-# from one operation to the next.
+# How long a thread of PyTorch's (libgomp's, which reads this once) turns round while it waits for its next operation.
+# Its own 300,000 rounds are milliseconds, on a core that somebody else could use by then (`lanes.py`).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"

@@ -15,9 +15,9 @@ NEVER = 2**31 - 1  # bytes; the greatest number that mallopt takes
 def keep_freed_memory() -> None:
     """Have this process keep what it frees, in one heap, for what it asks for next.
 
-    What is given back to the system has to be mapped and zeroed anew, page by page: that was a tenth of an update of a
-    small model. With a heap for each thread, what one of them has freed is of no use to the other; a run of the
-    benchmark took 80 MiB more. Other C libraries, and other systems, are left as they are.
+    What is given back to the system has to be mapped and zeroed anew, page by page: a twentieth of an update of a small
+    model, of which this saves half. With a heap for each thread, what one of them has freed is of no use to the other;
+    a run of the benchmark took 80 MiB more. Other C libraries, and other systems, are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from chatrlhf.errors import DivergedError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.cache import all_in_place, make_cache
+from chatrlhf.generation.direct import DirectStep, direct_step
 from chatrlhf.generation.graphs import Held, StaticDecoding
 from chatrlhf.generation.slots import Decoding
 from chatrlhf.types import PromptBatch, Rollout
@@ -67,6 +68,7 @@ class RolloutEngine:
         self.takes_positions = "position_ids" in parameters
         self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.held: Held | None = None  # what recorded steps are bound to
+        self.direct: DirectStep | None = None  # the model's step where it need not be asked itself
         self.in_place = all_in_place(make_cache(self.model.config))
 
     @torch.no_grad()
@@ -94,6 +96,10 @@ class RolloutEngine:
         texts: list[str] = [""] * len(prompts)
         static = device.type == "cuda" if self.static is None else self.static
         kind = StaticDecoding if static and self.in_place else Decoding
+        if kind is StaticDecoding or not self.in_place:
+            self.direct = None
+        elif self.direct is None or not self.direct.holds:
+            self.direct = direct_step(self.model)
         # Prompts of one length side by side need little padding; samples of one prompt stay together.
         refills = self.in_place and size < len(prompts)
         by_length = torch.argsort(prompts.attention_mask.sum(dim=1), stable=True, descending=refills)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,9 +104,12 @@ class Decoding:
         logits, cache, of_row = self._prefill(slots.row, ids, mask)
         self._begin(slots, mask, cache, of_row)
         self._draw(logits[of_row])
-        while self._tidy():
-            for _ in range(self.look_every):
-                self._step()
+        # An operation then does not ask what autograd would have to know; only where nothing that is made here is kept
+        # for the update, as a model may keep the frequencies of its rotary positions.
+        with torch.inference_mode() if self.engine.direct is not None else nullcontext():
+            while self._tidy():
+                for _ in range(self.look_every):
+                    self._step()
 
     def _begin(self, slots: Slots, mask: Tensor, cache: DynamicCache, of_row: Tensor) -> None:
         """Take up the first rows, whose prompts are prefilled."""
@@ -114,9 +118,12 @@ class Decoding:
 
     def _step(self) -> None:
         """Show the model each row's newest token and draw the next one."""
-        slots, mask = self.slots, self.memory.extend()
+        slots, mask, direct = self.slots, self.memory.extend(), self.engine.direct
         positions = slots.prompt_length + slots.length - 1
-        self._draw(self._forward(slots.token[:, None], mask, positions[:, None], self.memory.cache))
+        if direct is not None:
+            self._draw(direct(slots.token, positions, mask, self.memory.cache))
+        else:
+            self._draw(self._forward(slots.token[:, None], mask, positions[:, None], self.memory.cache))
 
     def _draw(self, logits: Tensor) -> None:
         """One token of each row from its next-token logits, [n, V]. Nothing is asked of the device."""
@@ -221,7 +228,8 @@ class Decoding:
             return None, cache, of_row
         mask = mask[first]
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        return self._forward(ids[first], mask, positions, cache), cache, of_row
+        with torch.inference_mode(False), torch.no_grad():
+            return self._forward(ids[first], mask, positions, cache), cache, of_row
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Next-token logits of each row, [rows, V]."""

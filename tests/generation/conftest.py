@@ -1,11 +1,41 @@
-"""For the tests of vLLM as a rollout backend: its stand-in installed, and a policy that lies as files."""
+"""What a rollout asks of a model, watched; for vLLM as a backend its stand-in, and a policy that lies as files."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import llama
+from torch import nn
 from vllm_standin import EOS, PAD, TOKENIZER, VOCAB, installed
+
+from chatrlhf.generation.direct import DirectStep
+
+
+@pytest.fixture
+def untried(monkeypatch) -> None:
+    """Direct steps are taken without a trial, which would be among what is counted."""
+    monkeypatch.setattr(DirectStep, "agrees", lambda self: True)
+
+
+@pytest.fixture
+def forwards(untried, monkeypatch):
+    """Of a model: rows and columns of every forward from now on, its direct steps among them."""
+    seen: list[tuple[int, int]] = []
+    step = DirectStep.__call__
+
+    def watched(self, ids, *args):
+        seen.append((len(ids), 1))
+        return step(self, ids, *args)
+
+    monkeypatch.setattr(DirectStep, "__call__", watched)
+
+    def watch(model: nn.Module) -> list[tuple[int, int]]:
+        model.register_forward_pre_hook(
+            lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        )
+        return seen
+
+    return watch
 
 
 @pytest.fixture

@@ -187,14 +187,13 @@ def test_rows_of_one_group_are_sampled_independently():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_samples_of_one_prompt_share_its_prefill_and_nothing_else(family):
+def test_samples_of_one_prompt_share_its_prefill_and_nothing_else(family, forwards):
     model, batch = FAMILIES[family]().eval(), prompts([4, 1, 3], samples=3)
     batch = batch.select(torch.tensor([8, 0, 3, 4, 1, 6, 2, 7, 5]))  # groups out of order, and torn apart
     apart = PromptBatch(batch.input_ids, batch.attention_mask, torch.arange(9), batch.texts)
-    forwards: list[int] = []
-    model.register_forward_pre_hook(lambda _, args, kwargs: forwards.append(len(kwargs["input_ids"])), with_kwargs=True)
+    seen = forwards(model)
     shared = engine(model).generate(batch, seed=2)
-    assert forwards[:2] == [3, 9]
+    assert [rows for rows, _ in seen[:2]] == [3, 9]
     assert same_responses(shared, engine(model).generate(apart, seed=2))
 
 

@@ -54,30 +54,29 @@ REFILLED = [family for family in FAMILIES if family != "gemma2"]  # half of its 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cold_rollout_is_greedy_decoding(family, layout):
+def test_a_cold_rollout_is_greedy_decoding(family, layout, forwards):
     model, batch = made(family), LAYOUTS[layout]
     eos = divider(greedy(model, batch, 12, NEVER))
     want = greedy(model, batch, 12, eos)
-    sizes: list[int] = []
-    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    seen = forwards(model)
     got = engine(model, cold(eos), max_new_tokens=12).generate(batch, seed=0)
     assert torch.equal(got.response_ids, want)
+    sizes = [rows for rows, _ in seen]
     assert sizes[0] == len(batch.group_ids.unique())
     assert sizes[1] > sizes[-1]  # rows have left
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", REFILLED)
-def test_greedy_decoding_with_rows_dropped_and_slots_refilled(family, layout):
+def test_greedy_decoding_with_rows_dropped_and_slots_refilled(family, layout, forwards):
     model, batch = made(family), LAYOUTS[layout]
     eos = divider(greedy(model, batch, 12, NEVER))
     want = greedy(model, batch, 12, eos)
-    widths: list[tuple[int, int]] = []
-    model.register_forward_pre_hook(lambda _, __, given: widths.append(given["input_ids"].shape), with_kwargs=True)
+    seen = forwards(model)
     got = engine(model, cold(eos), max_new_tokens=12, chunk_size=4).generate(batch, seed=0)
     assert torch.equal(got.response_ids, want)
-    assert sum(width > 1 for _, width in widths) > 1  # prompts came later
-    steps = [rows for rows, width in widths if width == 1]
+    assert sum(width > 1 for _, width in seen) > 1  # prompts came later
+    steps = [rows for rows, width in seen if width == 1]
     assert steps[0] == 4 > steps[-1]  # and at the end rows have left
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import EOS, FAMILIES, PAD, engine, gemma2, llama, prompts, same_responses, script
-from torch import nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.cache import BLOCK, BlockLayer
@@ -13,13 +12,6 @@ from chatrlhf.types import PromptBatch
 
 ENDS = SamplingDistribution(eos_token_ids=(EOS, 2, 3, 4), forbidden_ids=(PAD,))
 REFILLED = [family for family in FAMILIES if family != "gemma2"]
-
-
-def forwards(model: nn.Module) -> list[tuple[int, int]]:
-    """Rows and columns of every forward from now on."""
-    seen: list[tuple[int, int]] = []
-    model.register_forward_pre_hook(lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
-    return seen
 
 
 def given_lengths(sampler, lengths: list[int]) -> None:
@@ -44,13 +36,14 @@ def any_batch(seed: int) -> tuple[PromptBatch, dict]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("family", REFILLED)
-def test_a_refilled_row_says_what_it_says_without(family, seed):
+def test_a_refilled_row_says_what_it_says_without(family, seed, forwards):
     model = FAMILIES[family]().eval()
     batch, options = any_batch(seed)
     whole = engine(model, ENDS, **options).generate(batch, seed)
     assert len(set(whole.lengths.tolist())) > 2
+    seen = forwards(model)
     for size in (1, 2, 3, 5, 8) if family == "llama" else (2 + seed,):
-        seen = forwards(model)
+        seen.clear()
         refilled = engine(model, ENDS, chunk_size=size, **options).generate(batch, seed)
         assert max(rows for rows, _ in seen) <= size
         assert same_responses(whole, refilled), size
@@ -74,7 +67,7 @@ def test_new_prompts_of_one_token_behind_a_whole_block(family):
     assert same_responses(whole.generate(batch, seed=0), refilled.generate(batch, seed=0))
 
 
-def test_natural_lengths_need_fewer_forwards():
+def test_natural_lengths_need_fewer_forwards(forwards):
     """Counted, not timed: 4 slots, 16 rows of which a quarter is long."""
     model, lengths = llama(), [40, 4, 6, 5] * 4
     batch, seen = prompts([3] * 16), forwards(model)
@@ -95,7 +88,7 @@ def test_natural_lengths_need_fewer_forwards():
     assert steps()[0] == steps(chunk_size=16)[0] == 40
 
 
-def test_equal_lengths_are_refilled_all_at_once():
+def test_equal_lengths_are_refilled_all_at_once(forwards):
     model, batch = llama(), prompts([5] * 12)
     seen = forwards(model)
     engine(model, SamplingDistribution(), max_new_tokens=6, chunk_size=4).generate(batch, seed=0)
@@ -103,7 +96,7 @@ def test_equal_lengths_are_refilled_all_at_once():
     assert len(seen) == 6 + 7 + 7
 
 
-def test_samples_of_one_prompt_share_their_prefill_when_they_are_refilled():
+def test_samples_of_one_prompt_share_their_prefill_when_they_are_refilled(forwards):
     model, batch = llama(), prompts([4, 6, 3, 5], samples=4)
     seen = forwards(model)
     refilled = engine(model, SamplingDistribution(), max_new_tokens=6, chunk_size=4).generate(batch, seed=0)
@@ -112,7 +105,7 @@ def test_samples_of_one_prompt_share_their_prefill_when_they_are_refilled():
 
 
 @pytest.fixture
-def widths(monkeypatch) -> list[int]:
+def widths(untried, monkeypatch) -> list[int]:
     """Columns that are shown to each layer, from now on."""
     seen, update = [], BlockLayer.update
 
@@ -147,7 +140,7 @@ def test_the_memory_does_not_grow_without_end(widths):
     assert same_responses(refilled, engine(llama(), ENDS, max_new_tokens=20).generate(batch, seed=0))
 
 
-def test_a_window_is_not_refilled():
+def test_a_window_is_not_refilled(forwards):
     model, batch = gemma2().eval(), prompts([4, 1, 6, 3, 2])
     seen = forwards(model)
     said = engine(model, SamplingDistribution(), max_new_tokens=6, chunk_size=2).generate(batch, seed=0)
