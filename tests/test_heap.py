@@ -35,6 +35,22 @@ def test_what_is_freed_need_not_be_mapped_again():
     assert int(run(FAULTS.format(first="keep_freed_memory()"))) < pages / 100
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library's heap is left as it is")
+def test_what_was_kept_can_be_given_back():
+    code = """
+import psutil
+from chatrlhf.heap import give_freed_memory_back, keep_freed_memory
+keep_freed_memory()
+parts = [b"x" * 2**20 for _ in range(64)]  # MiB
+parts = parts[1::2]
+resident = [psutil.Process().memory_info().rss]
+give_freed_memory_back()
+resident.append(psutil.Process().memory_info().rss)
+print((resident[0] - resident[1]) >> 20)
+"""
+    assert int(run(code)) >= 30  # of 32 that were free
+
+
 def test_threads_wait_for_as_long_as_the_package_or_the_user_says():
     code = "import chatrlhf, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     assert run(code) == "10000 False\n"  # behind PyTorch it would be too late

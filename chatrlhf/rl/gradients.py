@@ -27,20 +27,22 @@ class Gradients:
         self.views: list[Tensor] = []
         self.reached: list[bool] = []
 
-    def begin(self) -> None:
-        """Forget the last minibatch's."""
-        if not self.flat:
-            for group in self.groups:
-                sizes = [each.numel() for each in group]
-                self.flat.append(torch.empty(sum(sizes), device=group[0].device))
-                parts = zip(self.flat[-1].split(sizes), group, strict=True)
-                self.views += [part.view_as(each) for part, each in parts]
+    def forget(self) -> None:
+        """Let go of the last minibatch's, room and all.
+
+        There is none before the first backward is done: what that needs for itself, a minibatch's activations, is gone
+        by then.
+        """
+        self.flat, self.views = [], []
         self.reached = [False] * len(self.weights)
-        self._forget()
+        for each in (*self.parameters, *self.weights):
+            each.grad = None
 
     @torch.no_grad()
     def collect(self) -> None:
         """Add what a backward has left with the weights, and let go of it there."""
+        if not self.flat:
+            self._make_room()
         for i, weight in enumerate(self.weights):
             if weight.grad is None:
                 continue
@@ -77,11 +79,9 @@ class Gradients:
                 flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norms
 
-    def release(self) -> None:
-        """Give the memory back until the next update."""
-        self.flat, self.views = [], []
-        self._forget()
-
-    def _forget(self) -> None:
-        for each in (*self.parameters, *self.weights):
-            each.grad = None
+    def _make_room(self) -> None:
+        for group in self.groups:
+            sizes = [each.numel() for each in group]
+            self.flat.append(torch.empty(sum(sizes), device=group[0].device))
+            parts = zip(self.flat[-1].split(sizes), group, strict=True)
+            self.views += [part.view_as(each) for part, each in parts]

@@ -14,6 +14,7 @@ from chatrlhf.distributed import sum_over_ranks
 from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
+from chatrlhf.heap import give_freed_memory_back
 from chatrlhf.lanes import side_by_side
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly, Seam
@@ -66,13 +67,15 @@ class Updater:
             Means over all minibatches, by metric name; ``ppo/first_ratio_error`` is mean |ratio - 1| of the first
             minibatch, whose policy is still the one that sampled: rounding, and nothing else.
         """
+        if self.device.type == "cpu":
+            give_freed_memory_back()  # the rollout's: this is where a run needs the most
         experience = experience.to(self.device)
         steps: list[dict[str, float]] = []
         for _ in range(self.settings.epochs):
             order = torch.randperm(len(experience), generator=generator)
             for index in order.split(self.settings.batch_size):
                 steps.append(self.step(experience.select(index.to(self.device)), kl_coef))
-        self.gradients.release()
+        self.gradients.forget()
         means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
         return means | {"ppo/first_ratio_error": steps[0]["ppo/ratio_error"]}
 
@@ -101,7 +104,7 @@ class Updater:
         # Value loss and statistics are plain means over tokens, whatever the policy loss is.
         token_mean = token_weights(minibatch.response_mask, "token_mean")
         sums: dict[str, Tensor] = {}
-        self.gradients.begin()
+        self.gradients.forget()
         lengths = (minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)).cpu()
         own = learned_rows(lengths, minibatch.trunk_rows)
         if len(own) == 0:

@@ -28,7 +28,7 @@ def test_microbatches_add_up_and_a_new_minibatch_starts_from_nothing():
     group = parameters(2, 1)
     sums = made(group)
     for _ in range(2):
-        sums.begin()
+        sums.forget()
         left_with(group, [1.0, 2.0], [3.0])
         sums.collect()
         left_with(group, [10.0, 20.0], None)
@@ -40,7 +40,7 @@ def test_microbatches_add_up_and_a_new_minibatch_starts_from_nothing():
 def test_what_bfloat16_would_lose_is_kept():
     masters, working = parameters(1), [nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))]
     sums = Gradients([masters], working)
-    sums.begin()
+    sums.forget()
     for gradient in (256.0, 1.0):  # 257 is no number of bfloat16's
         left_with(working, [gradient])
         sums.collect()
@@ -52,10 +52,10 @@ def test_what_bfloat16_would_lose_is_kept():
 def test_a_parameter_out_of_reach_has_no_gradient_and_counts_in_no_norm():
     group = parameters(2, 3)
     sums = made(group)
-    sums.begin()
+    sums.forget()
     left_with(group, [1.0, 1.0], [7.0, 7.0, 7.0])
     sums.collect()
-    sums.begin()  # what lies in the buffer from here on is of no meaning
+    sums.forget()  # what lies in the buffer from here on is of no meaning
     left_with(group, [3.0, 4.0], None)
     sums.collect()
     sums.finish()
@@ -66,7 +66,7 @@ def test_a_parameter_out_of_reach_has_no_gradient_and_counts_in_no_norm():
 def test_each_group_is_clipped_by_its_own_norm():
     policy, critic = parameters(1, 1), parameters(2)
     sums = made(policy, critic)
-    sums.begin()
+    sums.forget()
     left_with([*policy, *critic], [3.0], [4.0], [0.3, 0.4])
     sums.collect()
     sums.finish()
@@ -79,13 +79,13 @@ def test_each_group_is_clipped_by_its_own_norm():
 def test_between_updates_nothing_is_held():
     group = parameters(2)
     sums = made(group)
-    sums.begin()
+    sums.forget()
     left_with(group, [1.0, 2.0])
     sums.collect()
     sums.finish()
-    sums.release()
+    sums.forget()
     assert group[0].grad is None and not sums.flat and not sums.views
-    sums.begin()
+    sums.forget()
     left_with(group, [5.0, 6.0])
     sums.collect()
     sums.finish()
