@@ -24,11 +24,11 @@ update.Updater.step = dying
 KILLS = {
     "during a rollout": """
 import chatrlhf.generation.slots as slots
-forward, calls = slots.Decoding._forward, [0]
+draw, calls = slots.Decoding._draw, [0]
 def dying(self, *args):
     calls[0] += 1
-    return die() if calls[0] == 30 else forward(self, *args)
-slots.Decoding._forward = dying
+    return die() if calls[0] == 30 else draw(self, *args)
+slots.Decoding._draw = dying
 """,
     "before the first RL checkpoint": DIE_AT_UPDATE.format(3),
     "inside a PPO epoch": DIE_AT_UPDATE.format(15),
