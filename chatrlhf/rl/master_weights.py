@@ -11,6 +11,7 @@ from torch import nn
 
 from chatrlhf.heap import keep_freed_memory
 from chatrlhf.models.attention import prefer_fast_attention
+from chatrlhf.models.gate import prefer_lean_gates
 from chatrlhf.models.norm import prefer_fast_norms
 
 
@@ -82,6 +83,7 @@ def prepare_models(
     for model in (*trained, *frozen):
         prefer_fast_attention(model, device)
         prefer_fast_norms(model, device)
+        prefer_lean_gates(model, device)
     if precision != "bf16":
         return None
     # First, because it takes what it keeps in float32 from the models.
