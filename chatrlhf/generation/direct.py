@@ -64,14 +64,15 @@ class DirectStep:
     @torch.no_grad()
     def agrees(self) -> bool:
         """Whether it says what the model says, of a padded row and one that is not, two tokens on."""
-        ids = torch.tensor([[0, 1, 2], [1, 2, 3]])
+        vocab = self.backbone.embed_tokens.num_embeddings
+        ids = torch.tensor([[0, 1, 2], [1, 2, 3]]) % vocab
         mask = torch.tensor([[False, True, True], [True, True, True]])
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         own, asked = (Memory(make_cache(self.model.config), mask) for _ in range(2))
         for memory in (own, asked):
             self._ask(ids, mask, positions, memory.cache)
         place = positions[:, -1]
-        for token in (torch.tensor([3, 1]), torch.tensor([2, 2])):
+        for token in (torch.tensor([3, 1]) % vocab, torch.tensor([2, 2]) % vocab):
             place = place + 1
             want = self._ask(token[:, None], asked.extend(), place[:, None], asked.cache)
             got = self(token, place, own.extend(), own.cache)

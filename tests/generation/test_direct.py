@@ -39,6 +39,7 @@ KNOWN = {
     "grouped": lambda: llama(num_attention_heads=4, num_key_value_heads=2),
     "tied": lambda: llama(tie_word_embeddings=True),
     "biases": with_biases,
+    "few words": lambda: llama(vocab=3),
     "wide heads": lambda: llama(head_dim=12),
     "gelu": lambda: llama(hidden_act="gelu"),
     "stretched": lambda: llama(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0)),
@@ -51,14 +52,14 @@ KNOWN = {
 
 def told(model, step, tokens: int = 40) -> list[torch.Tensor]:
     """Logits behind three left-padded prompts and behind each of so many tokens, by a step or by the model itself."""
-    batch = prompts([3, 1, 6])
-    mask = batch.attention_mask
+    batch, vocab = prompts([3, 1, 6]), model.config.vocab_size
+    ids, mask = batch.input_ids % vocab, batch.attention_mask
     memory = Memory(make_cache(model.config), mask)
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     asked = dict(past_key_values=memory.cache, use_cache=True)
-    found = [model(batch.input_ids, mask.long(), positions, **asked).logits[:, -1]]
+    found = [model(ids, mask.long(), positions, **asked).logits[:, -1]]
     place = positions[:, -1]
-    for token in torch.randint(0, 24, (tokens, 3), generator=torch.Generator().manual_seed(1)):
+    for token in torch.randint(0, vocab, (tokens, 3), generator=torch.Generator().manual_seed(1)):
         place, shown = place + 1, memory.extend()
         if step is None:
             found.append(model(token[:, None], shown.long(), place[:, None], **asked).logits[:, -1])
