@@ -35,8 +35,7 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _recognised(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     eps, weight = getattr(module, "variance_epsilon", getattr(module, "eps", None)), getattr(module, "weight", None)
     if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and isinstance(weight, nn.Parameter):
-        # The module's weight when it is called: a cast or loaded model holds another than now.
-        return lambda states: rms_norm(states, module.weight, eps)
+        return _FastForward(module, eps)
     return None
 
 
@@ -47,6 +46,17 @@ def _same(module: nn.Module, fast: Callable[[Tensor], Tensor]) -> bool:
     want = module.forward(states)
     tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
     return bool((fast(states) - want).abs().max() <= tolerance * want.abs().max())
+
+
+class _FastForward:
+    """A module's forward; no closure, since a copy of the model has to use the copied weight."""
+
+    def __init__(self, module: nn.Module, eps: float) -> None:
+        self.module, self.eps = module, eps
+
+    def __call__(self, states: Tensor) -> Tensor:
+        # The weight when it is called: a cast or loaded model holds another than now.
+        return rms_norm(states, self.module.weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):

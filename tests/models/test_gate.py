@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -82,6 +84,16 @@ def test_adapters_learn_as_before():
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert len(want_gradients) == 8
     assert_same_gradients(got_gradients, want_gradients)
+
+
+def test_a_copy_has_weights_of_its_own():
+    model = llama()
+    prefer_lean_gates(model, CPU)
+    (want, _), other = read(model, IDS), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(read(other, IDS)[0], want)
 
 
 def test_another_activation_stays():

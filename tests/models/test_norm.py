@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import FAMILIES, assert_same_gradients, gradients, llama
@@ -48,6 +50,16 @@ def test_logits_and_gradients_stay_what_they_were(family):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     some = [name for name in want_gradients if "k_proj.bias" not in name]  # 0 but for rounding
     assert_same_gradients({n: got_gradients[n] for n in some}, {n: want_gradients[n] for n in some})
+
+
+def test_a_copy_has_weights_of_its_own():
+    model, ids = llama(), torch.tensor([[3, 4, 5]])
+    prefer_fast_norms(model, CPU)
+    before, other = model(input_ids=ids).logits, copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(other(input_ids=ids).logits, before)
 
 
 def test_a_weight_that_is_replaced_is_the_one_that_counts():
