@@ -14,6 +14,9 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, Qwe
 
 from chatrlhf.generation.cache import Memory, make_cache
 
+# The others' frequencies depend on the length so far, and the module keeps what they are now: a step runs in inference
+# mode, and what is made there may not meet autograd again.
+FIXED_ROTATIONS = ("default", "linear", "yarn", "llama3")
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
@@ -24,7 +27,9 @@ def direct_step(model: nn.Module) -> DirectStep | None:
     adapters, for instance. What looks right is tried on two short rows.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if not on_cpu or model.training or type(model) not in FAMILIES or not all(map(_is_plain, model.model.layers)):
+    if not on_cpu or model.training or type(model) not in FAMILIES:
+        return None
+    if model.model.rotary_emb.rope_type not in FIXED_ROTATIONS or not all(map(_is_plain, model.model.layers)):
         return None
     step = DirectStep(model)
     return step if step.agrees() else None

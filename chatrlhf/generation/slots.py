@@ -104,8 +104,8 @@ class Decoding:
         logits, cache, of_row = self._prefill(slots.row, ids, mask)
         self._begin(slots, mask, cache, of_row)
         self._draw(logits[of_row])
-        # An operation then does not ask what autograd would have to know; only where nothing that is made here is kept
-        # for the update, as a model may keep the frequencies of its rotary positions.
+        # An operation then does not ask what autograd would have to know. A model that is asked itself may keep
+        # something for its next forward, in an update; a direct step keeps nothing.
         with torch.inference_mode() if self.engine.direct is not None else nullcontext():
             while self._tidy():
                 for _ in range(self.look_every):

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, engine, llama, prompts, qwen2, qwen3, same_responses
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.cache import Memory, make_cache
 from chatrlhf.generation.direct import DirectStep, direct_step
 from chatrlhf.models.attention import prefer_fast_attention
@@ -73,6 +74,9 @@ def told(model, step, tokens: int = 40) -> list[torch.Tensor]:
 @torch.no_grad()
 def test_a_step_gives_the_models_logits(kind, precision):
     model = KNOWN[kind]().to(precision)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # are made 1
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     want = torch.stack(told(copy.deepcopy(model), None)).float()  # over two blocks of the memory
     step = direct_step(model)
     assert step is not None
@@ -151,6 +155,32 @@ def test_a_working_copy_is_followed():
     got = sampler.generate(batch, seed=1)
     assert sampler.direct is step is not None
     assert same_responses(got, engine(copy.deepcopy(model)).generate(batch, seed=1))
+
+
+def test_lengthening_rotations_are_the_models_own_affair():
+    """They keep frequencies that they have made while a long response was sampled."""
+    model = llama(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=10000.0), max_position_embeddings=16)
+    sampler = engine(model, SamplingDistribution(), max_new_tokens=40)
+    rollout = sampler.generate(prompts([3, 1, 6]), seed=0)
+    assert sampler.direct is None
+    model(rollout.response_ids).logits.sum().backward()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_only_direct_steps_run_in_inference_mode(family, monkeypatch, untried):
+    """Prompts that are read later on do not, though they come in between."""
+    model, asked, stepped = FAMILIES[family]().eval(), [], []
+    model.register_forward_pre_hook(lambda *_: asked.append(torch.is_inference_mode_enabled()))
+    step = DirectStep.__call__
+
+    def watched(self, *args):
+        stepped.append(torch.is_inference_mode_enabled())
+        return step(self, *args)
+
+    monkeypatch.setattr(DirectStep, "__call__", watched)
+    engine(model, SamplingDistribution(), chunk_size=2).generate(prompts([3, 2, 6, 2, 5]), seed=0)
+    assert len(asked) >= 3 and not any(asked)
+    assert all(stepped) and bool(stepped) == (family == "llama")
 
 
 def test_what_a_rollout_makes_can_be_trained_on():

@@ -4,7 +4,19 @@ import copy
 
 import pytest
 import torch
-from tiny import EOS, FAMILIES, PLAIN, gemma2, gpt2, llama, prompts, rollout, widened
+from tiny import (
+    EOS,
+    FAMILIES,
+    PLAIN,
+    assert_same_gradients,
+    gemma2,
+    gpt2,
+    gradients,
+    llama,
+    prompts,
+    rollout,
+    widened,
+)
 
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import Reference
@@ -112,6 +124,16 @@ def test_a_critic_is_apart_where_no_weight_gets_both_gradients(make, unfrozen):
     )
     both = [a is not None and b is not None for a, b in zip(of_policy, of_critic, strict=True)]
     assert topology.critic_is_apart == (make is separate) == (not any(both))
+
+
+def test_a_backward_stops_at_the_seam_and_can_be_taken_up():
+    whole, parted = (separate(llama(tie_word_embeddings=False)) for _ in range(2))
+    whole.evaluate(joined(BATCH)).logprobs.sum().backward()
+    evaluation = parted.evaluate(joined(BATCH), seam=True)
+    evaluation.logprobs.sum().backward()
+    assert gradients(parted.policy).keys() == {"lm_head.weight"}
+    evaluation.seam.backward()
+    assert_same_gradients(gradients(parted), gradients(whole))
 
 
 def test_a_separate_critic_sends_no_gradient_into_the_policy():
