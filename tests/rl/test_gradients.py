@@ -76,12 +76,14 @@ def test_each_group_is_clipped_by_its_own_norm():
     assert critic[0].grad.tolist() == pytest.approx([0.3, 0.4])  # short enough already
 
 
-def test_between_updates_nothing_is_held():
+def test_between_updates_and_during_the_first_backward_nothing_is_held():
     group = parameters(2)
     sums = made(group)
     sums.forget()
+    assert not sums.flat and not sums.views
     left_with(group, [1.0, 2.0])
     sums.collect()
+    assert sums.flat
     sums.finish()
     sums.forget()
     assert group[0].grad is None and not sums.flat and not sums.views

@@ -123,13 +123,17 @@ def test_what_is_loaded_at_full_precision_is_computed_with():
 # ----- models made ready
 
 
-def test_in_float32_a_model_keeps_its_weights_and_gets_its_kernels():
+def test_in_float32_a_model_keeps_its_weights_and_gets_its_kernels(monkeypatch):
+    kept = []
+    monkeypatch.setattr("chatrlhf.rl.master_weights.keep_freed_memory", lambda: kept.append(True))
     trained, frozen = llama(), llama(seed=1)
     assert prepare_models([trained], [frozen], "fp32", torch.device("cpu")) is None
     for model in (trained, frozen):
         assert model.config._attn_implementation == attention.NAME
         assert "forward" in vars(model.model.norm)
+        assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
         assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    assert kept
 
 
 def test_weights_shared_with_a_frozen_model_have_masters_of_their_own_bytes():
