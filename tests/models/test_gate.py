@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, assert_same_gradients, gradients, llama
 
+from chatrlhf.models import gate
 from chatrlhf.models.gate import prefer_lean_gates, swiglu
 
 CPU = torch.device("cpu")
@@ -49,26 +50,38 @@ def test_logits_and_gradients_stay_what_they_were(family):
     assert_same_gradients({n: got_gradients[n] for n in some}, {n: want_gradients[n] for n in some})
 
 
-def test_of_four_wide_tensors_two_are_kept():
-    model = llama(intermediate_size=40)  # no other width is 40
-
-    def kept() -> int:
-        seen = {}
-
-        def pack(tensor):
-            if tensor.shape[-1] == 40 and tensor.numel() == 3 * 12 * 40:
-                seen[tensor.data_ptr()] = tensor  # held, so that no place is given to two
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            logits = model(input_ids=IDS).logits
-        assert logits.requires_grad
-        return len(seen)
-
-    assert kept() == 4 * 2  # two layers
+def test_the_product_is_made_again_for_its_backward(monkeypatch):
+    """And so it need not be kept, nor silu(gate): of four wide tensors gate and up are left."""
+    model, made = llama(), []
+    usual = gate.swiglu
+    monkeypatch.setattr(gate, "swiglu", lambda *args: made.append(True) or usual(*args))
     prefer_lean_gates(model, CPU)
-    # The inner hooks take what down_proj would keep; these here see what is left.
-    assert kept() == 2 * 2
+    made.clear()
+    logits = model(input_ids=IDS).logits
+    assert len(made) == 2  # two layers
+    logits.sum().backward()
+    assert len(made) == 4
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert len(made) == 6
+
+
+def test_a_part_of_the_product_is_not_taken_for_the_whole():
+    class Odd(torch.nn.Linear):
+        def forward(self, mixed):
+            first = mixed[:1]
+            return super().forward(mixed) + super().forward(first * first)
+
+    model = llama()
+    for layer in model.model.layers:
+        odd = Odd(32, 16, bias=False)
+        layer.mlp.down_proj = odd
+    want, want_gradients = read(model, IDS)
+    prefer_lean_gates(model, CPU)
+    assert sum("forward" in vars(module) for module in model.modules()) == 2
+    got, got_gradients = read(model, IDS)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert_same_gradients(got_gradients, want_gradients)
 
 
 def test_adapters_learn_as_before():
