@@ -87,7 +87,7 @@ def test_a_step_gives_the_models_logits(kind, precision):
     assert off.mean() < (1e-6 if precision == torch.float32 else 0.008) * size
 
 
-@pytest.mark.parametrize("family", set(FAMILIES) - {"llama", "qwen2", "qwen3"})
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama", "qwen2", "qwen3"}))
 def test_other_families_are_asked_themselves(family):
     assert direct_step(FAMILIES[family]().eval()) is None
 
