@@ -63,7 +63,8 @@ def assemble_ppo(
     scaling = RewardScaling(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
     )
-    scorer = Scorer(topology, reference, reward, scaling, device, max(trainer.micro_batch_size, 1))
+    # A forward alone keeps less than half of what the update's forward and backward do.
+    scorer = Scorer(topology, reference, reward, scaling, device, 2 * max(trainer.micro_batch_size, 1))
     frozen = [reference.model]
     if isinstance(reward, ModelReward):
         frozen.append(reward.scorer.model.backbone)

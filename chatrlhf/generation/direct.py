@@ -17,6 +17,7 @@ from chatrlhf.generation.cache import Memory, make_cache
 # The others' frequencies depend on the length so far, and the module keeps what they are now: a step runs in inference
 # mode, and what is made there may not meet autograd again.
 FIXED_ROTATIONS = ("default", "linear", "yarn", "llama3")
+AHEAD = 512  # positions whose rotations are worked out at once
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
@@ -41,6 +42,7 @@ class DirectStep:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.backbone = model, model.model
         self.blocks = [_Block(layer) for layer in self.backbone.layers]
+        self._cos_and_sin: tuple[Tensor, Tensor] | None = None
 
     @property
     def holds(self) -> bool:
@@ -57,14 +59,24 @@ class DirectStep:
             cache: the memory without them; they are added.
         """
         states = self.backbone.embed_tokens(ids)
-        cos, sin = self.backbone.rotary_emb(states[:, None], positions[:, None])
-        # Rotated is x cos + (-x_2, x_1) sin (Su et al. 2021, eq. 34, in halves): the sign goes with the sine.
-        half = sin.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        cos, sin = self._rotations(positions, states)
         bias = torch.zeros(mask.shape, dtype=states.dtype).masked_fill_(~mask, torch.finfo(states.dtype).min)
+        bias = bias.repeat_interleave(self.blocks[0].kv_heads, dim=0)[:, None]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             states = block(states, cos, sin, bias, layer)
         return self.model.lm_head(_normed(self.backbone.norm, states))
+
+    def _rotations(self, positions: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each position, [n, 1, e]; worked out for whole blocks of them ahead."""
+        if self._cos_and_sin is None or int(positions.max()) >= len(self._cos_and_sin[0]):
+            ahead = torch.arange(int(positions.max()) + AHEAD)
+            cos, sin = self.backbone.rotary_emb(states, ahead[None])
+            # Rotated is x cos + (-x_2, x_1) sin (Su et al. 2021, eq. 34, in halves): the sign goes with the sine.
+            half = sin.shape[-1] // 2
+            sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+            self._cos_and_sin = cos[0, :, None], sin[0, :, None]
+        cos, sin = self._cos_and_sin
+        return cos[positions], sin[positions]
 
     @torch.no_grad()
     def agrees(self) -> bool:
@@ -132,7 +144,7 @@ class _Block:
         self.heads, self.groups = heads, heads // self.kv_heads
 
     def __call__(self, states: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, layer: object) -> Tensor:
-        """[n, d] to [n, d]; cos and sin [n, 1, e], bias [n, width]."""
+        """[n, d] to [n, d]; cos and sin [n, 1, e], bias [n times key heads, 1, width]."""
         n, size, rotated = len(states), self.size, self.heads + self.kv_heads
         qkv = self.qkv(_normed(self.before, states)).view(n, -1, size)
         qk = qkv[:, :rotated]
@@ -143,7 +155,6 @@ class _Block:
         keys, values = layer.update(key[:, :, None], qkv[:, rotated:, None])
         # Query heads that share a key head are the rows of one product with it.
         query = query.reshape(n * self.kv_heads, self.groups, size)
-        bias = bias.repeat_interleave(self.kv_heads, dim=0)[:, None]
         shares = torch.baddbmm(bias, query, keys.view(n * self.kv_heads, -1, size).transpose(1, 2), alpha=self.scaling)
         mixed = torch.bmm(shares.softmax(dim=-1), values.view(n * self.kv_heads, -1, size))
         states = states + self.out(mixed.view(n, -1))
