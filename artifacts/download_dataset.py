@@ -1,9 +1,10 @@
-"""Write a public preference dataset as the three files that training reads.
+"""Write a public dataset as the files that training reads.
 
     python artifacts/download_dataset.py ARLHF --path ./datasets --number_of_samples 200
+    python artifacts/download_dataset.py --list
 
-ARLHF is Anthropic/hh-rlhf (its texts can be offensive), SHP is stanfordnlp/SHP. Actor rows, reward pairs and
-prompts come from the same sampled pairs.
+ARLHF is Anthropic/hh-rlhf (its texts can be offensive), SHP is stanfordnlp/SHP. Actor rows, judged rows and
+prompts come from the same sampled rows.
 """
 
 import argparse
@@ -15,6 +16,7 @@ if importlib.util.find_spec("chatrlhf") is None:  # a checkout that is not insta
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chatrlhf.data.download import SOURCES, download  # noqa: E402
+from chatrlhf.data.sources.catalogue import listing  # noqa: E402
 from chatrlhf.data.sources.shp import PAIRS_PER_POST, POST_CHARS  # noqa: E402
 from chatrlhf.errors import UserError  # noqa: E402
 
@@ -24,26 +26,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=shp, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=sorted(SOURCES), type=str.upper)
+    parser.add_argument("name", choices=SOURCES, type=str.upper, nargs="?")
+    parser.add_argument("--list", action="store_true", help="show the datasets with their size and licence")
     parser.add_argument("-p", "--path", type=Path, default="./datasets", help="folder to write (%(default)s)")
-    parser.add_argument("-n", "--number_of_samples", type=int, default=200, help="pairs (%(default)s)")
-    parser.add_argument(
-        "--source", dest="source_dir", type=Path, metavar="DIR", help="read this copy in the hub's layout"
-    )
+    parser.add_argument("-n", "--number_of_samples", type=int, default=200, help="rows (%(default)s)")
+    parser.add_argument("--source", dest="source_dir", type=Path, metavar="PATH", help="read this copy, or file of it")
     parser.add_argument("--subset", metavar="NAME", help="such as harmless-base or askculinary (all)")
     parser.add_argument("--split", default="train", help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws other pairs (%(default)s)")
+    parser.add_argument("--lang", metavar="CODE", help="of OASST1 one language only, such as en")
+    parser.add_argument("--seed", type=int, default=0, help="draws other rows (%(default)s)")
     parser.add_argument("--force", action="store_true", help="overwrite files that are there")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not options.list and options.name is None:
+        parser.error("give the name of a dataset, or --list")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
+    options = vars(parse(argv))
     try:
-        result = download(**vars(parse(argv)))
+        lines = listing() if options.pop("list") else download(**options).lines()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(result.lines()))
+    print("\n".join(lines))
     return 0
 
 

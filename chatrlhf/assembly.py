@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from chatrlhf.config.schema import Config
+from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, prompt_batch
 from chatrlhf.data.inputs import Rows
 from chatrlhf.device import resolve_rl_precision
@@ -58,7 +59,7 @@ def assemble_ppo(
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
     limits = _limits(config, encoder)
     pad_id = encoder.tokenizer.pad_token_id
-    prompts, texts = _encoded_prompts(rows.train, encoder, limits, log, "trainer_config.examples_path")
+    prompt_ids, prompts = _encoded_prompts(rows.train, encoder, limits, log, "trainer_config.examples_path")
     engine = _sampler(config, topology, encoder, limits, log)
     scaling = RewardScaling(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
@@ -95,13 +96,13 @@ def assemble_ppo(
     updater = Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, masters)
     held_out = None
     if rows.held_out:
-        held_prompts, held_texts = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
-        batch = prompt_batch(held_prompts, held_texts, pad_id)
+        held_ids, held_prompts = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
+        batch = prompt_batch(held_ids, held_prompts, pad_id)
         eval_fn = load_function(trainer.eval_fn, "trainer_config.eval_fn") if trainer.eval_fn else None
         held_out = HeldOut(batch, engine, scorer, eval_fn, step_seed(config.seed, 0, "held-out"))
     prompts_a_step = trainer.num_rollouts // trainer.samples_per_prompt
     return PPOTrainer(
-        prompts=PromptSchedule(prompts, texts, pad_id, prompts_a_step, trainer.samples_per_prompt, config.seed),
+        prompts=PromptSchedule(prompt_ids, prompts, pad_id, prompts_a_step, trainer.samples_per_prompt, config.seed),
         engine=engine,
         scorer=scorer,
         updater=updater,
@@ -135,18 +136,17 @@ def _sampler(config: Config, topology: PolicyOnly, encoder: Encoder, limits: Lim
     trainer, tokenizer = config.trainer_config, encoder.tokenizer
     policy, distribution, stop = topology.policy, topology.distribution, trainer.gen_kwargs.stop
 
-    def decode(ids: list[int]) -> str:
-        return encoder.template.strip(tokenizer.decode(ids, skip_special_tokens=True))
-
     if trainer.rollout_backend == "chatrlhf":
-        return RolloutEngine(policy, distribution, limits, tokenizer.pad_token_id, decode, stop, trainer.chunk_size)
+        return RolloutEngine(
+            policy, distribution, limits, tokenizer.pad_token_id, encoder.reply, stop, trainer.chunk_size
+        )
     log.note("RL: vLLM samples, with random numbers of its own: a run that is resumed or repeated goes another way")
     return VllmSampler(
         policy,
         tokenizer,
         distribution,
         limits,
-        decode,
+        encoder.reply,
         trainer.vllm,
         tokenizer.pad_token_id,
         stop,
@@ -169,23 +169,23 @@ def _limits(config: Config, encoder: Encoder) -> Limits:
 
 
 def _encoded_prompts(
-    texts: list[str], encoder: Encoder, limits: Limits, log: RunLog, source: str
-) -> tuple[list[list[int]], list[str]]:
+    prompts: list[Prompt], encoder: Encoder, limits: Limits, log: RunLog, source: str
+) -> tuple[list[list[int]], list[Prompt]]:
     """Prompts as ids; those that leave no room for a response are dropped and counted."""
-    encoded = [(encoder.prompt(text), text) for text in texts]
+    encoded = [(encoder.prompt(prompt), prompt) for prompt in prompts]
     if any(not ids for ids, _ in encoded):
         row = next(i for i, (ids, _) in enumerate(encoded, start=1) if not ids)
         raise DataError(f"{source}, row {row}: the prompt is empty, and this tokenizer has no BOS token to start from")
-    kept = [(ids, text) for ids, text in encoded if len(ids) < limits.max_length]
+    kept = [(ids, prompt) for ids, prompt in encoded if len(ids) < limits.max_length]
     if not kept:
         shortest = min(len(ids) for ids, _ in encoded)
         raise DataError(
-            f"{source}: all {len(texts)} prompts fill the context (shortest {shortest} tokens, limit "
+            f"{source}: all {len(prompts)} prompts fill the context (shortest {shortest} tokens, limit "
             f"{limits.max_length}); raise actor_config.max_sequence_length or gen_kwargs.max_length"
         )
     if len(kept) < len(encoded):
         log.warn(f"RL: {len(encoded) - len(kept)} of {len(encoded)} rows of {source} leave no room for a response")
-    return [ids for ids, _ in kept], [text for _, text in kept]
+    return [ids for ids, _ in kept], [prompt for _, prompt in kept]
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: Config) -> Any:

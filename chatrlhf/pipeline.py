@@ -200,7 +200,7 @@ def run_reward(this: Run) -> dict[str, Any]:
     actor = this.trained("ACTOR", "actor", this.config.actor_config.model)
     if config.model == "actor" and actor is None:
         this.log.warn("REWARD: no fine-tuned actor here, so the reward model starts from actor_config.model as it is")
-    scorer = new_reward_model(config, this.config.actor_config, actor, corpus(this.config), this.device)
+    scorer = new_reward_model(this.config, actor, corpus(this.config), this.device)
     this.log.note(
         f"REWARD: {config.model}, {parameter_count(scorer.model):,} parameters, {loss_for(rows.train, config)} on "
         f"{len(rows.train)} rows, {len(rows.held_out)} held out"
@@ -274,14 +274,14 @@ def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder, str]:
 
 def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
     limit = min(config.actor_config.max_sequence_length, context_length(model))
-    return Encoder(tokenizer, template or get_template(config.actor_config.template), limit)
+    template = template or get_template(config.actor_config.template, tokenizer=tokenizer, folder=config.base_dir)
+    return Encoder.of(tokenizer, template, limit)
 
 
 def _publish_policy(target: Path, model: torch.nn.Module, encoder: Encoder) -> None:
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
-        encoder.tokenizer.save_pretrained(folder)
-        encoder.template.save(folder)
+        encoder.save(folder)
 
     publish_folder(target, write)
 

@@ -8,8 +8,8 @@ from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder, fitting
 from chatrlhf.data.inputs import Inputs, corpus
-from chatrlhf.data.records import Preference, ScoredCompletion
-from chatrlhf.data.templates import get_template
+from chatrlhf.data.templates import OWN, get_template
+from chatrlhf.data.views import Preference, ScoredCompletion
 from chatrlhf.errors import ConfigError
 from chatrlhf.generation.vllm_sampler import require_vllm
 from chatrlhf.models.adapters import base_of
@@ -33,9 +33,8 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
         ConfigError, DataError: the first thing that would fail later.
     """
     actor, reward, trainer = config.actor_config, config.reward_config, config.trainer_config
-    template = get_template(actor.template)
-    if reward.template:
-        get_template(reward.template, "reward_config.template")
+    if reward.template and reward.template != OWN:
+        get_template(reward.template, "reward_config.template", folder=config.base_dir)
     if "RL" in stages and trainer.rollout_backend == "vllm":
         temperature = trainer.gen_kwargs.temperature or actor.temperature or 1.0
         require_vllm(temperature, len(trainer.gen_kwargs.forbidden_tokens) + 1)
@@ -53,7 +52,8 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
     if actor.peft_enable:
         _check_adapters(config, stages, run_dir)
     tokenizer, context = tokenizer_and_context(actor, corpus(config))
-    encoder = Encoder(tokenizer, template, min(actor.max_sequence_length, context))
+    template = get_template(actor.template, tokenizer=tokenizer, folder=config.base_dir)
+    encoder = Encoder.of(tokenizer, template, min(actor.max_sequence_length, context))
     _check_lengths(inputs, encoder, min(reward.max_sequence_length, encoder.max_length))
 
 
@@ -97,7 +97,7 @@ def _check_lengths(inputs: Inputs, encoder: Encoder, reward_limit: int) -> None:
     """At least one row of each file fits the context, counted with the actor's tokenizer."""
     if inputs.actor is not None:
         rows = inputs.actor.train
-        lengths = [len(encoder.labelled(row.prompt, row.completion, "completion")[0]) for row in rows]
+        lengths = [len(encoder.actor_row(row, "completion")[0]) for row in rows]
         fitting(rows, lengths, encoder.max_length, _file(inputs.actor.files))
     if inputs.reward is not None:
         rows = inputs.reward.train
@@ -105,7 +105,9 @@ def _check_lengths(inputs: Inputs, encoder: Encoder, reward_limit: int) -> None:
         fitting(rows, lengths, reward_limit, _file(inputs.reward.files))
     if inputs.prompts is not None:
         rows = inputs.prompts.train
-        fitting(rows, [len(encoder.prompt(text)) + 1 for text in rows], encoder.max_length, _file(inputs.prompts.files))
+        fitting(
+            rows, [len(encoder.prompt(prompt)) + 1 for prompt in rows], encoder.max_length, _file(inputs.prompts.files)
+        )
 
 
 def _longer_reply(row: Preference | ScoredCompletion) -> str:

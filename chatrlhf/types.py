@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chatrlhf.conversation import Prompt
+
 
 @dataclass
 class PromptBatch:
@@ -32,15 +34,20 @@ class PromptBatch:
     input_ids: Tensor  # [B, P] int64, left-padded
     attention_mask: Tensor  # [B, P] bool, True = a real prompt token
     group_ids: Tensor  # [B] int64, rows that sample the same prompt share an id
-    texts: list[str]  # B user inputs, as they stand in the user's file (untemplated)
+    prompts: list[Prompt]  # B, as they stand in the data (untemplated)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    @property
+    def texts(self) -> list[str]:
+        """The prompts as one text each, for reward functions and people."""
+        return [prompt.text for prompt in self.prompts]
+
     def select(self, index: Tensor) -> PromptBatch:
         """Rows ``index`` ([N] int64) as a batch of the same type."""
-        texts = [self.texts[i] for i in index.tolist()]
-        return PromptBatch(self.input_ids[index], self.attention_mask[index], self.group_ids[index], texts)
+        prompts = [self.prompts[i] for i in index.tolist()]
+        return PromptBatch(self.input_ids[index], self.attention_mask[index], self.group_ids[index], prompts)
 
 
 @dataclass

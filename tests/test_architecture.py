@@ -15,7 +15,7 @@ PACKAGE = ROOT / "chatrlhf"
 
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
-    ("errors", "types", "functional", "config"),
+    ("errors", "conversation", "types", "functional", "config"),
     ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples"),
     ("generation",),
     ("rl",),

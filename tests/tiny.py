@@ -203,7 +203,7 @@ def widened(batch: PromptBatch, columns: int, pad: int = PAD) -> PromptBatch:
     """The same prompts with more padding on the left."""
     ids = torch.nn.functional.pad(batch.input_ids, (columns, 0), value=pad)
     mask = torch.nn.functional.pad(batch.attention_mask, (columns, 0), value=False)
-    return PromptBatch(ids, mask, batch.group_ids, batch.texts)
+    return PromptBatch(ids, mask, batch.group_ids, batch.prompts)
 
 
 def ragged_mask(lengths: list[int]) -> Tensor:

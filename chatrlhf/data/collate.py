@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chatrlhf.data.templates import Template
+from chatrlhf.conversation import Prompt
+from chatrlhf.data.templates import Piece, SpecialTokens, Template
+from chatrlhf.data.views import ActorRow, PlainText
 from chatrlhf.errors import DataError
 from chatrlhf.types import PromptBatch
 
@@ -19,49 +24,158 @@ IGNORED = -100  # a label that takes no part in the loss
 
 @dataclass(frozen=True)
 class Encoder:
-    """Text to ids for one tokenizer and template; the one place where prompts and completions are tokenised."""
+    """Text to ids and back for one tokenizer and template; the one place where prompts and completions are tokenised.
+
+    Prompt, earlier replies and completion are tokenised separately and joined as ids, for every use alike. Special
+    tokens come from the template alone: what looks like one in the data is tokenised as the text that it is.
+    """
 
     tokenizer: Any
     template: Template
     max_length: int  # tokens of prompt and completion together
 
-    def prompt(self, user_input: str) -> list[int]:
+    @staticmethod
+    def of(tokenizer: Any, template: Template, max_length: int) -> Encoder:
+        """An encoder whose replies end as the template closes them.
+
+        Where the template closes a reply by a special token that is not the tokenizer's EOS (``<|im_end|>`` with a base
+        model's tokenizer), it becomes that: it is what a policy has to give, and what ends a rollout.
+        """
+        closing = template.around_reply(special_tokens(tokenizer))[1]
+        encoder = Encoder(tokenizer, template, max_length)
+        closers = encoder._special_pattern.findall(closing) if encoder._special_pattern else []
+        if closers and tokenizer.eos_token not in closers:
+            tokenizer.eos_token = closers[0].strip()
+        return Encoder(tokenizer, template, max_length)
+
+    def prompt(self, prompt: Prompt | str) -> list[int]:
         """Ids of a rendered prompt, with BOS where the tokenizer is used to one."""
-        return self._labelled_prompt(user_input, loss_on="completion")[0]
+        return self._labelled_prompt(prompt, loss_on="completion")[0]
 
     def completion(self, text: str) -> list[int]:
         """Ids of a completion, closed by exactly one EOS."""
-        return [*self._ids(self.template.completion(text)), self.tokenizer.eos_token_id]
+        before, behind = self._around_reply
+        pieces = Piece(before, False, True), Piece(text, True, True), Piece(behind, False, True)
+        return [*self._rendered_ids(pieces), self.tokenizer.eos_token_id]
 
-    def labelled(self, user_input: str, completion: str, loss_on: str) -> tuple[list[int], list[int]]:
+    def reply(self, ids: Sequence[int]) -> str:
+        """The text of a completion that a model gave, without what the template puts around it."""
+        before, behind = self._shown_around_reply
+        return self.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(before).removesuffix(behind)
+
+    def labelled(self, prompt: Prompt | str, completion: str, loss_on: str) -> tuple[list[int], list[int]]:
         """Ids of prompt and completion with the labels of the SFT loss; what is not trained is `IGNORED`.
 
         Args:
             loss_on: ``completion``, ``all_turns`` (earlier assistant replies too) or ``all``.
         """
-        prompt, labels = self._labelled_prompt(user_input, loss_on)
+        ids, labels = self._labelled_prompt(prompt, loss_on)
         answer = self.completion(completion)
-        return prompt + answer, labels + answer
+        return ids + answer, labels + answer
 
-    def _labelled_prompt(self, user_input: str, loss_on: str) -> tuple[list[int], list[int]]:
+    def actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
+        """Ids and labels of a row of the ACTOR stage; of plain text everything is trained."""
+        if isinstance(row, PlainText):
+            return self.plain(row.text, row.ends)
+        return self.labelled(row.prompt, row.completion, loss_on)
+
+    def plain(self, text: str, ends: bool = True) -> tuple[list[int], list[int]]:
+        """Ids and labels of plain text, all of it trained; EOS where the document ends."""
+        ids = [*self._ids(text), *([self.tokenizer.eos_token_id] if ends else [])]
+        return [*self._bos, *ids], [*([IGNORED] * len(self._bos)), *ids]
+
+    @cached_property
+    def chat_template(self) -> Template:
+        """The template as it is saved: for transformers' users too it gives the ids that this encoder gives."""
+        opens_itself = self.prompt("a")[:1] == self._bos and self._rendered("a")[:1] == self._bos
+        if not self._bos or opens_itself:
+            return self.template
+        return Template("{{- bos_token -}}" + self.template.source)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer and template beside a model's weights."""
+        self.tokenizer.save_pretrained(folder)
+        self.chat_template.save(folder)
+
+    def _labelled_prompt(self, prompt: Prompt | str, loss_on: str) -> tuple[list[int], list[int]]:
         # One path for all uses, so that the ids of a prompt never depend on what is trained.
-        ids = list(self._bos)
-        labels = [IGNORED] * len(ids)
-        for text, is_reply in self.template.segments(user_input):
-            piece = self._ids(text)
+        ids: list[int] = []
+        labels: list[int] = []
+        pieces = self.template.pieces(Prompt.of(prompt), self._special_tokens)
+        for is_reply, stretch in groupby(pieces, key=lambda piece: piece.is_reply):
+            piece = self._rendered_ids(stretch)
             ids += piece
             trained = loss_on == "all" or (loss_on == "all_turns" and is_reply)
             labels += piece if trained else [IGNORED] * len(piece)
+        if self._bos and ids[:1] != self._bos:  # a template may bring its own
+            return [*self._bos, *ids], [IGNORED, *labels]
         return ids, labels
 
+    def _rendered(self, prompt: str) -> list[int]:
+        return self._rendered_ids(self.template.pieces(Prompt.of(prompt), self._special_tokens))
+
+    def _rendered_ids(self, pieces: Iterable[Piece]) -> list[int]:
+        """Ids of template and data; special tokens cut the text as they do in any tokenizer."""
+        ids: list[int] = []
+        run = ""
+        for piece in pieces:
+            if piece.is_data:
+                run += piece.text
+                continue
+            parts = self._special_pattern.split(piece.text) if self._special_pattern else [piece.text]
+            for i, part in enumerate(parts):
+                if i % 2:
+                    ids += [*self._ids(run), self._special_ids[part.strip()]]
+                    run = ""
+                else:
+                    run += part
+        return ids + self._ids(run)
+
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    @cached_property
+    def _around_reply(self) -> tuple[str, str]:
+        """What the template puts before a reply's text, and between it and its EOS."""
+        before, closing = self.template.around_reply(self._special_tokens)
+        behind, eos, _ = closing.partition(self.tokenizer.eos_token)
+        return before, behind if eos else ""
+
+    @cached_property
+    def _shown_around_reply(self) -> tuple[str, str]:
+        before, behind = (self._rendered_ids([Piece(text, False, True)]) for text in self._around_reply)
+        return tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, behind))
+
+    @cached_property
+    def _special_tokens(self) -> SpecialTokens:
+        return special_tokens(self.tokenizer)
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {token.content.strip(): id for id, token in self.tokenizer.added_tokens_decoder.items()}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        tokens = sorted(self.tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
+        # Some swallow the blanks beside them.
+        texts = [
+            (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+            for token in tokens
+        ]
+        return re.compile(f"({'|'.join(texts)})") if texts else None
 
     @cached_property
     def _bos(self) -> list[int]:
         bos = self.tokenizer.bos_token_id
         opening = self.tokenizer("a")["input_ids"][:1]
         return [bos] if bos is not None and opening == [bos] else []
+
+
+def special_tokens(tokenizer: Any) -> SpecialTokens:
+    """A tokenizer's special tokens with their names, as chat templates are given them."""
+    return tuple((name, token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str))
 
 
 def fitting(rows: Sequence[Any], lengths: Sequence[int], max_length: int, source: str) -> tuple[list[Any], int]:
@@ -91,20 +205,20 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tenso
 
 
 def prompt_batch(
-    prompts: Sequence[Sequence[int]], texts: Sequence[str], pad_id: int, samples_per_prompt: int = 1
+    ids_of: Sequence[Sequence[int]], prompts: Sequence[Prompt | str], pad_id: int, samples_per_prompt: int = 1
 ) -> PromptBatch:
     """Prompts, each repeated ``samples_per_prompt`` times in a row, left-padded.
 
     Args:
-        prompts: ids of each prompt.
-        texts: the user input of each prompt.
+        ids_of: ids of each prompt.
+        prompts: the same, as they stand in the data.
     """
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[i, width - len(prompt) :] = True
-    group = torch.arange(len(prompts))
+    width = max(len(ids) for ids in ids_of)
+    ids = torch.full((len(ids_of), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids_of), width), dtype=torch.bool)
+    for i, row in enumerate(ids_of):
+        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+        mask[i, width - len(row) :] = True
+    group = torch.arange(len(ids_of))
     repeat = torch.repeat_interleave(group, samples_per_prompt)
-    return PromptBatch(ids[repeat], mask[repeat], group[repeat], [texts[i] for i in repeat.tolist()])
+    return PromptBatch(ids[repeat], mask[repeat], group[repeat], [Prompt.of(prompts[i]) for i in repeat.tolist()])

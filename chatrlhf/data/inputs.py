@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
+from chatrlhf.conversation import Prompt
 from chatrlhf.data.records import (
     ADVISED_ROWS,
     read_demonstrations,
     read_judgements,
     read_prompts,
 )
+from chatrlhf.data.views import PlainText, words
 from chatrlhf.errors import ConfigError, DataError
 
 Row = TypeVar("Row")
@@ -92,7 +94,7 @@ def corpus(config: Config) -> list[str]:
         except (ConfigError, DataError):
             continue  # a file of a stage that does not run may be missing or unfinished
         for row in rows:
-            texts += [row] if isinstance(row, str) else [text for text in vars(row).values() if isinstance(text, str)]
+            texts += words(row)
     return texts
 
 
@@ -107,10 +109,10 @@ def split_by_prompt(rows: list[Row], fraction: float, most: int) -> tuple[list[R
     prompts = list(dict.fromkeys(_prompt(row) for row in rows))
     random.Random(0).shuffle(prompts)
     wanted = min(max(round(len(rows) * fraction), 1), most)
-    by_prompt: dict[str, int] = {}
+    by_prompt: dict[Prompt | str, int] = {}
     for row in rows:
         by_prompt[_prompt(row)] = by_prompt.get(_prompt(row), 0) + 1
-    chosen: set[str] = set()
+    chosen: set[Prompt | str] = set()
     count = 0
     for prompt in prompts:
         if count >= wanted or len(chosen) == len(prompts) - 1:
@@ -146,8 +148,11 @@ def _rows(
     return Rows(rows, read(held_out_path), hashes | {str(held_out_path): _hash(held_out_path)})
 
 
-def _prompt(row: Any) -> str:
-    return row if isinstance(row, str) else row.prompt
+def _prompt(row: Any) -> Prompt | str:
+    """What rows have to share to stand on one side: of plain text only the text itself."""
+    if isinstance(row, Prompt):
+        return row
+    return row.text if isinstance(row, PlainText) else row.prompt
 
 
 def _hash(path: Path) -> str:

@@ -1,65 +1,152 @@
-"""What lies on disk: ChatLLaMA's three record shapes and preference pairs, in JSON or JSONL.
+"""What lies on disk: ChatLLaMA's record shapes, and the same with more said, in JSON or JSONL.
 
     actor    {"user_input": str, "completion": str}
     reward   {"user_input": str, "completion": str, "score": float}     or
              {"user_input": str, "chosen": str, "rejected": str}
     prompts  {"user_input": str}
 
-These names become field terms here and nowhere else. Files are only ever read.
+Any of them can say more about the prompt and hold more answers:
+
+    "system": str, "narrative": str, "reply_name": str,
+    "turns": [{"role": "user" | "assistant", "text": str, "name": str}, ...],
+    "scored": [{"completion": str, "score": float | null}, ...], "ranked": [{"completion": str, "rank": int}, ...],
+    "provenance": {"dataset": str, "row": str, "licence": str, "generated_by": str}
+
+or be {"text": str}, plain text for language modelling. Where a row has turns, ``user_input`` is the same prompt as
+one text, for programs that know ChatLLaMA's fields alone. These names become field terms here and nowhere else.
+Files are only ever read.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from chatrlhf.conversation import Conversation, Pair, Prompt, Provenance, Ranked, Scored, Turn
+from chatrlhf.data import views
+from chatrlhf.data.files import read_rows
+from chatrlhf.data.row import Row, describe
+from chatrlhf.data.views import ActorRow, Preference, ScoredCompletion
 from chatrlhf.errors import DataError
 
 # What ChatLLaMA advises; fewer is a warning.
-FLOAT32_MAX = 3.4028234663852886e38
 ADVISED_ROWS = {"actor": 1000, "reward": 100, "prompts": 1000}
+PROMPT_PARTS = ("turns", "system", "narrative", "reply_name")
 
 
-@dataclass(frozen=True)
-class Demonstration:
-    """A prompt and the completion to imitate."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class ScoredCompletion:
-    """A completion with a score; 0 is a score."""
-
-    prompt: str
-    completion: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Preference:
-    """Two completions of one prompt, the first preferred."""
-
-    prompt: str
-    chosen: str
-    rejected: str
+def from_json(row: Row) -> Conversation:
+    """A record from its JSON object. Raises DataError with place and field."""
+    provenance = row.row("provenance")
+    known = {name: provenance.optional_text(name) for name in Provenance.__dataclass_fields__}
+    if "text" in row and "user_input" not in row and "turns" not in row:
+        return Conversation(text=row.text("text"), provenance=Provenance(**known))
+    completion, scored = row.optional_text("completion"), [_scored(answer) for answer in row.rows("scored")]
+    if completion is not None and "score" in row.values:
+        scored.append(Scored(completion, row.score("score")))
+        completion = None
+    is_pair = "chosen" in row.values or "rejected" in row.values
+    return Conversation(
+        prompt=_prompt(row),
+        completion=completion,
+        scored=tuple(scored),
+        ranked=tuple(Ranked(answer.text("completion"), answer.whole_number("rank")) for answer in row.rows("ranked")),
+        pair=Pair(row.text("chosen"), row.text("rejected")) if is_pair else None,
+        provenance=Provenance(**known),
+    )
 
 
-Row = TypeVar("Row")
+def to_json(record: Conversation) -> dict[str, Any]:
+    """The JSON object of a record: ChatLLaMA's fields where they can hold it, `from_json` of which is the record."""
+    values: dict[str, Any]
+    prompt = record.prompt
+    if record.text is not None:
+        values = {"text": record.text}
+    elif prompt.is_text:
+        values = {"user_input": prompt.text}
+    else:
+        turns = [_given(asdict(turn)) for turn in prompt.turns]
+        parts = {"system": prompt.system, "narrative": prompt.narrative, "reply_name": prompt.reply_name}
+        values = {"user_input": prompt.text, **_given(parts), "turns": turns}
+    scored = [{"completion": answer.completion, "score": answer.score} for answer in record.scored]
+    if record.completion is None and len(scored) == 1:
+        values |= scored[0]
+    elif scored:
+        values["scored"] = scored
+    if record.completion is not None:
+        values["completion"] = record.completion
+    if record.ranked:
+        values["ranked"] = [asdict(answer) for answer in record.ranked]
+    if record.pair is not None:
+        values |= asdict(record.pair)
+    if provenance := _given(asdict(record.provenance)):
+        values["provenance"] = provenance
+    return values
 
 
-def read_demonstrations(path: Path) -> list[Demonstration]:
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _scored(row: Row) -> Scored:
+    completion = row.text("completion")
+    if "score" not in row.values:
+        raise DataError(f"{row.place}: field 'score' is missing; give a number, or null where it is not scored yet")
+    return Scored(completion, row.score("score"))
+
+
+def _prompt(row: Row) -> Prompt:
+    if not any(part in row for part in PROMPT_PARTS):
+        return Prompt.of(row.text("user_input"))
+    if "turns" in row:
+        turns = tuple(_turn(turn) for turn in row.rows("turns"))
+    else:
+        turns = (Turn("user", row.text("user_input")),)
+    prompt = Prompt(turns, *(row.optional_text(part) for part in PROMPT_PARTS[1:]))
+    if "turns" in row and row.optional_text("user_input") not in (None, prompt.text):
+        raise row.wrong("user_input", "it is not what 'turns' says; correct one of them, or remove user_input")
+    return prompt
+
+
+def _turn(row: Row) -> Turn:
+    role = row.text("role")
+    if role not in ("user", "assistant"):
+        raise row.wrong("role", f"expected 'user' or 'assistant', got {describe(role)}")
+    return Turn(role, row.text("text"), row.optional_text("name"))
+
+
+def read_records(path: Path) -> Iterator[tuple[Row, Conversation]]:
+    """Every row of a file and its record. Raises DataError, also where there is none."""
+    empty = True
+    for row in read_rows(path):
+        empty = False
+        yield row, from_json(row)
+    if empty:
+        raise DataError(f"{path}: it holds no rows; a dataset needs at least one")
+
+
+def read_demonstrations(path: Path) -> list[ActorRow]:
     """Rows of the ACTOR stage. Raises DataError with file, row and field."""
-    return _read(path, lambda row: Demonstration(row.text("user_input"), row.text("completion")))
+    rows = []
+    for row, record in read_records(path):
+        drawn = views.demonstrations(record)
+        if not drawn:
+            row.text("completion")  # says what is missing
+            raise DataError(f"{row.place}: it holds no completion; add one")
+        rows += drawn
+    return rows
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of the RL stage; other fields of a row are not looked at. Raises DataError."""
-    return _read(path, lambda row: row.text("user_input"))
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of the RL stage; answers are not looked at. Raises DataError."""
+    rows = []
+    for row, record in read_records(path):
+        drawn = views.prompts(record)
+        if not drawn:
+            raise DataError(f"{row.place}: it holds plain text and no prompt (user_input); remove it")
+        rows += drawn
+    return rows
 
 
 def read_judgements(path: Path) -> list[ScoredCompletion] | list[Preference]:
@@ -69,109 +156,23 @@ def read_judgements(path: Path) -> list[ScoredCompletion] | list[Preference]:
         DataError: with file, row and field; also for a null score (which `generate_rewards.py` fills) and for
             a file that mixes both shapes.
     """
-    rows = _read(path, _judgement)
-    shapes = {type(row) for row in rows}
-    if len(shapes) > 1:
-        first = type(rows[0])
-        odd = next(number for number, row in enumerate(rows, start=1) if type(row) is not first)
-        raise DataError(
-            f"{path}, row {odd}: scored rows (completion, score) and preference rows (chosen, rejected) are mixed; "
-            "keep one shape a file"
-        )
-    return rows
-
-
-@dataclass(frozen=True)
-class _RawRow:
-    """One JSON object with the place it came from."""
-
-    values: dict[str, Any]
-    place: str  # "file.json, row 3"
-
-    def text(self, field: str) -> str:
-        if field not in self.values:
-            have = ", ".join(map(repr, self.values)) or "no fields"
-            raise DataError(f"{self.place}: field {field!r} is missing (found {have}); add it")
-        value = self.values[field]
-        if not isinstance(value, str):
-            raise DataError(f"{self.place}, field {field!r}: expected text, got {_describe(value)}")
+    rows: list[Any] = []
+    for row, record in read_records(path):
         try:
-            value.encode()
-        except UnicodeEncodeError as error:  # half of an emoji, where a program cut the text in the middle
+            drawn: list[Any] = views.scored_completions(record) if record.scored else views.preferences(record)
+        except DataError as error:
+            raise DataError(f"{row.place}, {error}") from None
+        if not drawn and not record.ranked:
             raise DataError(
-                f"{self.place}, field {field!r}: character {error.start + 1} is half of a surrogate pair, which is no "
-                "text; correct or remove it"
-            ) from None
-        return value
-
-
-def _judgement(row: _RawRow) -> ScoredCompletion | Preference:
-    if "chosen" in row.values or "rejected" in row.values:
-        return Preference(row.text("user_input"), row.text("chosen"), row.text("rejected"))
-    prompt, completion = row.text("user_input"), row.text("completion")
-    if "score" not in row.values:
-        raise DataError(
-            f"{row.place}: field 'score' is missing; give a number, or use preference rows with 'chosen' and 'rejected'"
-        )
-    score = row.values["score"]
-    if score is None:
-        raise DataError(
-            f"{row.place}, field 'score': it is null; score the file first: python artifacts/generate_rewards.py FILE"
-        )
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
-        raise DataError(f"{row.place}, field 'score': expected a number, got {_describe(score)}")
-    # Compared as Python numbers: an integer of any length is allowed in JSON, and losses are computed in float32.
-    if not -FLOAT32_MAX <= score <= FLOAT32_MAX:
-        shown = str(score) if len(str(score)) <= 40 else f"{str(score)[:37]}..."
-        raise DataError(f"{row.place}, field 'score': {shown} is not a finite number; correct or remove the row")
-    return ScoredCompletion(prompt, completion, float(score))
-
-
-def _read(path: Path, convert: Callable[[_RawRow], Row]) -> list[Row]:
-    rows = [convert(row) for row in _raw_rows(path)]
+                f"{row.place}: field 'score' is missing; give a number, or use preference rows with 'chosen' and "
+                "'rejected'"
+            )
+        if drawn and rows and type(drawn[0]) is not type(rows[0]):
+            raise DataError(
+                f"{row.place}: scored rows (completion, score) and preference rows (chosen, rejected) are mixed; "
+                "keep one shape a file"
+            )
+        rows += drawn
     if not rows:
-        raise DataError(f"{path}: it holds no rows; a dataset needs at least one")
+        raise DataError(f"{path}: no two of its ranked completions differ in rank, so there is nothing to prefer")
     return rows
-
-
-def _raw_rows(path: Path) -> Iterator[_RawRow]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors set
-    except FileNotFoundError:
-        raise DataError(f"{path}: the file does not exist; correct the path in the configuration") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: it is a folder; name the JSON or JSONL file in it") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    # A JSONL file by name, or by its first character: a JSON array starts with "[".
-    if path.suffix == ".jsonl" or text.lstrip()[:1] == "{":
-        numbered = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-        objects = ((number, _parse(line, path, number)) for number, line in numbered)
-    else:
-        parsed = _parse(text, path, None)
-        if not isinstance(parsed, list):
-            raise DataError(f"{path}: expected a list of rows, got {_describe(parsed)}")
-        objects = enumerate(parsed, start=1)
-    for number, value in objects:
-        place = f"{path}, row {number}"
-        if not isinstance(value, dict):
-            raise DataError(f"{place}: expected an object with fields, got {_describe(value)}")
-        yield _RawRow(value, place)
-
-
-def _parse(text: str, path: Path, row: int | None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"row {row}" if row is not None else f"line {error.lineno}"
-        raise DataError(f"{path}, {place}, column {error.colno}: broken JSON ({error.msg}); correct the file") from None
-    except (ValueError, RecursionError) as error:  # valid JSON that Python declines, such as a number of 5,000 digits
-        place = f"row {row}" if row is not None else "its JSON"
-        raise DataError(f"{path}, {place}: cannot be read ({error}); correct the file") from None
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "null"
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from chatrlhf.config.schema import ActorConfig, CriticConfig, RewardConfig, TinyConfig
+from chatrlhf.config.schema import ActorConfig, Config, CriticConfig, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
@@ -71,22 +71,22 @@ def load_policy(folder: Path, device: torch.device) -> tuple[nn.Module, Any, Tem
     return model.to(device), load_tokenizer(str(folder), "actor_config.model"), Template.load(folder)
 
 
-def new_reward_model(
-    config: RewardConfig, actor: ActorConfig, actor_folder: Path | None, texts: list[str], device: torch.device
-) -> RewardScorer:
+def new_reward_model(whole: Config, actor_folder: Path | None, texts: list[str], device: torch.device) -> RewardScorer:
     """A reward model ready to be trained: the backbone of `reward_config.model` under a fresh head.
 
     Args:
+        whole: what its reward_config leaves open is the actor's.
         actor_folder: the fine-tuned actor, for `model: actor`; None where there is none, and then the actor's
             own starting point is taken.
         texts: what the tokenizer of `model: tiny` is trained on.
     """
+    config, actor = whole.reward_config, whole.actor_config
     name, key = config.model, "reward_config.model"
-    template = get_template(config.template or actor.template, "reward_config.template")
+    template = None
     if name == "actor" and actor_folder is not None:
         backbone, tokenizer = _backbone(str(actor_folder), key, {}), load_tokenizer(str(actor_folder), key)
         if config.template is None:
-            template = Template.load(actor_folder) or template
+            template = Template.load(actor_folder)
     elif name in ("actor", TINY):
         start = actor if name == "actor" else actor.model_copy(update={"model": TINY})
         policy, tokenizer = load_actor(start, texts, device)
@@ -99,7 +99,10 @@ def new_reward_model(
     head = ScalarHead(state_size(backbone), config.model_head_hidden_size)
     max_length = min(config.max_sequence_length, context_length(backbone))
     model = RewardModel(backbone, head, pooling).to(device)
-    return RewardScorer(model, Encoder(tokenizer, template, max_length))
+    if template is None:
+        name = config.template or actor.template
+        template = get_template(name, "reward_config.template", tokenizer, whole.base_dir)
+    return RewardScorer(model, Encoder.of(tokenizer, template, max_length))
 
 
 def trained_reward_model(folder: Path, config: RewardConfig, device: torch.device) -> RewardScorer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, pad_right
-from chatrlhf.data.templates import Template
+from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.errors import CheckpointError
 from chatrlhf.models.adapters import save_plain
 from chatrlhf.models.packing import pack, packs
@@ -86,11 +88,7 @@ class RewardScorer:
     def tokenizer(self) -> Any:
         return self.encoder.tokenizer
 
-    @property
-    def template(self) -> Template:
-        return self.encoder.template
-
-    def encode(self, prompt: str, completion: str, finished: bool = True) -> list[int]:
+    def encode(self, prompt: Prompt | str, completion: str, finished: bool = True) -> list[int]:
         """Ids of a prompt and its completion; EOS at the end only of a completion that came to one.
 
         A row beyond the context loses tokens from the front of its prompt: the completion is what is judged.
@@ -112,7 +110,7 @@ class RewardScorer:
             scores[chosen] = self.model.score(ids.to(device), mask.to(device)).float().cpu()
         return scores
 
-    def score(self, prompts: list[str], completions: list[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt | str], completions: list[str]) -> list[float]:
         """Scores of texts, each completion taken as a whole reply (closed by EOS)."""
         rows = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         return self.score_ids(rows).tolist()
@@ -122,8 +120,7 @@ class RewardScorer:
     def save(self, folder: Path) -> None:
         """Backbone (for AutoModel), tokenizer, template, head and settings."""
         save_plain(self.model.backbone, folder)
-        self.tokenizer.save_pretrained(folder)
-        self.template.save(folder)
+        self.encoder.save(folder)
         save_file({name: t.contiguous() for name, t in self.model.head.state_dict().items()}, folder / HEAD)
         settings = {
             "mlp_size": self.model.head.mlp_size,
@@ -152,5 +149,5 @@ def load_reward_model(path: str | Path, device: str | torch.device = "cpu", **kw
     head.load_state_dict(load_file(folder / HEAD))
     model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
     tokenizer = load_tokenizer(str(folder), key="reward_config.model")
-    template = Template.load(folder) or Template()
+    template = Template.load(folder) or FORMATS["raw"]
     return RewardScorer(model, Encoder(tokenizer, template, settings["max_length"]))

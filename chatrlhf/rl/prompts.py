@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import prompt_batch
 from chatrlhf.types import PromptBatch
 
@@ -15,8 +16,8 @@ from chatrlhf.types import PromptBatch
 class PromptSchedule:
     """Endless epochs over the prompts, each in an order of its own."""
 
-    prompts: Sequence[Sequence[int]]  # token ids
-    texts: Sequence[str]  # the user input of each
+    ids_of: Sequence[Sequence[int]]  # token ids of each prompt
+    prompts: Sequence[Prompt]
     pad_token_id: int
     prompts_per_step: int
     samples_per_prompt: int
@@ -27,8 +28,8 @@ class PromptSchedule:
         first = step * self.prompts_per_step
         chosen = [self._at(position) for position in range(first, first + self.prompts_per_step)]
         return prompt_batch(
+            [self.ids_of[i] for i in chosen],
             [self.prompts[i] for i in chosen],
-            [self.texts[i] for i in chosen],
             self.pad_token_id,
             self.samples_per_prompt,
         )

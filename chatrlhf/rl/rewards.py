@@ -34,7 +34,7 @@ class RewardSource(Protocol):
 
 @dataclass
 class FunctionReward:
-    """A Python function ``(prompts, completions) -> scores``; prompts are the user inputs, untemplated."""
+    """A Python function ``(prompts, completions) -> scores``; prompts are texts, untemplated."""
 
     function: RewardFunction
     name: str
@@ -62,7 +62,7 @@ class ModelReward:
     def __post_init__(self) -> None:
         self.same_ids = (
             same_tokenizer(self.scorer.tokenizer, self.policy_encoder.tokenizer)
-            and self.scorer.template == self.policy_encoder.template
+            and self.scorer.encoder.chat_template == self.policy_encoder.chat_template
         )
 
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -75,7 +75,7 @@ class ModelReward:
                 prompt = rollout.prompts.input_ids[i][rollout.prompts.attention_mask[i]].tolist()
                 rows.append((prompt + response)[-self.scorer.encoder.max_length :])
             else:
-                rows.append(self.scorer.encode(rollout.prompts.texts[i], rollout.completions[i], finished))
+                rows.append(self.scorer.encode(rollout.prompts.prompts[i], rollout.completions[i], finished))
         return checked_scores(self.scorer.score_ids(rows), rollout.completions, "the reward model")
 
 

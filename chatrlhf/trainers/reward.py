@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from chatrlhf.config.schema import RewardConfig
 from chatrlhf.data.collate import fitting, pad_right
-from chatrlhf.data.records import Preference, ScoredCompletion
+from chatrlhf.data.views import Preference, ScoredCompletion
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.agreement import pearson, ranking_accuracy, wilson_interval
 from chatrlhf.models.reward_model import RewardScorer

@@ -10,7 +10,7 @@ from torch import nn
 
 from chatrlhf.config.schema import ActorConfig
 from chatrlhf.data.collate import Encoder, fitting
-from chatrlhf.data.records import Demonstration
+from chatrlhf.data.views import ActorRow
 from chatrlhf.progress import RunLog
 from chatrlhf.trainers.checkpoint import StageFiles
 from chatrlhf.trainers.global_batches import GlobalBatches
@@ -22,8 +22,8 @@ STAGE = "ACTOR"
 def train_actor(
     model: nn.Module,
     encoder: Encoder,
-    train_rows: list[Demonstration],
-    held_out_rows: list[Demonstration],
+    train_rows: list[ActorRow],
+    held_out_rows: list[ActorRow],
     config: ActorConfig,
     files: StageFiles,
     log: RunLog,
@@ -61,8 +61,8 @@ def train_actor(
     run_trainer(make_trainer, model, files, log, config.iteration_per_print)
 
 
-def _dataset(rows: list[Demonstration], encoder: Encoder, config: ActorConfig, source: str, log: RunLog) -> Dataset:
-    encoded = [encoder.labelled(row.prompt, row.completion, config.loss_on) for row in rows]
+def _dataset(rows: list[ActorRow], encoder: Encoder, config: ActorConfig, source: str, log: RunLog) -> Dataset:
+    encoded = [encoder.actor_row(row, config.loss_on) for row in rows]
     kept, dropped = fitting(encoded, [len(ids) for ids, _ in encoded], encoder.max_length, source)
     if dropped:
         log.warn(

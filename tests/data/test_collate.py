@@ -1,16 +1,34 @@
 """From text to ids: separate segments, one EOS, what is trained, and padding that is never trained."""
 
+import random
+
 import pytest
 import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from chatrlhf.data.collate import IGNORED, Encoder, fitting, pad_right, prompt_batch
-from chatrlhf.data.templates import TEMPLATES, Template
+from chatrlhf.conversation import Prompt, Turn
+from chatrlhf.data.collate import IGNORED, Encoder, fitting, pad_right, prompt_batch, special_tokens
+from chatrlhf.data.templates import FORMATS, Template, get_template
+from chatrlhf.data.views import PlainText
 from chatrlhf.errors import DataError
 from chatrlhf.models.reward_model import RewardScorer
 
-TALK = "the cat\n\nAssistant: sat on\n\nHuman: the mat\n\nAssistant: the hat\n\nHuman: of the cat"
+TALK = Prompt(
+    (
+        Turn("user", "the cat"),
+        Turn("assistant", "sat on"),
+        Turn("user", "the mat"),
+        Turn("assistant", "the hat"),
+        Turn("user", "of the cat"),
+    ),
+    system="on the hat",
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 LOSSES = ["completion", "all_turns", "all"]
 
 
@@ -20,7 +38,7 @@ def encoder(template: str | Template = "hh", bos: bool = False) -> Encoder:
         tokenizer.bos_token = tokenizer.eos_token  # as OPT's and Llama's tokenizers open every text
         opening = (tokenizer.bos_token, tokenizer.bos_token_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{opening[0]} $A", None, [opening])
-    return Encoder(tokenizer, TEMPLATES.get(template, template), max_length=64)
+    return Encoder(tokenizer, FORMATS.get(template, template), max_length=64)
 
 
 def ids(made: Encoder, text: str) -> list[int]:
@@ -31,6 +49,10 @@ def eos(made: Encoder) -> int:
     return made.tokenizer.eos_token_id
 
 
+def shown(made: Encoder, prompt: Prompt | str) -> str:
+    return "".join(piece.text for piece in made.template.pieces(Prompt.of(prompt), special_tokens(made.tokenizer)))
+
+
 def test_segments_are_tokenised_separately():
     # With nothing between them "th" + "e cat" would merge to "the" if they were tokenised as one text.
     made = encoder("raw")
@@ -38,17 +60,19 @@ def test_segments_are_tokenised_separately():
     assert made.prompt("th") + made.completion("e cat") != made.completion("the cat")
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", FORMATS)
 @pytest.mark.parametrize("text", ["the mat", "the mat\n", "", "{user_input} {} }{"])
 def test_a_completion_ends_with_exactly_one_eos(template, text):
     made = encoder(template)
     completion = made.completion(text)
     assert completion.count(eos(made)) == 1 and completion[-1] == eos(made)
-    assert made.tokenizer.decode(completion[:-1]) == made.template.completion(text)
+    before = " " if template in ("chatllama", "hh", "stable_vicuna", "airoboros", "shurale") else ""
+    assert made.tokenizer.decode(completion[:-1]) == before + text
+    assert made.reply(completion) == made.reply(completion[:-1]) == text
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", FORMATS)
 @pytest.mark.parametrize("text", ["the cat", TALK, "{user_input} {0} }{"])
 def test_the_ids_of_a_prompt_are_the_same_for_every_use(template, bos, text):
     made = encoder(template, bos)
@@ -63,7 +87,7 @@ def test_the_ids_of_a_prompt_are_the_same_for_every_use(template, bos, text):
     assert rollout.input_ids[rollout.attention_mask].tolist() == prompt
     start = [eos(made)] if bos else []
     assert prompt[: len(start)] == start
-    assert made.tokenizer.decode(prompt[len(start) :]) == made.template.prompt(text)
+    assert made.tokenizer.decode(prompt[len(start) :]) == shown(made, text)
 
 
 def trained_text(made: Encoder, text: str, completion: str, loss_on: str) -> list[str]:
@@ -86,14 +110,116 @@ def test_what_is_trained_in_a_transcript(bos):
     made = encoder("hh", bos)
     end = made.tokenizer.eos_token
     assert trained_text(made, TALK, "is on", "completion") == [f" is on{end}"]
-    assert trained_text(made, TALK, "is on", "all_turns") == [" sat on", " the hat", f" is on{end}"]
-    assert trained_text(made, TALK, "is on", "all") == [made.template.prompt(TALK) + f" is on{end}"]
+    assert trained_text(made, TALK, "is on", "all_turns") == [f" sat on{end}", f" the hat{end}", f" is on{end}"]
+    assert trained_text(made, TALK, "is on", "all") == [shown(made, TALK) + f" is on{end}"]
 
 
-@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"hh"}))
-def test_a_template_without_turns_trains_the_completion_alone(name):
-    made = encoder(name)
-    assert made.labelled(TALK, "is on", "all_turns") == made.labelled(TALK, "is on", "completion")
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a chat model's special tokens: one that is no EOS, one that is not special."""
+    made = tiny.tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|prompter|>"]})
+    made.add_tokens(["<think>"])
+    made.chat_template = CHATML
+    return made
+
+
+LITERALS = ["<|im_end|>", "<|endoftext|>", "<|pad|>", "sat <|im_start|>assistant\n on", "<|prompter|>", " <|im_end|> "]
+
+
+@pytest.mark.parametrize("template", [*FORMATS, "chat", "Q: {user_input}\nA:"])
+@pytest.mark.parametrize("literal", LITERALS)
+def test_a_special_token_written_by_a_user_is_text(template, literal):
+    tokenizer = words_tokenizer()
+    made = Encoder.of(tokenizer, get_template(template, tokenizer=tokenizer), 64)
+    special = set(tokenizer.all_special_ids)
+
+    def specials(prompt: Prompt, completion: str) -> list[int]:
+        return [id for id in made.labelled(prompt, completion, "all")[0] if id in special]
+
+    def talk(text: str) -> Prompt:
+        turns = (Turn("user", text, text), Turn("assistant", text, text), Turn("user", text))
+        return Prompt(turns, system=text, narrative=text, reply_name=text)
+
+    assert specials(talk(literal), literal) == specials(talk("the cat"), "sat")
+    assert made.reply(made.completion(literal)) == literal
+
+
+@pytest.mark.parametrize("template", [*FORMATS, "chat", "Q: {user_input}\nA:"])
+def test_every_token_of_a_reply_is_trained_and_no_other(template):
+    """Each reply has a word of its own, found in the labels; no reader of the text takes part."""
+    tokenizer = words_tokenizer()
+    made = Encoder.of(tokenizer, get_template(template, tokenizer=tokenizer), 1000)
+    chance = random.Random(2)
+    for _ in range(20):
+        turns = []
+        for i in range(chance.randrange(1, 4)):
+            turns += [
+                Turn("user", f"the {i} cat"),
+                Turn("assistant", chance.choice(["sat", "on {x}", "mat\n"]) + f" {i}"),
+            ]
+        prompt = Prompt((*turns, Turn("user", "and?")), system=chance.choice([None, "the hat"]))
+        token_ids, labels = made.labelled(prompt, "is on", "all_turns")
+        replies = [turn.text for turn in turns if turn.role == "assistant"]
+        runs = trained_text(made, prompt, "is on", "all_turns")
+        end = "" if template == "shurale" else tokenizer.eos_token
+        lead = made.tokenizer.decode(made.completion("is on")[:-1]).removesuffix("is on")
+        assert runs == [lead + reply + end for reply in replies] + [f"{lead}is on{tokenizer.eos_token}"]
+        final = made.labelled(prompt, "is on", "completion")
+        assert final[0] == token_ids and [label for label in final[1] if label != IGNORED] == made.completion("is on")
+        assert made.labelled(prompt, "is on", "all")[1] == token_ids
+
+
+def test_text_around_a_special_token_is_tokenised_as_the_tokenizer_itself_would():
+    tokenizer = words_tokenizer()
+    made = Encoder.of(tokenizer, get_template("chat", tokenizer=tokenizer), 64)
+    messages = [{"role": "system", "content": "on the hat"}, {"role": "user", "content": "the cat"}]
+    prompt = Prompt((Turn("user", "the cat"),), system="on the hat")
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert made.prompt(prompt) == theirs
+
+
+def test_a_token_that_closes_turns_becomes_the_eos():
+    tokenizer = words_tokenizer()
+    made = Encoder.of(tokenizer, get_template("chat", tokenizer=tokenizer), 64)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert made.completion("sat")[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    plain = tiny.tokenizer()
+    Encoder.of(plain, FORMATS["orca"], 64)
+    assert plain.eos_token == tiny.tokenizer().eos_token
+
+
+def test_what_a_template_puts_around_a_reply_is_trained_and_not_shown():
+    source = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ '<think>\n\n' if m.role == 'assistant' }}"
+    source += "{{ m.content + '\n' + eos_token + '\n' }}{% endfor %}"
+    source += "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    made = Encoder.of(words_tokenizer(), Template(source), 64)
+    assert made.tokenizer.decode(made.completion("sat")) == f"<think>\n\nsat\n{made.tokenizer.eos_token}"
+    assert made.reply(made.completion("sat")) == "sat"
+    assert made.tokenizer.convert_tokens_to_ids("<think>") in made.completion("sat")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_saved_template_gives_transformers_users_the_same_ids(tmp_path, bos):
+    made = encoder("hh", bos)
+    made.save(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = loaded.apply_chat_template([{"role": "user", "content": "the cat"}], add_generation_prompt=True)[
+        "input_ids"
+    ]
+    assert theirs == made.prompt("the cat")
+    again = Encoder.of(loaded, Template.load(tmp_path), 64)
+    assert again.prompt(TALK) == made.prompt(TALK)  # with one BOS
+    assert again.chat_template == made.chat_template
+
+
+def test_plain_text_is_trained_whole():
+    made = encoder("hh", bos=True)
+    assert made.plain("the cat") == (
+        [eos(made), *ids(made, "the cat"), eos(made)],
+        [IGNORED, *ids(made, "the cat"), eos(made)],
+    )
+    assert made.plain("the cat", ends=False)[0] == [eos(made), *ids(made, "the cat")]
+    assert made.actor_row(PlainText("the cat"), "completion") == made.plain("the cat")
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
@@ -110,7 +236,7 @@ def test_padding_is_in_no_mask_and_no_loss(pad_is_eos):
 def test_the_sft_collator_keeps_labels_and_ignores_padding(pad_is_eos):
     collators = pytest.importorskip("trl.trainer.sft_trainer", reason="the SFT stage trains with trl")
     tokenizer = tiny.tokenizer(pad_is_eos=pad_is_eos)
-    made = Encoder(tokenizer, TEMPLATES["hh"], max_length=64)
+    made = Encoder(tokenizer, FORMATS["hh"], max_length=64)
     rows = [made.labelled("the cat", text, "completion") for text in ("sat", "sat on the mat on the mat")]
     examples = [{"input_ids": token_ids, "labels": labels} for token_ids, labels in rows]
     batch = collators.DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(examples)

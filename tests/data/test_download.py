@@ -9,16 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from chatrlhf.conversation import Prompt
 from chatrlhf.data.download import ACTOR, PROMPTS, REWARD, download
-from chatrlhf.data.records import Preference, read_demonstrations, read_judgements, read_prompts
-from chatrlhf.data.sources import hh_rlhf, shp
-from chatrlhf.data.templates import TEMPLATES
+from chatrlhf.data.records import read_demonstrations, read_judgements, read_prompts
+from chatrlhf.data.sources import shp
+from chatrlhf.data.templates import FORMATS
+from chatrlhf.data.views import Demonstration, PlainText, Preference
 from chatrlhf.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "artifacts" / "download_dataset.py"
 REAL_HH = ROOT.parent / "shared" / "data" / "hh-rlhf"
-HH = TEMPLATES["hh"]
+
+
+def transcript(prompt: Prompt, reply: str) -> str:
+    """As template `hh` shows it, without the EOS token that closes each reply."""
+    return "".join(piece.text for piece in FORMATS["hh"].pieces(prompt, (("eos_token", ""),))) + " " + reply
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -43,7 +49,7 @@ BAD = {
         **pair("a", " b", " c"),
         "chosen": pair("other", " b", "")["chosen"],
     },
-    "replies without a blank behind the colon": pair("a", "b", " c"),
+    "turns without a blank behind the colon": pair("a", "b", " c"),
     "replies that are the same": pair("a", " b", " b"),
     "empty prompts": pair("", " b", " c"),
     "more than 1 of one prompt": pair("Hi?", " Hello again!", " Go!"),
@@ -79,45 +85,6 @@ def shp_row(post: str, a: str, b: str, label: int = 1) -> dict:
     }
 
 
-# --- a row
-
-
-@pytest.mark.parametrize("row", GOOD)
-def test_hh_rows_come_back_byte_for_byte(row):
-    made = hh_rlhf.to_preference(row, "row 1")
-    assert HH.prompt(made.prompt) + HH.completion(made.chosen) == row["chosen"]
-    assert HH.prompt(made.prompt) + HH.completion(made.rejected) == row["rejected"]
-
-
-def test_hh_keeps_the_whole_transcript():
-    made = hh_rlhf.to_preference(GOOD[1], "row 1")
-    assert made == Preference("Tea?\n\nAssistant: Yes. \n\nHuman: With {milk}?", "No,\n\nthank you.", "\tMaybe \n")
-
-
-@pytest.mark.parametrize(("label", "chosen", "rejected"), [(1, "A", "B"), (0, "B", "A")])
-def test_shp_labels_say_which_comment_was_preferred(label, chosen, rejected):
-    assert shp.to_preference(shp_row("Why?", "A", "B", label), "row 1") == Preference("Why?", chosen, rejected)
-
-
-@pytest.mark.parametrize("label", [2, None, "1", True, [1]])
-def test_shp_refuses_an_unknown_label(label):
-    with pytest.raises(DataError, match=r"here, row 7, field 'labels': expected 1 \(A preferred\)"):
-        shp.to_preference(shp_row("Why?", "A", "B", label), "here, row 7")
-
-
-def test_shp_shortens_posts_between_words_and_never_comments():
-    post, comment = "word " * 1000, "comment " * 1000
-    made = shp.to_preference(shp_row(post, comment, "B"), "row 1")
-    assert made.chosen == comment
-    assert post.startswith(made.prompt) and made.prompt.endswith("word")
-    assert shp.POST_CHARS - len("word ") <= len(made.prompt) <= shp.POST_CHARS
-    limit = shp.POST_CHARS
-    assert shp.shorten("x" * limit) == "x" * limit
-    assert shp.shorten("x" * limit + " y") == "x" * limit
-    assert shp.shorten("x" * (limit + 1)) == "x" * limit
-    assert shp.shorten("a" + "x" * (limit - 2) + " yz") == "a" + "x" * (limit - 2)
-
-
 # --- a dataset
 
 
@@ -129,14 +96,12 @@ def test_the_three_files_hold_the_same_rows(hh_copy, tmp_path):
     assert len(pairs) == len(GOOD)
     assert [(p.prompt, p.chosen) for p in pairs] == [(d.prompt, d.completion) for d in actor]
     assert [p.prompt for p in pairs] == prompts
-    rendered = {
-        (HH.prompt(p.prompt) + HH.completion(p.chosen), HH.prompt(p.prompt) + HH.completion(p.rejected)) for p in pairs
-    }
+    rendered = {(transcript(p.prompt, p.chosen), transcript(p.prompt, p.rejected)) for p in pairs}
     kept = {(row["chosen"], row["rejected"]) for row in [*GOOD, BAD["more than 1 of one prompt"]]}
     assert rendered < kept  # of two rows with one prompt the first drawn
     assert result.left_out == dict.fromkeys(BAD, 1)
     report = "\n".join(result.lines())
-    assert "asked for 100 pairs, 3 were there" in report
+    assert "asked for 100 rows, 3 were there" in report
     assert "left out 1: empty replies" in report
     assert "actor_config.template: hh" in report
 
@@ -145,8 +110,8 @@ def test_all_subsets_in_turn_and_what_there_is_of_a_missing_split(hh_copy, tmp_p
     result = download("ARLHF", tmp_path / "out", 6, source_dir=hh_copy)
     prompts = read_prompts(tmp_path / "out" / PROMPTS)
     assert len(prompts) == 6
-    assert sum(prompt.startswith("help ") for prompt in prompts) >= 3
-    assert any("helpful-base has no train.jsonl.gz; took test.jsonl.gz" in note for note in result.notes)
+    assert sum(prompt.text.startswith("help ") for prompt in prompts) >= 3
+    assert any("helpful-base has no split 'train'; took test.jsonl.gz" in note for note in result.notes)
     assert any("red-team-attempts" in note for note in result.notes)
 
 
@@ -163,10 +128,10 @@ def test_shp_takes_few_pairs_of_a_post(tmp_path):
     write_jsonl(tmp_path / "shp" / "askvet" / "train.json", rows)
     result = download("SHP", tmp_path / "out", source_dir=tmp_path / "shp")
     pairs = read_judgements(tmp_path / "out" / REWARD)
-    assert sum(p.prompt == "One post?" for p in pairs) == shp.PAIRS_PER_POST
-    assert Preference("Another?", "y", "x") in pairs
+    assert sum(p.prompt.text == "One post?" for p in pairs) == shp.PAIRS_PER_POST
+    assert Preference(Prompt.of("Another?"), "y", "x") in pairs
     assert result.left_out == {"more than 5 of one prompt": 4}
-    assert sorted(read_prompts(tmp_path / "out" / PROMPTS)) == ["Another?", "One post?"]
+    assert sorted(p.text for p in read_prompts(tmp_path / "out" / PROMPTS)) == ["Another?", "One post?"]
     actor = read_demonstrations(tmp_path / "out" / ACTOR)
     assert {(d.prompt, d.completion) for d in actor} == {(p.prompt, p.chosen) for p in pairs}
     assert len(actor) == len(set(actor))
@@ -191,10 +156,10 @@ def test_existing_files_are_not_overwritten(hh_copy, tmp_path):
         ({"subset": "nowhere"}, "no such subset .*found harmless-base, helpful-base, red-team-attempts"),
         (
             {"subset": "red-team-attempts"},
-            r"train.jsonl.gz, row 1, field 'chosen': expected text, got nothing .*'transcript'",
+            r"train.jsonl.gz, row 1: field 'chosen' is missing .found 'transcript'.*check that this is the dataset",
         ),
         ({"number_of_samples": 0}, "number_of_samples: 0 is too few"),
-        ({"source_dir": Path("nowhere")}, "--source nowhere: there is no such folder"),
+        ({"source_dir": Path("nowhere")}, "--source nowhere: there is no such file or folder"),
         ({"source_dir": None, "subset": "nowhere"}, "has no 'nowhere'; choose one of harmless-base, "),
         ({"source_dir": None, "split": "validation"}, "has no 'validation'; choose one of train, test"),
     ],
@@ -212,10 +177,10 @@ def test_errors_say_what_to_change(hh_copy, tmp_path, options, message):
         (gzip.compress(b"[1]"), "test.jsonl.gz, row 1: expected an object"),
         (b"no gzip", "test.jsonl.gz: it cannot be read"),
         (gzip.compress(b"{}" * 1000)[:20], "test.jsonl.gz: it cannot be read"),
-        (gzip.compress(b""), "no usable pair was found .there are no rows"),
+        (gzip.compress(b""), "no usable row was found .there are no rows"),
         (
             gzip.compress(json.dumps(BAD["empty replies"]).encode()),
-            "no usable pair was found .1 empty replies",
+            "no usable row was found .1 empty replies",
         ),
     ],
 )
@@ -243,7 +208,7 @@ def test_from_the_hub(hh_copy, tmp_path, monkeypatch):
         download("ARLHF", tmp_path / name, 5, subset="helpful-base", split="test", seed=3)
     assert asked == [("Anthropic/hh-rlhf", "helpful-base", "test", True)] * 2
     pairs = read_judgements(tmp_path / "a" / REWARD)
-    assert len(pairs) == 5 and all(p.prompt.startswith("help ") and p.chosen == "yes" for p in pairs)
+    assert len(pairs) == 5 and all(p.prompt.text.startswith("help ") and p.chosen == "yes" for p in pairs)
     assert (tmp_path / "a" / REWARD).read_bytes() == (tmp_path / "b" / REWARD).read_bytes()
     # Of the four subsets a run without --subset asks for, this copy lacks two.
     with pytest.raises(DataError, match=r"Anthropic/hh-rlhf, .*: it could not be read from the hub .*--source"):
@@ -257,12 +222,62 @@ def test_the_real_transcripts_come_back_byte_for_byte(tmp_path):
     with gzip.open(REAL_HH / "harmless-base" / "test.jsonl.gz", "rt", encoding="utf-8") as file:
         originals = {(row["chosen"], row["rejected"]) for row in map(json.loads, file)}
     pairs = read_judgements(tmp_path / REWARD)
-    rendered = {tuple(HH.prompt(p.prompt) + HH.completion(reply) for reply in (p.chosen, p.rejected)) for p in pairs}
+    rendered = {tuple(transcript(p.prompt, reply) for reply in (p.chosen, p.rejected)) for p in pairs}
     # Numbers are compared, not rows: a failure must not print them.
     changed = len(rendered - originals)
     assert changed == 0
     assert len(rendered) == len(pairs) > 0.99 * len(originals)
     assert len(pairs) + sum(result.left_out.values()) == 1500
+
+
+@pytest.fixture
+def trees(tmp_path):
+    def message(text, role, replies=(), rank=None):
+        return {"text": text, "role": role, "lang": "en", "rank": rank, "deleted": False, "replies": list(replies)}
+
+    answers = [
+        message("Good.", "assistant", [message("Thanks. And?", "prompter")], 0),
+        message("Bad.", "assistant", (), 1),
+    ]
+    rows = [
+        {"message_tree_id": "1", "tree_state": "ready_for_export", "prompt": message("Why?", "prompter", answers)},
+        {
+            "message_tree_id": "2",
+            "tree_state": "ready_for_export",
+            "prompt": message("Was?", "prompter") | {"lang": "de"},
+        },
+    ]
+    write_jsonl(tmp_path / "trees" / "trees.jsonl.gz", rows)
+    return tmp_path / "trees"
+
+
+def test_a_dataset_of_trees_in_one_language(trees, tmp_path):
+    result = download("OASST1", tmp_path / "out", 9, source_dir=trees, lang="en")
+    why = Prompt.of("Why?")
+    actor = read_demonstrations(tmp_path / "out" / ACTOR)
+    assert actor == [Demonstration(why, "Good."), Demonstration(why, "Bad.")]  # the best first
+    assert read_judgements(tmp_path / "out" / REWARD) == [Preference(why, "Good.", "Bad.")]
+    assert [p.text for p in read_prompts(tmp_path / "out" / PROMPTS)] == [
+        "Why?",
+        "Human: Why?\n\nAssistant: Good.\n\nHuman: Thanks. And?",
+    ]
+    assert result.left_out == {"rows in another language": 1} and result.taken == 1
+    rows = json.loads((tmp_path / "out" / ACTOR).read_text(encoding="utf-8"))
+    assert rows[0]["provenance"] == {"dataset": "OpenAssistant/oasst1", "licence": "Apache-2.0"}
+    with pytest.raises(DataError, match="--lang: the rows of Anthropic/hh-rlhf do not say which language"):
+        download("ARLHF", tmp_path / "x", source_dir=trees, lang="en")
+    with pytest.raises(DataError, match="--subset: OpenAssistant/oasst1 has none"):
+        download("OASST1", tmp_path / "x", source_dir=trees, subset="trees")
+
+
+def test_what_a_dataset_has_nothing_for_is_not_written(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "One."}, {"text": " "}, {"text": "Two."}])
+    result = download("RED_PAJAMA", tmp_path / "out", source_dir=tmp_path / "train.jsonl")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [ACTOR]
+    assert set(read_demonstrations(tmp_path / "out" / ACTOR)) == {PlainText("One."), PlainText("Two.")}
+    report = "\n".join(result.lines())
+    assert "left out 1: empty texts" in report and "no rows for the reward model" in report
+    assert "examples_path" not in report
 
 
 # --- the script
@@ -283,6 +298,13 @@ def test_the_script_prints_what_to_do_next(hh_copy, tmp_path):
     again = run_script("ARLHF", "--path", str(tmp_path / "out"), "--source", str(hh_copy))
     assert again.returncode == 2 and again.stdout == ""
     assert again.stderr.startswith("error: refused to overwrite") and again.stderr.count("\n") == 1
+
+
+def test_the_script_lists_the_datasets():
+    done = run_script("--list")
+    assert done.returncode == 0, done.stderr
+    assert "OASST1 " in done.stdout and "allenai/soda" in done.stdout and "CC-BY-4.0" in done.stdout
+    assert run_script().returncode == 2
 
 
 def test_help_needs_neither_torch_nor_datasets():

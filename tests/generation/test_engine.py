@@ -19,6 +19,7 @@ from tiny import (
     words,
 )
 
+from chatrlhf.conversation import Prompt
 from chatrlhf.errors import DivergedError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.sequences import join
@@ -41,7 +42,8 @@ def scored(model, distribution: SamplingDistribution, batch: Rollout) -> torch.T
 
 def one_prompt(*ids: int, rows: int = 1) -> PromptBatch:
     prompt = torch.tensor([ids] * rows)
-    return PromptBatch(prompt, torch.ones_like(prompt, dtype=torch.bool), torch.arange(rows), [words(list(ids))] * rows)
+    mask = torch.ones_like(prompt, dtype=torch.bool)
+    return PromptBatch(prompt, mask, torch.arange(rows), [Prompt.of(words(list(ids)))] * rows)
 
 
 # ----- the distribution that is sampled is the one that is scored
@@ -190,7 +192,7 @@ def test_rows_of_one_group_are_sampled_independently():
 def test_samples_of_one_prompt_share_its_prefill_and_nothing_else(family, forwards):
     model, batch = FAMILIES[family]().eval(), prompts([4, 1, 3], samples=3)
     batch = batch.select(torch.tensor([8, 0, 3, 4, 1, 6, 2, 7, 5]))  # groups out of order, and torn apart
-    apart = PromptBatch(batch.input_ids, batch.attention_mask, torch.arange(9), batch.texts)
+    apart = PromptBatch(batch.input_ids, batch.attention_mask, torch.arange(9), batch.prompts)
     seen = forwards(model)
     shared = engine(model).generate(batch, seed=2)
     assert [rows for rows, _ in seen[:2]] == [3, 9]

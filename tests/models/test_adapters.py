@@ -22,7 +22,7 @@ from tiny import (
 from transformers import AutoModel, AutoModelForCausalLM
 
 from chatrlhf.config.schema import PeftConfig
-from chatrlhf.data.templates import Template
+from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_plain, without_adapters
 from chatrlhf.models.factory import load_policy
@@ -264,7 +264,7 @@ def saved(tmp_path):
         model.save_pretrained(target)
     for each in (base, folder):
         words.save_pretrained(each)
-        Template().save(each)
+        FORMATS["raw"].save(each)
     return base, folder, policy
 
 

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel
 
 from chatrlhf.config.schema import CriticConfig
 from chatrlhf.data.collate import Encoder
-from chatrlhf.data.templates import Template
+from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.factory import make_topology
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
@@ -26,7 +26,7 @@ def reward(words=WORDS, model=None, pooling: str = "last", mlp_size: int | None 
     head = ScalarHead(16, mlp_size)
     torch.nn.init.constant_(head.out.bias, 0.7)
     made = RewardModel(backbone, head, pooling, scale=2.0, shift=-3.0).eval()
-    return RewardScorer(made, Encoder(words, Template(), 64))
+    return RewardScorer(made, Encoder(words, FORMATS["raw"], 64))
 
 
 def bert() -> BertModel:

@@ -5,9 +5,9 @@ import torch
 from tiny import llama, opt, tokenizer
 from transformers import BertConfig, BertModel
 
-from chatrlhf.config.schema import ActorConfig, RewardConfig, TinyConfig
+from chatrlhf.config.schema import ActorConfig, Config, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
-from chatrlhf.data.templates import TEMPLATES
+from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import CheckpointError
 from chatrlhf.models import reward_model
 from chatrlhf.models.attention import prefer_fast_attention
@@ -24,7 +24,7 @@ def scorer(mlp_size: int | None = None, max_length: int = 64, pad_is_eos: bool =
     words = tokenizer(pad_is_eos=pad_is_eos)
     backbone = llama(vocab=len(words)).base_model
     model = RewardModel(backbone, ScalarHead(16, mlp_size), scale=2.5, shift=-0.5).eval()
-    return RewardScorer(model, Encoder(words, TEMPLATES["chatllama"], max_length))
+    return RewardScorer(model, Encoder(words, FORMATS["chatllama"], max_length))
 
 
 def bidirectional() -> RewardModel:
@@ -97,7 +97,7 @@ def test_a_saved_model_scores_identically(tmp_path, mlp_size):
     made.save(tmp_path)
     loaded = load_reward_model(tmp_path)
     assert loaded(PROMPTS, COMPLETIONS) == made(PROMPTS, COMPLETIONS)  # bit for bit
-    assert loaded.template == made.template
+    assert loaded.encoder.chat_template == made.encoder.chat_template
     assert loaded.encoder.max_length == made.encoder.max_length
 
 
@@ -112,7 +112,9 @@ def test_a_backbone_whose_states_are_narrower_than_its_layers_gets_a_head_that_f
     base = opt(vocab_size=len(words), word_embed_proj_dim=8, do_layer_norm_before=False)
     base.save_pretrained(tmp_path / "opt")
     words.save_pretrained(tmp_path / "opt")
-    made = new_reward_model(RewardConfig(model=str(tmp_path / "opt")), ActorConfig(), None, [], torch.device("cpu"))
+    made = new_reward_model(
+        Config(reward_config=RewardConfig(model=str(tmp_path / "opt"))), None, [], torch.device("cpu")
+    )
     scores = made(PROMPTS, COMPLETIONS)
     made.save(tmp_path / "saved")
     assert load_reward_model(tmp_path / "saved")(PROMPTS, COMPLETIONS) == scores
@@ -121,12 +123,8 @@ def test_a_backbone_whose_states_are_narrower_than_its_layers_gets_a_head_that_f
 @pytest.mark.parametrize("mlp_size", [None, 8])
 def test_a_new_tiny_reward_model_has_the_configured_head(mlp_size):
     tiny = TinyConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=270)
-    made = new_reward_model(
-        RewardConfig(model="tiny", model_head_hidden_size=mlp_size),
-        ActorConfig(tiny=tiny),
-        None,
-        PROMPTS,
-        torch.device("cpu"),
-    )
+    reward = RewardConfig(model="tiny", model_head_hidden_size=mlp_size)
+    whole = Config(actor_config=ActorConfig(tiny=tiny), reward_config=reward)
+    made = new_reward_model(whole, None, PROMPTS, torch.device("cpu"))
     assert made.model.pooling == "last"
     assert made.model.head.mlp_size == mlp_size

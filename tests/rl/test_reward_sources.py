@@ -9,7 +9,7 @@ import torch
 from tiny import llama, said, tokenizer
 
 from chatrlhf.data.collate import Encoder
-from chatrlhf.data.templates import TEMPLATES
+from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError, RewardError
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.models.scalar_head import ScalarHead
@@ -18,7 +18,7 @@ from chatrlhf.rl.rewards import FunctionReward, ModelReward, checked_scores, loa
 WORDS, OTHER_WORDS = tokenizer(), tokenizer(vocab=262)
 USERS = ["the cat", "is the hat on the mat?", "hat"]
 REPLIES = ["sat on the mat", "the hat is on the cat", "no"]
-POLICY = Encoder(WORDS, TEMPLATES["chatllama"], 128)
+POLICY = Encoder(WORDS, FORMATS["chatllama"], 128)
 
 
 class Recorder(RewardScorer):
@@ -31,7 +31,7 @@ class Recorder(RewardScorer):
 
 def recorder(words=WORDS, template: str = "chatllama", max_length: int = 128) -> Recorder:
     model = RewardModel(llama(vocab=len(words)).base_model, ScalarHead(16), scale=2.0, shift=1.0).eval()
-    return Recorder(model, Encoder(words, TEMPLATES[template], max_length))
+    return Recorder(model, Encoder(words, FORMATS[template], max_length))
 
 
 # ----- a reward model

@@ -1,39 +1,62 @@
-"""Public preference datasets, one file each: where they lie and how a row becomes a pair."""
+"""Public datasets, one file each: where they lie and how a row becomes records. `catalogue.py` has them by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from chatrlhf.data.records import Preference
-from chatrlhf.errors import DataError
+from chatrlhf.conversation import Conversation, Prompt, Provenance, Turn
+from chatrlhf.data.row import Row
 
-Row = Mapping[str, Any]
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row, or a part of one, that is no record, and why; the reason is a plural that a count can precede."""
+
+    reason: str
+
+
+Converted = Iterable[Conversation | LeftOut]
+EMPTY_REPLY = LeftOut("empty replies")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset on the hub whose files are ``<subset>/<split><suffix>``, one JSON object a line."""
+    """A dataset on the hub, or a copy of it in the hub's layout."""
 
     hub_name: str
-    subsets: tuple[str, ...]  # those that `convert` understands
-    splits: tuple[str, ...]
-    suffix: str
+    licence: str
+    size: str  # for people
     template: str  # the template that fits the prompts
-    pairs_per_prompt: int
-    # (row, its place for messages) to a pair, or to the reason why the row is left out; raises DataError.
-    convert: Callable[[Row, str], Preference | str]
+    convert: Callable[[Row], Converted]  # raises DataError where the row is not of this dataset
+    subsets: tuple[str, ...] = ()  # folders that `convert` understands; none: the files are one set
+    splits: tuple[str, ...] = ("train",)
+    pairs_per_prompt: int | None = None
+    key: Callable[[Row], Hashable] | None = None  # of rows that share one only the first is taken
+    language: Callable[[Row], str] | None = None
+    gather: Callable[[Iterator[Row]], Iterator[Row]] | None = (
+        None  # of rows in the file's order, where one alone is none
+    )
+    loss_on: str | None = None  # what is trained of it, where that is not the completion
 
 
-def text_field(row: Row, field: str, place: str) -> str:
-    """A field that must hold text. Raises DataError with place and field."""
-    value = row.get(field)
-    if not isinstance(value, str):
-        have = ", ".join(map(repr, row)) or "no fields"
-        got = type(value).__name__ if field in row else "nothing"
-        raise DataError(
-            f"{place}, field {field!r}: expected text, got {got} (the row has {have}); "
-            "check that this is the dataset you asked for"
-        )
-    return value
+def answered(
+    prompt: str, completion: str, by: str | None = None, row: str | None = None, system: str | None = None
+) -> Conversation | LeftOut:
+    """A question with its answer, by which model, where both are there."""
+    if not prompt.strip():
+        return LeftOut("empty prompts")
+    if not completion.strip():
+        return EMPTY_REPLY
+    asked = Prompt((Turn("user", prompt),), system=system)
+    return Conversation(asked, completion=completion, provenance=Provenance(row=row, generated_by=by))
+
+
+def with_input(instruction: str, more: str | None) -> str:
+    """An instruction with what it is about below it."""
+    return f"{instruction}\n\n{more}" if more and more.strip() else instruction
+
+
+def document(text: str) -> Conversation | LeftOut:
+    """Plain text for language modelling."""
+    return Conversation(text=text) if text.strip() else LeftOut("empty texts")

@@ -1,48 +1,60 @@
 """Anthropic/hh-rlhf: two whole transcripts a row, alike up to the last reply. The texts can be offensive.
 
-The prompt stays whole: it runs from behind the first "\\n\\nHuman: " to the last "\\n\\nAssistant:", with
-earlier turns inside, so that template `hh` renders prompt and reply back to the transcript byte for byte.
+The turns are told apart by what opens them, and keep every blank, so that template `hh` renders them back to the
+transcript.
 """
 
 from __future__ import annotations
 
-from chatrlhf.data.records import Preference
-from chatrlhf.data.sources import Row, Source, text_field
-from chatrlhf.data.templates import TEMPLATES
+import re
 
-_HH = TEMPLATES["hh"]
+from chatrlhf.conversation import Conversation, Pair, Prompt, Role, Turn
+from chatrlhf.data.row import Row
+from chatrlhf.data.sources import EMPTY_REPLY, Converted, LeftOut, Source
+
+HUMAN, ASSISTANT, BLANK = "\n\nHuman:", "\n\nAssistant:", " "
+SPEAKER = re.compile("\n\n(Human|Assistant):")
+ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 
-def to_preference(row: Row, place: str) -> Preference | str:
-    """A pair, or why the row is left out. Raises DataError where a transcript is missing."""
-    chosen, rejected = (text_field(row, field, place) for field in ("chosen", "rejected"))
-    if chosen.count(_HH.after) != rejected.count(_HH.after):
-        return "transcripts with unequal numbers of turns"
-    prompt, preferred, separator = _split(chosen)
-    other_prompt, other, other_separator = _split(rejected)
-    if prompt != other_prompt:
-        return "transcripts that differ before the last reply"
-    if not (separator and other_separator and prompt.startswith(_HH.before)):
-        return "transcripts that do not go from a human turn to an assistant's reply"
+def records(row: Row) -> Converted:
+    """A pair. Raises DataError where a transcript is missing."""
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    if chosen.count(ASSISTANT) != rejected.count(ASSISTANT):
+        return [LeftOut("transcripts with unequal numbers of turns")]
+    before, separator, preferred = chosen.rpartition(ASSISTANT)
+    other_before, _, other = rejected.rpartition(ASSISTANT)
+    if before != other_before:
+        return [LeftOut("transcripts that differ before the last reply")]
+    turns = _turns(before)
+    if not separator or turns is None or HUMAN in preferred or HUMAN in other:
+        return [LeftOut("transcripts that do not go from a human turn to an assistant's reply")]
     if not (preferred.strip() and other.strip()):
-        return "empty replies"
-    if not (preferred.startswith(_HH.lead) and other.startswith(_HH.lead)):
-        return "replies without a blank behind the colon"
-    return Preference(prompt.removeprefix(_HH.before), _HH.strip(preferred), _HH.strip(other))
+        return [EMPTY_REPLY]
+    if not all(said.startswith(BLANK) for said in (preferred, other, *(turn.text for turn in turns))):
+        return [LeftOut("turns without a blank behind the colon")]
+    prompt = Prompt(tuple(Turn(turn.role, turn.text.removeprefix(BLANK)) for turn in turns))
+    return [Conversation(prompt, pair=Pair(preferred.removeprefix(BLANK), other.removeprefix(BLANK)))]
 
 
-def _split(transcript: str) -> tuple[str, str, bool]:
-    """What stands before and behind the last "Assistant:", and whether that reply ends the transcript."""
-    prompt, separator, reply = transcript.rpartition(_HH.after)
-    return prompt, reply, bool(separator) and _HH.turn_start not in reply
+def _turns(transcript: str) -> list[Turn] | None:
+    """Turns with whatever follows their colon; None where the transcript does not go from one human turn to another.
+
+    Here and there one side speaks twice in a row.
+    """
+    before, *parts = SPEAKER.split(transcript)
+    turns = [Turn(ROLES[speaker], said) for speaker, said in zip(parts[::2], parts[1::2], strict=True)]
+    sides = [turn.role for turn in turns]
+    return turns if not before and sides[:1] == sides[-1:] == ["user"] else None
 
 
 SOURCE = Source(
     hub_name="Anthropic/hh-rlhf",
+    licence="MIT",
+    size="169,000 pairs",
+    template="hh",
+    convert=records,
     subsets=("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"),
     splits=("train", "test"),
-    suffix=".jsonl.gz",
-    template="hh",
     pairs_per_prompt=1,
-    convert=to_preference,
 )

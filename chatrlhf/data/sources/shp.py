@@ -5,24 +5,24 @@ The card's advice is followed: a long post is shortened, a comment never; few pa
 
 from __future__ import annotations
 
-from chatrlhf.data.records import Preference
-from chatrlhf.data.sources import Row, Source, text_field
-from chatrlhf.errors import DataError
+from chatrlhf.conversation import Conversation, Pair, Prompt, Provenance
+from chatrlhf.data.row import Row
+from chatrlhf.data.sources import EMPTY_REPLY, Converted, Source
 
 POST_CHARS = 2000  # of a post are kept, roughly 500 tokens: its beginning, where the question stands
 PAIRS_PER_POST = 5
 
 
-def to_preference(row: Row, place: str) -> Preference | str:
-    """A pair, or why the row is left out. Raises DataError for a missing field or an unknown label."""
-    post, a, b = (text_field(row, field, place) for field in ("history", "human_ref_A", "human_ref_B"))
-    label = row.get("labels")
+def records(row: Row) -> Converted:
+    """A pair. Raises DataError for a missing field or an unknown label."""
+    post, a, b = (row.text(field) for field in ("history", "human_ref_A", "human_ref_B"))
+    label = row.values.get("labels")
     if isinstance(label, bool) or label not in (0, 1):
-        raise DataError(f"{place}, field 'labels': expected 1 (A preferred) or 0 (B preferred), got {label!r}")
+        raise row.wrong("labels", f"expected 1 (A preferred) or 0 (B preferred), got {label!r}")
     if not (a.strip() and b.strip()):
-        return "empty replies"
-    chosen, rejected = (a, b) if label == 1 else (b, a)
-    return Preference(shorten(post), chosen, rejected)
+        return [EMPTY_REPLY]
+    pair = Pair(a, b) if label == 1 else Pair(b, a)
+    return [Conversation(Prompt.of(shorten(post)), pair=pair, provenance=Provenance(row=row.optional_text("post_id")))]
 
 
 def shorten(post: str) -> str:
@@ -36,6 +36,10 @@ def shorten(post: str) -> str:
 
 SOURCE = Source(
     hub_name="stanfordnlp/SHP",
+    licence="Reddit's terms of use",
+    size="385,000 pairs",
+    template="chatllama",
+    convert=records,
     subsets=(
         "askacademia",
         "askanthropology",
@@ -57,8 +61,5 @@ SOURCE = Source(
         "legaladvice",
     ),
     splits=("train", "validation", "test"),
-    suffix=".json",
-    template="chatllama",
     pairs_per_prompt=PAIRS_PER_POST,
-    convert=to_preference,
 )

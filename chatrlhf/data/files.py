@@ -1,0 +1,176 @@
+"""Files of rows: JSON, JSONL, CSV, Parquet and plain text, as they are or compressed by gzip. They are only ever read.
+
+Of JSONL, CSV and Parquet no more than a part is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from chatrlhf.data.row import Row, describe
+from chatrlhf.errors import DataError
+
+MARK = b"\xef\xbb\xbf"  # that some editors put before UTF-8
+
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether a file is of a kind that `read_rows` reads, by its name."""
+    return path.is_file() and path.name.removesuffix(".gz").endswith(SUFFIXES)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file as they are asked for; of a text file one, with field ``text``.
+
+    Raises:
+        DataError: with file and row, where a row cannot be read.
+    """
+    try:
+        yield from _read(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: the file does not exist; correct the path in the configuration") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: it is a folder; name the file in it") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: it cannot be read ({error}); copy it again") from None
+
+
+def open_rows(path: Path) -> Sequence[Row]:
+    """The rows of a file in any order; those of a JSONL file stay on the disk. Raises DataError."""
+    if path.suffix == ".gz" or not path.is_file() or _kind(path) not in (".jsonl", ".json"):
+        return list(read_rows(path))
+    with path.open("rb") as file:
+        by_line = path.suffix == ".jsonl" or _first_line(file).lstrip()[:1] == b"{"
+    return JsonLines(path) if by_line else list(read_rows(path))
+
+
+class JsonLines(Sequence[Row]):
+    """A JSONL file of which only the places of its lines are in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        starts, numbers, place = [], [], 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.removeprefix(MARK).strip():
+                    starts.append(place)
+                    numbers.append(number)
+                place += len(line)
+        self.starts, self.numbers = np.array(starts, dtype=np.int64), np.array(numbers, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Row:
+        with self.path.open("rb") as file:
+            file.seek(int(self.starts[index]))
+            line = file.readline().removeprefix(MARK)
+        return _json_row(line, f"{self.path}, row {self.numbers[index]}")
+
+
+def _read(path: Path) -> Iterator[Row]:
+    kind = _kind(path)
+    if kind == ".parquet":
+        yield from _parquet(path)
+        return
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        if kind == ".txt":
+            yield Row({"text": _decoded(file.read().removeprefix(MARK), str(path))}, str(path))
+        elif kind == ".csv":
+            yield from _csv(file, path)
+        else:
+            first = _first_line(file)
+            # A JSONL file by name, or by its first character: a JSON array starts with "[".
+            if kind == ".jsonl" or first.lstrip()[:1] == b"{":
+                yield from _lines(chain([first], file), path)
+            else:
+                yield from _array(first + file.read(), path)
+
+
+def _kind(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def _first_line(file: IO[bytes]) -> bytes:
+    first = file.readline().removeprefix(MARK)
+    while first and not first.strip():
+        first = file.readline()
+    return first
+
+
+def _csv(file: IO[bytes], path: Path) -> Iterator[Row]:
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    csv.field_size_limit(2**31 - 1)
+    try:
+        for number, values in enumerate(csv.DictReader(lines), start=1):
+            # A line that is too long has a field without a name, one that is too short fields without a value.
+            if None in values or None in values.values():
+                raise DataError(f"{path}, row {number}: it has not as many fields as the first line has names")
+            yield Row({name: value for name, value in values.items() if name}, f"{path}, row {number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{path}: broken CSV ({error}); correct the file") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{path}, row {number}")
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: it cannot be read ({error}); copy it again") from None
+
+
+def _lines(lines: Iterator[bytes], path: Path) -> Iterator[Row]:
+    # Lines of bytes end at "\n" alone: a text may hold the other characters that end a line elsewhere.
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            place = f"{path}, row {number}"
+            yield _json_row(line, place)
+
+
+def _json_row(line: bytes, place: str) -> Row:
+    return Row.of(_parse(line, place, place), place)
+
+
+def _array(text: bytes, path: Path) -> Iterator[Row]:
+    values = _parse(text, str(path), None) if text.strip() else []
+    if not isinstance(values, list):
+        raise DataError(f"{path}: expected a list of rows, got {describe(values)}")
+    for number, value in enumerate(values, start=1):
+        yield Row.of(value, f"{path}, row {number}")
+
+
+def _parse(text: bytes, place: str, row: str | None) -> Any:
+    try:
+        return json.loads(_decoded(text, place))
+    except json.JSONDecodeError as error:
+        place = row or f"{place}, line {error.lineno}"
+        raise DataError(f"{place}, column {error.colno}: broken JSON ({error.msg}); correct the file") from None
+    except (ValueError, RecursionError) as error:  # valid JSON that Python declines, such as a number of 5,000 digits
+        raise DataError(f"{place}: cannot be read ({error}); correct the file") from None
+
+
+def _decoded(text: bytes, place: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None

@@ -1,0 +1,114 @@
+"""One JSON object with the place it came from; every message about a row starts with that place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from chatrlhf.errors import DataError
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+class HalfCharacter(DataError):
+    """A text that cannot be written as UTF-8."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Fields that are read with a check of their kind; all readers raise DataError with place and field."""
+
+    values: dict[str, Any]
+    place: str  # "file.json, row 3"
+
+    def __contains__(self, field: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.values.get(field) is not None
+
+    def text(self, field: str) -> str:
+        """Text that must be there."""
+        value = self._given(field, str, "text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # half of an emoji, where a program cut the text in the middle
+            raise HalfCharacter(
+                f"{self.place}, field {field!r}: character {error.start + 1} is half of a surrogate pair, which is no "
+                "text; correct or remove it"
+            ) from None
+        return value
+
+    def optional_text(self, field: str) -> str | None:
+        """Text, or None where the field is missing or null."""
+        return self.text(field) if field in self else None
+
+    def texts(self, field: str) -> list[str]:
+        """A list of texts; none where the field is missing or null."""
+        if field not in self:
+            return []
+        values = self._given(field, list, "a list")
+        items = Row(
+            {str(number): value for number, value in enumerate(values, start=1)}, f"{self.place}, field {field!r}"
+        )
+        return [items.text(number) for number in items.values]
+
+    def whole_number(self, field: str) -> int:
+        """An integer that must be there."""
+        value = self._given(field, int, "a whole number")
+        if isinstance(value, bool):
+            raise self.wrong(field, f"expected a whole number, got {describe(value)}")
+        return value
+
+    def score(self, field: str) -> float | None:
+        """A finite number, or None where it is null: losses are computed in float32."""
+        value = self.values[field]
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong(field, f"expected a number, got {describe(value)}")
+        # Compared as Python numbers: an integer of any length is allowed in JSON.
+        if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
+            shown = str(value) if len(str(value)) <= 40 else f"{str(value)[:37]}..."
+            raise self.wrong(field, f"{shown} is not a finite number; correct or remove the row")
+        return float(value)
+
+    def rows(self, field: str) -> list[Row]:
+        """The objects of a list, each with its place; none where the field is missing or null."""
+        if field not in self:
+            return []
+        return [
+            Row.of(value, f"{self.place}, field {field!r}, number {number}")
+            for number, value in enumerate(self._given(field, list, "a list"), start=1)
+        ]
+
+    def row(self, field: str) -> Row:
+        """An object inside this one; empty where the field is missing or null."""
+        return Row.of(self.values.get(field) or {}, f"{self.place}, field {field!r}")
+
+    def wrong(self, field: str, reason: str) -> DataError:
+        """What to raise about a field."""
+        return DataError(f"{self.place}, field {field!r}: {reason}")
+
+    @staticmethod
+    def of(value: Any, place: str) -> Row:
+        """A parsed JSON value as a row. Raises DataError where it is no object."""
+        if not isinstance(value, dict):
+            raise DataError(f"{place}: expected an object with fields, got {describe(value)}")
+        return Row(value, place)
+
+    def _given(self, field: str, kind: type, name: str) -> Any:
+        if field not in self.values:
+            have = ", ".join(map(repr, self.values)) or "no fields"
+            raise DataError(f"{self.place}: field {field!r} is missing (found {have}); add it")
+        value = self.values[field]
+        if not isinstance(value, kind):
+            raise self.wrong(field, f"expected {name}, got {describe(value)}")
+        return value
+
+
+def describe(value: Any) -> str:
+    """A JSON value in short, for messages."""
+    if value is None:
+        return "null"
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"
