@@ -59,7 +59,9 @@ def assemble_ppo(
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
     limits = _limits(config, encoder)
     pad_id = encoder.tokenizer.pad_token_id
-    prompt_ids, prompts = _encoded_prompts(rows.train, encoder, limits, log, "trainer_config.examples_path")
+    prompt_ids, prompts = _encoded_prompts(
+        rows.train, encoder, limits, log, trainer.reads_from("trainer_config", "examples_path")
+    )
     engine = _sampler(config, topology, encoder, limits, log)
     scaling = RewardScaling(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std

@@ -14,7 +14,8 @@ EXIT_USER_ERROR = 2
 
 DESCRIPTION = """Train an assistant with RLHF: ACTOR (supervised fine-tuning), REWARD (a model that scores
 completions), RL (PPO with KL control), or ALL three."""
-EPILOG = "`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR."
+EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR;
+`chatrlhf data stats|check|show FILE` looks into a file of rows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["init"]:
             return _init(words[1:])
+        if words[:1] == ["data"]:
+            from chatrlhf.inspection.commands import main as data
+
+            return data(words[1:])
         return _train(words)
     except UserError as error:
         _say(f"error: {error}")

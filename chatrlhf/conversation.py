@@ -86,6 +86,7 @@ class Provenance:
     row: str | None = None  # the dataset's own id of it, or its place in a file
     licence: str | None = None
     generated_by: str | None = None  # the model that wrote it, where one did
+    group: str | None = None  # of records that belong together, a tree's or a post's: no split comes between them
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,8 @@ def run(
     log = RunLog(config.run_dir, config.trackers, config.model_dump(mode="json"))
     for note in config.notes:
         log.note(f"note: {note}")
+    for note in inputs.notes:
+        log.note(note)
     for warning in inputs.warnings:
         log.warn(warning)
     if resume and changed:

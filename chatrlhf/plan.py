@@ -34,7 +34,7 @@ def show_plan(config: Config, type: str) -> None:
     print(f"output_dir: {config.run_dir}")
     device = pick_device()
     print(f"device: {device} (RL in {resolve_rl_precision(config.trainer_config.precision, device)})")
-    for line in _parameter_lines(config, stages, has_function) + _batch_lines(config, stages, inputs):
+    for line in [*_parameter_lines(config, stages, has_function), *_batch_lines(config, stages, inputs), *inputs.notes]:
         print(line)
     for warning in [*config.notes, *inputs.warnings]:
         print(f"warning: {warning}")

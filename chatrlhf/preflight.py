@@ -115,4 +115,4 @@ def _longer_reply(row: Preference | ScoredCompletion) -> str:
 
 
 def _file(files: dict[str, str]) -> str:
-    return next(iter(files))
+    return ", ".join(files) or "the datasets"

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "chatrlhf"
 LEVELS = [
     ("errors", "conversation", "types", "functional", "config"),
     ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples"),
-    ("generation",),
+    ("generation", "inspection"),
     ("rl",),
     ("evaluation",),
     ("trainers",),
@@ -32,6 +32,7 @@ ONLY_IN = {
     "deepspeed": set(),
     "bitsandbytes": set(),
     "openai": set(),
+    "matplotlib": {"inspection/report.py"},
     "vllm": set(),
 }
 

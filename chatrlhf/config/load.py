@@ -200,7 +200,8 @@ def _nearest_key(loc: list[str], root: type[BaseModel]) -> str | None:
     """The known key most like the last part of ``loc``, looked for in its section first, then everywhere."""
     section: Any = root
     for part in loc[:-1]:
-        section = _section_type(section.model_fields[part].annotation)
+        if not part.isdigit():  # a place in a list
+            section = _section_type(section.model_fields[part].annotation)
     known = [*section.model_fields, *RENAMED.get(loc[0], {})]
     if loc[0] == "trainer_config":
         known += FLAT_GENERATION_KEYS
@@ -219,7 +220,8 @@ def _nearest_key(loc: list[str], root: type[BaseModel]) -> str | None:
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    candidates = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    several = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is list
+    candidates = typing.get_args(annotation) if several else (annotation,)
     for candidate in candidates:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from chatrlhf.config.datasets import DatasetEntry, entries
 from chatrlhf.config.section import Section
 from chatrlhf.config.vllm import VllmConfig
 
@@ -52,6 +53,28 @@ def _refuse_checkpoint_name(section: Any) -> None:
             f"checkpoint_name: {section.checkpoint_name!r} is not used; --resume goes on from the newest valid "
             "checkpoint, and a model's folder can be named as model; set checkpoint_name to null"
         )
+
+
+class DataKeys(Section):
+    """Several datasets in the place of one file; the same keys in all three stages."""
+
+    datasets: list[DatasetEntry] = Field(default_factory=list, description="a mixture; no file is named then")
+    deduplicate: bool = Field(True, description="of a mixture's rows that say the same only the first is taken")
+    mixing_seed: int = Field(0, ge=0, description="draws what is held out and what is taken; the run's seed does not")
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _as_people_write_them(cls, datasets: Any) -> Any:
+        return entries(datasets)
+
+    def reads_from(self, section: str, file_key: str) -> str:
+        """The key that says what is read, for messages."""
+        return f"{section}.{'datasets' if self.datasets else file_key}"
+
+    def refuse_two_ways(self, file_key: str) -> None:
+        """Either a file or a mixture. Raises ValueError."""
+        if self.datasets and getattr(self, file_key) is not None:
+            raise ValueError(f"{file_key} and datasets both say what is read; name the file in datasets, too")
 
 
 class NotBuiltYet(Section):
@@ -108,7 +131,7 @@ class TinyConfig(Section):
         return self
 
 
-class ActorConfig(OptimizerKeys, NotBuiltYet):
+class ActorConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     """The ACTOR stage, and how text is rendered and bounded in every stage."""
 
     built: ClassVar[tuple[str, ...]] = ("peft_enable",)
@@ -150,6 +173,7 @@ class ActorConfig(OptimizerKeys, NotBuiltYet):
     def _no_surprises(self) -> ActorConfig:
         _refuse_checkpoint_name(self)
         _check_micro_batch(self)
+        self.refuse_two_ways("train_dataset_path")
         if self.use_fairscale:
             raise ValueError(
                 "use_fairscale: True means Meta's original LLaMA files; convert them to the Hugging Face format "
@@ -158,7 +182,7 @@ class ActorConfig(OptimizerKeys, NotBuiltYet):
         return self
 
 
-class RewardConfig(OptimizerKeys, NotBuiltYet):
+class RewardConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     """The REWARD stage, or what stands in its place."""
 
     model: str | None = Field("actor", description="'actor': start from the fine-tuned actor; or a model")
@@ -194,6 +218,7 @@ class RewardConfig(OptimizerKeys, NotBuiltYet):
     def _no_surprises(self) -> RewardConfig:
         _refuse_checkpoint_name(self)
         _check_micro_batch(self)
+        self.refuse_two_ways("train_dataset_path")
         return self
 
 
@@ -243,7 +268,7 @@ class GenKwargs(Section):
         return self
 
 
-class TrainerConfig(OptimizerKeys):
+class TrainerConfig(OptimizerKeys, DataKeys):
     """The RL stage. An episode is one rollout; `batch_size` is sequences per optimizer step."""
 
     algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
@@ -304,6 +329,7 @@ class TrainerConfig(OptimizerKeys):
     @model_validator(mode="after")
     def _derive_and_divide(self) -> TrainerConfig:
         _refuse_checkpoint_name(self)
+        self.refuse_two_ways("examples_path")
         if self.samples_per_prompt is None:
             self.samples_per_prompt = 1 if self.algorithm == "ppo" else 4
         if self.algorithm != "ppo" and self.samples_per_prompt < 2:

@@ -9,7 +9,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -30,14 +30,27 @@ def holds_rows(path: Path) -> bool:
     return path.is_file() and path.name.removesuffix(".gz").endswith(SUFFIXES)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+Faults = Callable[[DataError], None]
+
+
+def read_rows(path: Path, faults: Faults | None = None) -> Iterator[Row]:
     """The rows of a file as they are asked for; of a text file one, with field ``text``.
 
+    Args:
+        faults: is given what is wrong with a row that cannot be read, and the next is read.
+
     Raises:
-        DataError: with file and row, where a row cannot be read.
+        DataError: with file and row, where a row cannot be read and nobody asked for its fault; or the file itself
+            cannot be read.
     """
     try:
-        yield from _read(path)
+        for row in _read(path):
+            if isinstance(row, Row):
+                yield row
+            elif faults is None:
+                raise row
+            else:
+                faults(row)
     except FileNotFoundError:
         raise DataError(f"{path}: the file does not exist; correct the path in the configuration") from None
     except IsADirectoryError:
@@ -51,7 +64,7 @@ def open_rows(path: Path) -> Sequence[Row]:
     if path.suffix == ".gz" or not path.is_file() or _kind(path) not in (".jsonl", ".json"):
         return list(read_rows(path))
     with path.open("rb") as file:
-        by_line = path.suffix == ".jsonl" or _first_line(file).lstrip()[:1] == b"{"
+        by_line = path.suffix == ".jsonl" or _first_line(file)[1].lstrip()[:1] == b"{"
     return JsonLines(path) if by_line else list(read_rows(path))
 
 
@@ -79,7 +92,8 @@ class JsonLines(Sequence[Row]):
         return _json_row(line, f"{self.path}, row {self.numbers[index]}")
 
 
-def _read(path: Path) -> Iterator[Row]:
+def _read(path: Path) -> Iterator[Row | DataError]:
+    """Rows, and in the place of one that cannot be read what is wrong with it."""
     kind = _kind(path)
     if kind == ".parquet":
         yield from _parquet(path)
@@ -90,10 +104,10 @@ def _read(path: Path) -> Iterator[Row]:
         elif kind == ".csv":
             yield from _csv(file, path)
         else:
-            first = _first_line(file)
+            skipped, first = _first_line(file)
             # A JSONL file by name, or by its first character: a JSON array starts with "[".
             if kind == ".jsonl" or first.lstrip()[:1] == b"{":
-                yield from _lines(chain([first], file), path)
+                yield from _lines(chain([b""] * skipped, [first], file), path)
             else:
                 yield from _array(first + file.read(), path)
 
@@ -102,22 +116,25 @@ def _kind(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
-def _first_line(file: IO[bytes]) -> bytes:
-    first = file.readline().removeprefix(MARK)
+def _first_line(file: IO[bytes]) -> tuple[int, bytes]:
+    """How many blank lines a file begins with, and the first that is not."""
+    first, skipped = file.readline().removeprefix(MARK), 0
     while first and not first.strip():
-        first = file.readline()
-    return first
+        first, skipped = file.readline(), skipped + 1
+    return skipped, first
 
 
-def _csv(file: IO[bytes], path: Path) -> Iterator[Row]:
+def _csv(file: IO[bytes], path: Path) -> Iterator[Row | DataError]:
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     csv.field_size_limit(2**31 - 1)
     try:
         for number, values in enumerate(csv.DictReader(lines), start=1):
             # A line that is too long has a field without a name, one that is too short fields without a value.
+            place = f"{path}, row {number}"
             if None in values or None in values.values():
-                raise DataError(f"{path}, row {number}: it has not as many fields as the first line has names")
-            yield Row({name: value for name, value in values.items() if name}, f"{path}, row {number}")
+                yield DataError(f"{place}: it has not as many fields as the first line has names")
+            else:
+                yield Row(values, place)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except csv.Error as error:
@@ -139,24 +156,30 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: it cannot be read ({error}); copy it again") from None
 
 
-def _lines(lines: Iterator[bytes], path: Path) -> Iterator[Row]:
+def _lines(lines: Iterator[bytes], path: Path) -> Iterator[Row | DataError]:
     # Lines of bytes end at "\n" alone: a text may hold the other characters that end a line elsewhere.
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            place = f"{path}, row {number}"
-            yield _json_row(line, place)
+            yield _attempt(_json_row, line, f"{path}, row {number}")
 
 
 def _json_row(line: bytes, place: str) -> Row:
-    return Row.of(_parse(line, place, place), place)
+    return Row.of(_parse(line.rstrip(b"\r\n"), place, place), place)
 
 
-def _array(text: bytes, path: Path) -> Iterator[Row]:
+def _array(text: bytes, path: Path) -> Iterator[Row | DataError]:
     values = _parse(text, str(path), None) if text.strip() else []
     if not isinstance(values, list):
         raise DataError(f"{path}: expected a list of rows, got {describe(values)}")
     for number, value in enumerate(values, start=1):
-        yield Row.of(value, f"{path}, row {number}")
+        yield _attempt(Row.of, value, f"{path}, row {number}")
+
+
+def _attempt(read: Callable[[Any, str], Row], value: Any, place: str) -> Row | DataError:
+    try:
+        return read(value, place)
+    except DataError as error:
+        return error
 
 
 def _parse(text: bytes, place: str, row: str | None) -> Any:

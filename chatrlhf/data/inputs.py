@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
-from chatrlhf.conversation import Prompt
-from chatrlhf.data.records import (
-    ADVISED_ROWS,
-    read_demonstrations,
-    read_judgements,
-    read_prompts,
-)
-from chatrlhf.data.views import PlainText, words
+from chatrlhf.conversation import Conversation
+from chatrlhf.data import views
+from chatrlhf.data.ingredients import ingredient
+from chatrlhf.data.mixing import Ingredient, mix
+from chatrlhf.data.records import ADVISED_ROWS, StageRows, actor_rows, prompt_rows, read_stage, reward_rows
+from chatrlhf.data.sources import LeftOut
 from chatrlhf.errors import ConfigError, DataError
 
 Row = TypeVar("Row")
 
 FEWEST_TO_SPLIT = 10  # below, nothing is held out
 MOST_HELD_OUT = {"actor": 500, "reward": 500, "prompts": 100}
+CORPUS_ROWS = 20_000  # of each dataset of a mixture, for a tokenizer made on the spot
+MOST_IN_MEMORY = 200_000  # rows of a mixture; more are read when they are asked for
 
 
 @dataclass
 class Rows:
     """One stage's rows."""
 
-    train: list[Any]
-    held_out: list[Any]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     files: dict[str, str]  # path -> SHA-256, for the manifest
 
 
@@ -43,7 +44,44 @@ class Inputs:
     actor: Rows | None = None
     reward: Rows | None = None
     prompts: Rows | None = None
+    notes: list[str] = field(default_factory=list)  # what mixtures are made of
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one stage's rows are read: from a file, or of the records of a mixture."""
+
+    stage: str
+    kind: str  # of rows, as in `ADVISED_ROWS`
+    section: str
+    train_key: str
+    held_out_key: str
+    rows_of: StageRows  # of a file
+    draw: Callable[[Conversation], list[Any]]  # of a record of a mixture
+
+
+ACTOR = Reader(
+    "ACTOR",
+    "actor",
+    "actor_config",
+    "train_dataset_path",
+    "validation_dataset_path",
+    actor_rows,
+    views.demonstrations,
+)
+REWARD = Reader(
+    "REWARD",
+    "reward",
+    "reward_config",
+    "train_dataset_path",
+    "validation_dataset_path",
+    reward_rows,
+    views.preferences,
+)
+PROMPTS = Reader(
+    "RL", "prompts", "trainer_config", "examples_path", "validation_examples_path", prompt_rows, views.prompts
+)
 
 
 def read_inputs(config: Config, stages: Sequence[str], needs_judgements: bool) -> Inputs:
@@ -57,103 +95,135 @@ def read_inputs(config: Config, stages: Sequence[str], needs_judgements: bool) -
         ConfigError: a path is missing. DataError: with file, row and field.
     """
     inputs = Inputs()
-    actor, reward, trainer = config.actor_config, config.reward_config, config.trainer_config
     if "ACTOR" in stages:
-        key = "actor_config.train_dataset_path"
-        files = (key, actor.train_dataset_path, actor.validation_dataset_path)
-        inputs.actor = _rows(config, inputs, "actor", files, actor.validation_fraction, read_demonstrations)
+        inputs.actor = _rows(config, inputs, ACTOR)
     if "REWARD" in stages and needs_judgements:
-        key = "reward_config.train_dataset_path"
-        files = (key, reward.train_dataset_path, reward.validation_dataset_path)
-        inputs.reward = _rows(config, inputs, "reward", files, reward.validation_fraction, read_judgements)
+        inputs.reward = _rows(config, inputs, REWARD)
         held_out = inputs.reward.held_out
         if held_out and type(held_out[0]) is not type(inputs.reward.train[0]):
             raise DataError("reward_config: training and validation file hold rows of different shapes; use one shape")
     if "RL" in stages:
-        files = ("trainer_config.examples_path", trainer.examples_path, trainer.validation_examples_path)
-        inputs.prompts = _rows(config, inputs, "prompts", files, trainer.validation_fraction, read_prompts)
+        inputs.prompts = _rows(config, inputs, PROMPTS)
     return inputs
 
 
 def corpus(config: Config) -> list[str]:
     """All text that the configuration's files hold; what a tokenizer made on the spot is trained on.
 
-    It is the same whichever stages run, so that they all make the same tokenizer.
+    It is the same whichever stages run, so that they all make the same tokenizer. Of each dataset of a mixture it is
+    the beginning.
     """
     texts: list[str] = []
-    readers: list[tuple[str | None, Callable[[Path], list[Any]]]] = [
-        (config.actor_config.train_dataset_path, read_demonstrations),
-        (config.reward_config.train_dataset_path, read_judgements),
-        (config.trainer_config.examples_path, read_prompts),
-    ]
-    for value, read in readers:
-        if value is None:
-            continue
+    for reader in (ACTOR, REWARD, PROMPTS):
+        section = getattr(config, reader.section)
+        value = getattr(section, reader.train_key)
         try:
-            rows = read(resolve_path(config, "", value))
+            if value is not None:
+                rows, _ = read_stage(resolve_path(config, "", value), reader.rows_of)
+                texts += [text for row in rows for text in views.words(row)]
+            for made, _ in _ingredients(config, reader, reader.draw):
+                first = (made.drawn(place) for place in range(min(len(made.rows), CORPUS_ROWS)))
+                drawn = (each for rows in first for each in rows if not isinstance(each, LeftOut))
+                texts += [text for row, _ in drawn for text in views.words(row)]
         except (ConfigError, DataError):
             continue  # a file of a stage that does not run may be missing or unfinished
-        for row in rows:
-            texts += words(row)
     return texts
 
 
-def split_by_prompt(rows: list[Row], fraction: float, most: int) -> tuple[list[Row], list[Row]]:
-    """(training, held-out) rows; all rows of one prompt go to the same side.
+def split_by_group(rows: list[Row], groups: list[Hashable], fraction: float, most: int) -> tuple[list[Row], list[Row]]:
+    """(training, held-out) rows; all rows of one group go to the same side.
 
     The choice depends on the rows alone, not on the run's seed: runs that differ in their seed are compared on
     the same held-out rows.
     """
     if fraction == 0 or len(rows) < FEWEST_TO_SPLIT:
         return rows, []
-    prompts = list(dict.fromkeys(_prompt(row) for row in rows))
-    random.Random(0).shuffle(prompts)
+    sizes = Counter(groups)
+    order = list(sizes)
+    random.Random(0).shuffle(order)
     wanted = min(max(round(len(rows) * fraction), 1), most)
-    by_prompt: dict[Prompt | str, int] = {}
-    for row in rows:
-        by_prompt[_prompt(row)] = by_prompt.get(_prompt(row), 0) + 1
-    chosen: set[Prompt | str] = set()
+    chosen: set[Hashable] = set()
     count = 0
-    for prompt in prompts:
-        if count >= wanted or len(chosen) == len(prompts) - 1:
+    for group in order:
+        if count >= wanted or len(chosen) == len(order) - 1:
             break
-        if count + by_prompt[prompt] <= max(wanted, 1) or not chosen:
-            chosen.add(prompt)
-            count += by_prompt[prompt]
-    return [row for row in rows if _prompt(row) not in chosen], [row for row in rows if _prompt(row) in chosen]
+        if count + sizes[group] <= wanted or not chosen:
+            chosen.add(group)
+            count += sizes[group]
+    split = ([], [])
+    for row, group in zip(rows, groups, strict=True):
+        split[group in chosen].append(row)
+    return split
 
 
-def _rows(
-    config: Config,
-    inputs: Inputs,
-    kind: str,
-    files: tuple[str, str | None, str | None],
-    fraction: float,
-    read: Callable[[Path], list[Any]],
-) -> Rows:
-    key, train_file, held_out_file = files
-    if train_file is None:
+def _rows(config: Config, inputs: Inputs, reader: Reader) -> Rows:
+    section = getattr(config, reader.section)
+    train_file, held_out_file = getattr(section, reader.train_key), getattr(section, reader.held_out_key)
+    key = f"{reader.section}.{reader.train_key}"
+    if section.datasets:
+        rows = _mixed(config, inputs, reader)
+    elif train_file is None:
         raise ConfigError(f"{key}: no file is named; give the path of a JSON or JSONL file")
-    path = resolve_path(config, key, train_file)
-    rows = read(path)
-    hashes = {str(path): _hash(path)}
-    if len(rows) < ADVISED_ROWS[kind]:
-        inputs.warnings.append(
-            f"{path}: {len(rows)} rows, fewer than the {ADVISED_ROWS[kind]} that are advised for this stage"
+    else:
+        path = resolve_path(config, key, train_file)
+        read, groups = read_stage(path, reader.rows_of)
+        fraction = 0.0 if held_out_file else section.validation_fraction
+        rows = Rows(*split_by_group(read, groups, fraction, MOST_HELD_OUT[reader.kind]), {str(path): _hash(path)})
+        if len(read) < ADVISED_ROWS[reader.kind]:
+            inputs.warnings.append(
+                f"{path}: {len(read)} rows, fewer than the {ADVISED_ROWS[reader.kind]} that are advised for this stage"
+            )
+    if held_out_file is not None:
+        path = resolve_path(config, f"{reader.section}.{reader.held_out_key}", held_out_file)
+        rows = Rows(rows.train, read_stage(path, reader.rows_of)[0], rows.files | {str(path): _hash(path)})
+    return rows
+
+
+def _mixed(config: Config, inputs: Inputs, reader: Reader) -> Rows:
+    section = getattr(config, reader.section)
+    made = _ingredients(config, reader, _judgements(config, reader) if reader is REWARD else reader.draw)
+    mixture = mix([each for each, _ in made], section.mixing_seed, section.deduplicate)
+    first, *rest = mixture.lines()
+    inputs.notes += [f"{reader.stage}: {first}", *rest]
+    files = {str(file): _hash(file) for _, files in made for file in files}
+    if len(mixture.train) <= MOST_IN_MEMORY:
+        return Rows(list(mixture.train), list(mixture.held_out), files)
+    return Rows(mixture.train, mixture.held_out, files)
+
+
+def _ingredients(
+    config: Config, reader: Reader, draw: Callable[[Conversation], list[Any]]
+) -> list[tuple[Ingredient, list[Path]]]:
+    section = getattr(config, reader.section)
+    # A file of held-out rows takes the place of those that would be held out here.
+    share = 0.0 if getattr(section, reader.held_out_key) else section.validation_fraction
+    return [
+        ingredient(entry, config, f"{reader.section}.datasets.{i}", draw, share, MOST_HELD_OUT[reader.kind])
+        for i, entry in enumerate(section.datasets)
+    ]
+
+
+def _judgements(config: Config, reader: Reader) -> Callable[[Conversation], list[Any]]:
+    """Scores or preferences: what `reward_config.loss` asks for, or else what the first judged record holds."""
+    loss = config.reward_config.loss
+    if loss is None:
+        judged = (
+            record
+            for made, _ in _ingredients(config, reader, lambda record: [record])
+            for place in range(len(made.rows))
+            for record in made.convert(made.rows[place])
+            if isinstance(record, Conversation) and views.is_judged(record)
         )
-    if held_out_file is None:
-        return Rows(*split_by_prompt(rows, fraction, MOST_HELD_OUT[kind]), hashes)
-    held_out_key = key.replace("train_dataset", "validation_dataset").replace(".examples", ".validation_examples")
-    held_out_path = resolve_path(config, held_out_key, held_out_file)
-    return Rows(rows, read(held_out_path), hashes | {str(held_out_path): _hash(held_out_path)})
-
-
-def _prompt(row: Any) -> Prompt | str:
-    """What rows have to share to stand on one side: of plain text only the text itself."""
-    if isinstance(row, Prompt):
-        return row
-    return row.text if isinstance(row, PlainText) else row.prompt
+        first = next(judged, None)
+        loss = "regression" if first is not None and first.scored else "pairwise"
+    if loss == "pairwise":
+        return views.preferences
+    return lambda record: list(views.scored_completions(record)) if record.scored else []
 
 
 def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, chain, islice
 from pathlib import Path
+from typing import Any
 
 from chatrlhf.data.files import holds_rows, open_rows, read_rows
 from chatrlhf.data.row import Row
@@ -16,10 +20,7 @@ BUFFER_ROWS = 10_000  # rows read ahead from the hub, over all subsets, to draw 
 
 def from_hub(source: Source, subset: str | None, split: str, seed: int) -> list[Iterator[Row]]:
     """The rows of each subset, in an order drawn by the seed. Raises DataError for a name that is not there."""
-    for value, known, option in ((subset, source.subsets, "subset"), (split, source.splits, "split")):
-        if value is not None and value not in known:
-            choice = f"choose one of {', '.join(known)}" if known else "it has none"
-            raise DataError(f"--{option}: {source.hub_name} has no {value!r}; {choice}")
+    _check_names(source, subset, split)
     subsets = (subset,) if subset else source.subsets or (None,)
     return [_stream(source, name, split, seed, max(BUFFER_ROWS // len(subsets), 1)) for name in subsets]
 
@@ -27,19 +28,34 @@ def from_hub(source: Source, subset: str | None, split: str, seed: int) -> list[
 def _stream(source: Source, subset: str | None, split: str, seed: int, buffer: int) -> Iterator[Row]:
     """Rows of a subset, read from the hub as they are needed."""
     place = f"{source.hub_name}, {subset}/{split}" if subset else f"{source.hub_name}, {split}"
-    try:
+    with _explained(place):
         import datasets
-        from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # its retries; what came of them is said below
         rows = datasets.load_dataset(source.hub_name, data_dir=subset, split=split, streaming=True)
         if source.gather is None:
             yield from (Row(row, place) for row in rows.shuffle(seed=seed, buffer_size=buffer))
         else:  # in their own order: one row alone is no record
             yield from source.gather(Row(row, place) for row in rows)
+
+
+def _check_names(source: Source, subset: str | None, split: str) -> None:
+    for value, known, option in ((subset, source.subsets, "subset"), (split, source.splits, "split")):
+        if value is not None and value not in known:
+            choice = f"choose one of {', '.join(known)}" if known else "it has none"
+            raise DataError(f"--{option}: {source.hub_name} has no {value!r}; {choice}")
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """What the hub's client raises, in one line."""
+    try:
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # its retries; what came of them is said below
+        yield
     except DataError:
         raise
-    except Exception as error:  # the hub's client raises the errors of several libraries
+    except Exception as error:  # the errors of several libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{place}: it could not be read from the hub ({reason}); check the connection, or copy the "
@@ -59,13 +75,81 @@ def from_copy(
     Raises:
         DataError: there is nothing to read.
     """
+    parts = _parts(source, copy, subset, split, notes)
+    return [_shuffled(source, files, f"{seed}/{name}") for name, files in parts.items()]
+
+
+def files_of(source: Source, copy: Path, subset: str | None, split: str, notes: list[str]) -> list[Path]:
+    """The files of a copy, as `from_copy` would read them. Raises DataError."""
+    return [file for files in _parts(source, copy, subset, split, notes).values() for file in files]
+
+
+def hub_rows(source: Source, subset: str | None, split: str, most: int | None) -> Sequence[Row]:
+    """Rows of a dataset that the hub's client keeps on this machine.
+
+    Args:
+        most: of a dataset too large for that, this many of its first rows are read.
+
+    Raises:
+        DataError: the hub cannot be reached, the name of a subset or split is not there, or a dataset that is too
+            large is asked for whole.
+    """
+    if source.is_huge:
+        if most is None:
+            raise DataError(f"{source.hub_name} is too large to be read whole; set size, or name a copy as source")
+        return list(islice(chain.from_iterable(from_hub(source, subset, split, 0)), most))
+    _check_names(source, subset, split)
+    parts: list[Row] = []
+    for name in (subset,) if subset else source.subsets or (None,):
+        place = f"{source.hub_name}, {name}/{split}" if name else f"{source.hub_name}, {split}"
+        with _explained(place):
+            import datasets
+
+            rows = datasets.load_dataset(source.hub_name, data_dir=name, split=split)
+        parts.append(HubRows(rows, place))
+    joined = parts[0] if len(parts) == 1 else Joined(parts)
+    return joined if source.gather is None else list(source.gather(iter(joined)))
+
+
+class HubRows(Sequence[Row]):
+    """Rows that the hub's client has on disk."""
+
+    def __init__(self, rows: Any, place: str) -> None:
+        self.rows, self.place = rows, place
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return Row(self.rows[index], f"{self.place}, row {index + 1}")
+
+
+class Joined(Sequence[Row]):
+    """Rows of several files as one sequence."""
+
+    def __init__(self, parts: Sequence[Sequence[Row]]) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self.ends, index)
+        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
+
+
+def _parts(source: Source, copy: Path, subset: str | None, split: str, notes: list[str]) -> dict[str, list[Path]]:
+    """The files of each subset; of a dataset without any, under the empty name."""
     if copy.is_file():
-        return [_shuffled(source, [copy], f"{seed}/")]
+        return {"": [copy]}
     layout = "<subset>/<split>..." if source.subsets else "<split>..."
     if not copy.is_dir():
         raise DataError(f"--source {copy}: there is no such file or folder; name one with files {layout}")
     if not source.subsets:
-        return [_shuffled(source, _files(source, copy, split, notes), f"{seed}/")]
+        return {"": _files(source, copy, split, notes)}
     present = {folder.name for folder in copy.iterdir() if folder.is_dir() and any(map(holds_rows, folder.iterdir()))}
     if subset is not None and subset not in present:
         found = ", ".join(sorted(present)) or "none"
@@ -76,7 +160,7 @@ def from_copy(
         raise DataError(f"--source {copy}: there are no files {layout} in it; known subsets are {known}")
     if unknown := present - set(source.subsets) - set(subsets):
         notes.append(f"passed over, because the rows may have another form: {', '.join(sorted(unknown))}")
-    return [_shuffled(source, _files(source, copy / name, split, notes), f"{seed}/{name}") for name in subsets]
+    return {name: _files(source, copy / name, split, notes) for name in subsets}
 
 
 def _files(source: Source, folder: Path, split: str, notes: list[str]) -> list[Path]:

@@ -19,7 +19,7 @@ Files are only ever read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,23 +38,18 @@ PROMPT_PARTS = ("turns", "system", "narrative", "reply_name")
 
 def from_json(row: Row) -> Conversation:
     """A record from its JSON object. Raises DataError with place and field."""
-    provenance = row.row("provenance")
-    known = {name: provenance.optional_text(name) for name in Provenance.__dataclass_fields__}
-    if "text" in row and "user_input" not in row and "turns" not in row:
-        return Conversation(text=row.text("text"), provenance=Provenance(**known))
-    completion, scored = row.optional_text("completion"), [_scored(answer) for answer in row.rows("scored")]
-    if completion is not None and "score" in row.values:
-        scored.append(Scored(completion, row.score("score")))
-        completion = None
-    is_pair = "chosen" in row.values or "rejected" in row.values
-    return Conversation(
-        prompt=_prompt(row),
-        completion=completion,
-        scored=tuple(scored),
-        ranked=tuple(Ranked(answer.text("completion"), answer.whole_number("rank")) for answer in row.rows("ranked")),
-        pair=Pair(row.text("chosen"), row.text("rejected")) if is_pair else None,
-        provenance=Provenance(**known),
-    )
+    return Conversation(**{part: read(row) for part, read in PARTS.items()})
+
+
+def faults_of(row: Row) -> list[DataError]:
+    """Everything that keeps a row from being a record, not only the first of it."""
+    faults = []
+    for read in PARTS.values():
+        try:
+            read(row)
+        except DataError as error:
+            faults.append(error)
+    return faults
 
 
 def to_json(record: Conversation) -> dict[str, Any]:
@@ -89,14 +84,17 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _scored(row: Row) -> Scored:
-    completion = row.text("completion")
-    if "score" not in row.values:
-        raise DataError(f"{row.place}: field 'score' is missing; give a number, or null where it is not scored yet")
-    return Scored(completion, row.score("score"))
+def _is_text(row: Row) -> bool:
+    return "text" in row and "user_input" not in row and "turns" not in row
+
+
+def _text(row: Row) -> str | None:
+    return row.text("text") if _is_text(row) else None
 
 
 def _prompt(row: Row) -> Prompt:
+    if _is_text(row):
+        return Prompt()
     if not any(part in row for part in PROMPT_PARTS):
         return Prompt.of(row.text("user_input"))
     if "turns" in row:
@@ -116,6 +114,51 @@ def _turn(row: Row) -> Turn:
     return Turn(role, row.text("text"), row.optional_text("name"))
 
 
+def _completion(row: Row) -> str | None:
+    return None if "score" in row.values else row.optional_text("completion")
+
+
+def _scored(row: Row) -> tuple[Scored, ...]:
+    scored = [_scored_one(answer) for answer in row.rows("scored")]
+    # ChatLLaMA's row: its completion is the one that is scored.
+    if "score" in row.values and "completion" in row:
+        scored.append(_scored_one(row))
+    return tuple(scored)
+
+
+def _scored_one(row: Row) -> Scored:
+    completion = row.text("completion")
+    if "score" not in row.values:
+        raise DataError(f"{row.place}: field 'score' is missing; give a number, or null where it is not scored yet")
+    return Scored(completion, row.score("score"))
+
+
+def _ranked(row: Row) -> tuple[Ranked, ...]:
+    return tuple(Ranked(answer.text("completion"), answer.whole_number("rank")) for answer in row.rows("ranked"))
+
+
+def _pair(row: Row) -> Pair | None:
+    is_pair = "chosen" in row.values or "rejected" in row.values
+    return Pair(row.text("chosen"), row.text("rejected")) if is_pair else None
+
+
+def _provenance(row: Row) -> Provenance:
+    given = row.row("provenance")
+    return Provenance(*(given.optional_text(name) for name in Provenance.__dataclass_fields__))
+
+
+# How each part of a record is read.
+PARTS: dict[str, Callable[[Row], Any]] = {
+    "prompt": _prompt,
+    "completion": _completion,
+    "scored": _scored,
+    "ranked": _ranked,
+    "pair": _pair,
+    "text": _text,
+    "provenance": _provenance,
+}
+
+
 def read_records(path: Path) -> Iterator[tuple[Row, Conversation]]:
     """Every row of a file and its record. Raises DataError, also where there is none."""
     empty = True
@@ -126,53 +169,78 @@ def read_records(path: Path) -> Iterator[tuple[Row, Conversation]]:
         raise DataError(f"{path}: it holds no rows; a dataset needs at least one")
 
 
-def read_demonstrations(path: Path) -> list[ActorRow]:
-    """Rows of the ACTOR stage. Raises DataError with file, row and field."""
-    rows = []
-    for row, record in read_records(path):
-        drawn = views.demonstrations(record)
-        if not drawn:
-            row.text("completion")  # says what is missing
-            raise DataError(f"{row.place}: it holds no completion; add one")
-        rows += drawn
-    return rows
+def actor_rows(row: Row, record: Conversation) -> list[ActorRow]:
+    """What the ACTOR stage has of a row. Raises DataError where that is nothing."""
+    drawn = views.demonstrations(record)
+    if not drawn:
+        row.text("completion")  # says what is missing
+        raise DataError(f"{row.place}: it holds no completion; add one")
+    return drawn
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of the RL stage; answers are not looked at. Raises DataError."""
-    rows = []
-    for row, record in read_records(path):
-        drawn = views.prompts(record)
-        if not drawn:
-            raise DataError(f"{row.place}: it holds plain text and no prompt (user_input); remove it")
-        rows += drawn
-    return rows
-
-
-def read_judgements(path: Path) -> list[ScoredCompletion] | list[Preference]:
-    """Rows of the REWARD stage, all scored or all preferences.
+def reward_rows(row: Row, record: Conversation) -> list[ScoredCompletion] | list[Preference]:
+    """What the REWARD stage has of a row, all scored or all preferences; of ranks that are all equal nothing.
 
     Raises:
-        DataError: with file, row and field; also for a null score (which `generate_rewards.py` fills) and for
-            a file that mixes both shapes.
+        DataError: also for a null score, which `generate_rewards.py` fills.
+    """
+    try:
+        drawn = views.scored_completions(record) if record.scored else views.preferences(record)
+    except DataError as error:
+        raise DataError(f"{row.place}, {error}") from None
+    if not drawn and not record.ranked:
+        raise DataError(
+            f"{row.place}: field 'score' is missing; give a number, or use preference rows with 'chosen' and 'rejected'"
+        )
+    return drawn
+
+
+def prompt_rows(row: Row, record: Conversation) -> list[Prompt]:
+    """What the RL stage has of a row; answers are not looked at. Raises DataError where there is no prompt."""
+    drawn = views.prompts(record)
+    if not drawn:
+        raise DataError(f"{row.place}: it holds plain text and no prompt (user_input); remove it")
+    return drawn
+
+
+StageRows = Callable[[Row, Conversation], list[Any]]
+
+
+def read_stage(path: Path, rows_of: StageRows) -> tuple[list[Any], list[Hashable]]:
+    """A stage's rows of a file, and the group of each: rows of one prompt, or of one tree, are not split.
+
+    Args:
+        rows_of: one of the three above.
+
+    Raises:
+        DataError: with file, row and field; also where scored rows and preferences are mixed, or there are none.
     """
     rows: list[Any] = []
+    groups: list[Hashable] = []
     for row, record in read_records(path):
-        try:
-            drawn: list[Any] = views.scored_completions(record) if record.scored else views.preferences(record)
-        except DataError as error:
-            raise DataError(f"{row.place}, {error}") from None
-        if not drawn and not record.ranked:
-            raise DataError(
-                f"{row.place}: field 'score' is missing; give a number, or use preference rows with 'chosen' and "
-                "'rejected'"
-            )
-        if drawn and rows and type(drawn[0]) is not type(rows[0]):
+        drawn = rows_of(row, record)
+        if rows_of is reward_rows and drawn and rows and type(drawn[0]) is not type(rows[0]):
             raise DataError(
                 f"{row.place}: scored rows (completion, score) and preference rows (chosen, rejected) are mixed; "
                 "keep one shape a file"
             )
         rows += drawn
+        groups += [record.provenance.group or record.text or record.prompt] * len(drawn)
     if not rows:
         raise DataError(f"{path}: no two of its ranked completions differ in rank, so there is nothing to prefer")
-    return rows
+    return rows, groups
+
+
+def read_demonstrations(path: Path) -> list[ActorRow]:
+    """Rows of the ACTOR stage. Raises DataError with file, row and field."""
+    return read_stage(path, actor_rows)[0]
+
+
+def read_judgements(path: Path) -> list[ScoredCompletion] | list[Preference]:
+    """Rows of the REWARD stage, all scored or all preferences. Raises DataError with file, row and field."""
+    return read_stage(path, reward_rows)[0]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of the RL stage. Raises DataError with file, row and field."""
+    return read_stage(path, prompt_rows)[0]

@@ -105,6 +105,13 @@ def is_judged(record: Conversation) -> bool:
     return bool(record.pair or record.ranked or record.scored)
 
 
+def completions_of(record: Conversation) -> list[str]:
+    """Every completion in a record."""
+    pair = [] if record.pair is None else [record.pair.chosen, record.pair.rejected]
+    alone = [] if record.completion is None else [record.completion]
+    return [*alone, *(each.completion for each in (*record.scored, *record.ranked)), *pair]
+
+
 def prompts(record: Conversation) -> list[Prompt]:
     """The prompt, for the RL stage; plain text has none."""
     return [] if record.text is not None else [record.prompt]

@@ -60,7 +60,7 @@ def train_reward_model(
 
     pairwise = loss_for(train_rows, config) == "pairwise"
     model = scorer.model
-    source = "reward_config.train_dataset_path"
+    source = config.reads_from("reward_config", "train_dataset_path")
     train_rows = _that_fit(train_rows, scorer, source, log)
     held_out_rows = _that_fit(held_out_rows, scorer, "the held-out rows", log) if held_out_rows else []
     if not pairwise:

@@ -42,7 +42,7 @@ def train_actor(
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """No card: TRL would write one beside each checkpoint."""
 
-    train = _dataset(train_rows, encoder, config, "actor_config.train_dataset_path", log)
+    train = _dataset(train_rows, encoder, config, config.reads_from("actor_config", "train_dataset_path"), log)
     held_out = _dataset(held_out_rows, encoder, config, "the held-out rows", log) if held_out_rows else None
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> SFTTrainer:

@@ -263,7 +263,7 @@ def test_a_dataset_of_trees_in_one_language(trees, tmp_path):
     ]
     assert result.left_out == {"rows in another language": 1} and result.taken == 1
     rows = json.loads((tmp_path / "out" / ACTOR).read_text(encoding="utf-8"))
-    assert rows[0]["provenance"] == {"dataset": "OpenAssistant/oasst1", "licence": "Apache-2.0"}
+    assert rows[0]["provenance"] == {"dataset": "OpenAssistant/oasst1", "licence": "Apache-2.0", "group": "1"}
     with pytest.raises(DataError, match="--lang: the rows of Anthropic/hh-rlhf do not say which language"):
         download("ARLHF", tmp_path / "x", source_dir=trees, lang="en")
     with pytest.raises(DataError, match="--subset: OpenAssistant/oasst1 has none"):

@@ -83,7 +83,7 @@ def shp_row(post: str, a: str, b: str, label: object = 1) -> dict:
 def test_shp_labels_say_which_comment_was_preferred(label, chosen, rejected):
     record = one("SHP", **shp_row("Why?", "A", "B", label))
     assert (record.prompt, record.pair) == (Prompt.of("Why?"), Pair(chosen, rejected))
-    assert record.provenance.row == "x1"
+    assert record.provenance.group == "x1"
 
 
 @pytest.mark.parametrize("label", [2, None, "1", True, [1]])
@@ -151,6 +151,7 @@ def test_a_tree_of_messages():
         (["root"], "unplaced"),
         (["root", "best", "more"], "only"),
     ]
+    assert {record.provenance.group for record in records} == {"t"}  # a tree is never parted
     assert records[0].ranked == (Ranked("best", 0), Ranked("second", 1), Ranked("also second", 1))
     pairs = [(pair.chosen, pair.rejected) for record in records for pair in preferences(record)]
     assert pairs == [("best", "second"), ("best", "also second")]  # no pair of equals

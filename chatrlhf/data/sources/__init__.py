@@ -37,6 +37,7 @@ class Source:
     gather: Callable[[Iterator[Row]], Iterator[Row]] | None = (
         None  # of rows in the file's order, where one alone is none
     )
+    is_huge: bool = False  # too large to keep on one machine
     loss_on: str | None = None  # what is trained of it, where that is not the completion
 
 

@@ -24,7 +24,11 @@ def records(row: Row) -> Converted:
     if state not in (None, READY):
         yield LeftOut("trees that are not ready for export")
         return
-    yield from _below(row.row("prompt"), Prompt())
+    tree = row.optional_text("message_tree_id")
+    for record in _below(row.row("prompt"), Prompt()):
+        if isinstance(record, Conversation):
+            record = replace(record, provenance=replace(record.provenance, group=tree))
+        yield record
 
 
 def _below(message: Row, before: Prompt) -> Converted:

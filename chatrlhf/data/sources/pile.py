@@ -17,4 +17,5 @@ SOURCE = Source(
     size="a terabyte of documents",
     template="raw",
     convert=records,
+    is_huge=True,
 )

@@ -22,7 +22,8 @@ def records(row: Row) -> Converted:
     if not (a.strip() and b.strip()):
         return [EMPTY_REPLY]
     pair = Pair(a, b) if label == 1 else Pair(b, a)
-    return [Conversation(Prompt.of(shorten(post)), pair=pair, provenance=Provenance(row=row.optional_text("post_id")))]
+    of_post = Provenance(group=row.optional_text("post_id"))
+    return [Conversation(Prompt.of(shorten(post)), pair=pair, provenance=of_post)]
 
 
 def shorten(post: str) -> str:

@@ -1,0 +1,41 @@
+"""`datasets:` of a stage's section: what is mixed, and how much of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from chatrlhf.config.section import Section
+
+
+class DatasetEntry(Section):
+    """One dataset of a mixture."""
+
+    name: str = Field(description="a public dataset's name, or the path of a file of rows")
+    source: str | None = Field(None, description="a local copy of a public dataset; null: the hub")
+    subset: str | None = None
+    split: str = "train"
+    lang: str | None = Field(None, description="of a dataset in many languages only this one")
+    columns: dict[str, str] = Field(default_factory=dict, description="of a file: our field -> its column")
+    fraction: float = Field(1.0, gt=0, le=1, description="of its training rows")
+    size: int | None = Field(None, ge=1, description="training rows at most")
+    weight: float = Field(1.0, gt=0, description="how often each of these rows is seen in an epoch")
+    val_split: float | None = Field(None, ge=0, lt=1, description="held out; null: validation_fraction")
+    max_val_set: int | None = Field(None, ge=0, description="rows held out at most")
+    max_chunk_size: int | None = Field(None, ge=1, description="characters of a piece of plain text")
+
+
+def entries(value: Any) -> Any:
+    """Entries as people write them: a name, ``{name: {options}}`` as OpenAssistant's files have it, or the keys."""
+    return [_entry(item) for item in value] if isinstance(value, list) else value
+
+
+def _entry(item: Any) -> Any:
+    if isinstance(item, str):
+        return {"name": item}
+    if isinstance(item, dict) and "name" not in item and len(item) == 1:
+        ((name, options),) = item.items()
+        if options is None or isinstance(options, dict):
+            return {"name": name, **(options or {})}
+    return item

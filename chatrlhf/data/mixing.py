@@ -1,0 +1,252 @@
+"""Several datasets as one: what is held out, what is taken of the rest, and in which order it is seen.
+
+Rows stay where they are. One pass reads them all and keeps some forty bytes of each; afterwards a row is read again
+when it is asked for. Everything is drawn by the seed and by what the rows say, not by where they stand, so that two
+runs with one seed see the same mixture, and every process of a run has the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chatrlhf.conversation import Conversation
+from chatrlhf.data.row import HalfCharacter, Row
+from chatrlhf.data.sources import LeftOut
+from chatrlhf.data.views import PlainText
+from chatrlhf.errors import DataError
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A dataset of a mixture, before anything is drawn from it."""
+
+    name: str
+    rows: Sequence[Row]
+    convert: Callable[[Row], Iterable[Conversation | LeftOut]]
+    draw: Callable[[Conversation], list[Any]]  # what its stage has of a record
+    held_out_share: float = 0.0
+    held_out_most: int | None = None
+    fraction: float = 1.0
+    size: int | None = None
+    weight: float = 1.0
+    max_chunk_size: int | None = None  # characters
+    key: Callable[[Row], Hashable] | None = None  # of rows that share one only the first is taken
+
+    def drawn(self, index: int) -> list[tuple[Any, Conversation] | LeftOut]:
+        """The stage's rows of a row, each with its record; or why there are none.
+
+        Raises:
+            DataError: the row is not of this dataset.
+        """
+        try:
+            records = list(self.convert(self.rows[index]))
+        except HalfCharacter:
+            return [LeftOut("texts with half a character (a lone surrogate)")]
+        made: list[tuple[Any, Conversation] | LeftOut] = []
+        for record in records:
+            if isinstance(record, LeftOut):
+                made.append(record)
+                continue
+            try:
+                rows = [piece for row in self.draw(record) for piece in self._pieces(row)]
+            except DataError as error:
+                raise DataError(f"{self.rows[index].place}, {error}") from None
+            made += [(row, record) for row in rows] or [LeftOut("records without use for this stage")]
+        return made
+
+    def _pieces(self, row: Any) -> list[Any]:
+        if not isinstance(row, PlainText) or self.max_chunk_size is None:
+            return [row]
+        size = self.max_chunk_size
+        pieces = [row.text[start : start + size] for start in range(0, len(row.text), size)]
+        return [replace(row, text=piece, ends=row.ends and i == len(pieces) - 1) for i, piece in enumerate(pieces)]
+
+
+@dataclass
+class Share:
+    """What became of a dataset."""
+
+    name: str
+    available: int = 0  # rows that could have been trained on
+    train: int = 0
+    held_out: int = 0
+    repeated: int = 0  # rows that say what another does
+    also_held_out: int = 0  # rows that share a prompt, or a group, with one that is held out
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The rows of a stage, read when they are asked for."""
+
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    shares: list[Share]
+
+    def lines(self) -> list[str]:
+        """The composition, for people."""
+        lines = [f"{len(self.train):,} rows in training, {len(self.held_out):,} held out"]
+        for share in self.shares:
+            of_held_out = f" ({share.held_out / len(self.held_out):.2%})" if self.held_out else ""
+            of_available = f" ({share.train / share.available:.2%} of it)" if share.available else ""
+            line = (
+                f"  {share.name}: {share.train:,} in training{of_available}, {share.held_out:,} held out{of_held_out}"
+            )
+            reasons = Counter(share.left_out)
+            reasons["rows that repeat another"] += share.repeated
+            reasons["rows that share a prompt or a group with one that is held out"] += share.also_held_out
+            said = [f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count]
+            lines.append(line + (f"; left out: {', '.join(said)}" if said else ""))
+        return lines
+
+
+def mix(ingredients: Sequence[Ingredient], seed: int, deduplicate: bool = True) -> Mixture:
+    """Hold out, draw and shuffle.
+
+    Args:
+        deduplicate: of rows that say the same, in whichever dataset, only the first is taken.
+
+    Raises:
+        DataError: a row is not of its dataset, or nothing is left of one.
+    """
+    index, shares = _Index(), []
+    for number, ingredient in enumerate(ingredients):
+        shares.append(Share(ingredient.name))
+        index.read(number, ingredient, shares[-1])
+    of, content, group, prompt = index.arrays()
+    keep = np.ones(len(of), dtype=bool)
+    if deduplicate:
+        keep[:] = False
+        keep[np.unique(content, return_index=True)[1]] = True
+    held_out = np.zeros(len(of), dtype=bool)
+    for number, ingredient in enumerate(ingredients):
+        mine = np.flatnonzero((of == number) & keep)
+        shares[number].repeated += int(((of == number) & ~keep).sum())
+        held_out[mine] = _held_out(group[mine], ingredient, seed)
+        shares[number].held_out = int(held_out[mine].sum())
+    shared = keep & ~held_out & (np.isin(group, group[held_out]) | np.isin(prompt, prompt[held_out]))
+    chosen = []
+    for number, ingredient in enumerate(ingredients):
+        mine = np.flatnonzero((of == number) & keep & ~held_out & ~shared)
+        taken = _taken(mine, content, ingredient, seed)
+        share = shares[number]
+        share.available, share.train = len(mine), len(taken)
+        share.also_held_out = int(((of == number) & shared).sum())
+        if not len(taken):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in share.left_out.items()) or "it has no rows"
+            raise DataError(f"datasets: nothing of {ingredient.name} is left to train on ({reasons})")
+        chosen.append(taken)
+    train = np.random.default_rng(seed).permutation(np.concatenate(chosen))
+    return Mixture(index.rows(ingredients, train), index.rows(ingredients, np.flatnonzero(held_out)), shares)
+
+
+def _held_out(group: NDArray[np.uint64], ingredient: Ingredient, seed: int) -> NDArray[np.bool_]:
+    """Which rows are held out: whole groups, in an order that the seed draws, up to the number wanted."""
+    wanted = round(ingredient.held_out_share * len(group))
+    if ingredient.held_out_most is not None:
+        wanted = min(wanted, ingredient.held_out_most)
+    groups, member_of, sizes = np.unique(group, return_inverse=True, return_counts=True)
+    chosen, count, left = np.zeros(len(groups), dtype=bool), 0, len(groups)
+    for number in np.argsort(_scrambled(groups, seed)):
+        if count >= wanted or left == 1:
+            break
+        if count + sizes[number] <= wanted:
+            chosen[number] = True
+            count += int(sizes[number])
+            left -= 1
+    return chosen[member_of] if len(group) else np.zeros(0, dtype=bool)
+
+
+def _taken(
+    mine: NDArray[np.int64], content: NDArray[np.uint64], ingredient: Ingredient, seed: int
+) -> NDArray[np.int64]:
+    """The rows of one dataset that an epoch sees, some of them more than once."""
+    number = round(ingredient.fraction * len(mine))
+    if ingredient.size is not None:
+        number = min(number, ingredient.size)
+    drawn = mine[np.argsort(_scrambled(content[mine], seed + 1), kind="stable")[:number]]
+    whole, rest = divmod(round(ingredient.weight * number), max(number, 1))
+    return np.concatenate([*[drawn] * whole, drawn[:rest]]) if number else drawn
+
+
+class _Index:
+    """Of each stage row where it stands, and digests of what it says, of its group and of its prompt."""
+
+    def __init__(self) -> None:
+        self.of, self.row, self.part = array("B"), array("q"), array("l")
+        self.content, self.group, self.prompt = array("Q"), array("Q"), array("Q")
+
+    def read(self, number: int, ingredient: Ingredient, share: Share) -> None:
+        seen: set[Hashable] = set()
+        for place in range(len(ingredient.rows)):
+            if ingredient.key is not None:
+                if (key := ingredient.key(ingredient.rows[place])) in seen:
+                    share.repeated += 1
+                    continue
+                seen.add(key)
+            part = 0
+            for made in ingredient.drawn(place):
+                if isinstance(made, LeftOut):
+                    share.left_out[made.reason] += 1
+                    continue
+                row, record = made
+                # Of a plain text, which has no prompt, all pieces belong together.
+                prompt = repr(record.prompt) if record.text is None else record.text
+                own_group = (record.provenance.dataset, record.provenance.group)
+                self.of.append(number)
+                self.row.append(place)
+                self.part.append(part)
+                self.content.append(_digest(repr(row)))
+                self.group.append(_digest(repr(own_group) if own_group[1] is not None else prompt))
+                self.prompt.append(_digest(prompt))
+                part += 1
+
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """Of which dataset each row is, and its digests."""
+        digests = (np.frombuffer(each, dtype=np.uint64) for each in (self.content, self.group, self.prompt))
+        return np.frombuffer(self.of, dtype=np.uint8), *digests
+
+    def rows(self, ingredients: Sequence[Ingredient], chosen: NDArray[np.int64]) -> MixedRows:
+        part = np.frombuffer(self.part, dtype=f"i{self.part.itemsize}")
+        return MixedRows(
+            ingredients,
+            np.frombuffer(self.of, dtype=np.uint8)[chosen],
+            np.frombuffer(self.row, dtype=np.int64)[chosen],
+            part[chosen],
+        )
+
+
+class MixedRows(Sequence[Any]):
+    """Rows of several datasets, each read when it is asked for."""
+
+    def __init__(self, ingredients: Sequence[Ingredient], of: Any, row: Any, part: Any) -> None:
+        self.ingredients, self.of, self.row, self.part = ingredients, of, row, part
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        made = self.ingredients[self.of[index]].drawn(int(self.row[index]))
+        return [row for row in made if not isinstance(row, LeftOut)][self.part[index]][0]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _scrambled(digests: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Other numbers for every seed, as good as random (the finaliser of splitmix64, Steele et al. 2014)."""
+    x = digests + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,135 @@
+"""`chatrlhf data stats|check|show FILE`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatrlhf.conversation import Conversation
+from chatrlhf.data.sources.catalogue import SOURCES
+from chatrlhf.inspection.faults import STAGES
+
+if TYPE_CHECKING:  # with torch behind it: what is asked for help needs none
+    from rich.console import Console
+
+    from chatrlhf.data.collate import Encoder
+
+TINY_VOCABULARY, TINY_ROWS = 4096, 2000  # of the tokenizer that is made where none is named
+FOUND_FAULTS = 1
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a command; returns the exit status, 1 where `check` has found a fault."""
+    options = _parser().parse_args(words)
+    from rich.console import Console
+
+    console = Console()
+    return {"stats": _stats, "check": _check, "show": _show}[options.command](options, console)
+
+
+def _stats(options: argparse.Namespace, console: Console) -> int:
+    from chatrlhf.inspection.reading import records_in
+    from chatrlhf.inspection.report import save_picture, show_statistics
+    from chatrlhf.inspection.statistics import count
+
+    encoder = _encoder(options, console)
+    with console.status("counting"):
+        statistics = count(records_in(options.file, options.dataset), encoder)
+    show_statistics(console, statistics, str(options.file))
+    if options.picture is not None:
+        save_picture(statistics, options.file.name, options.picture)
+        console.print(f"wrote {options.picture}", highlight=False)
+    return 0
+
+
+def _check(options: argparse.Namespace, console: Console) -> int:
+    from chatrlhf.inspection.faults import faults_in
+
+    found = 0
+    for fault in faults_in(options.file, options.dataset, options.stage):
+        print(fault)
+        found += 1
+    print(f"{options.file}: {found:,} faults" if found else f"{options.file}: no fault found")
+    return FOUND_FAULTS if found else 0
+
+
+def _show(options: argparse.Namespace, console: Console) -> int:
+    from chatrlhf.data.views import demonstrations, prompts
+    from chatrlhf.inspection.reading import records_in
+    from chatrlhf.inspection.rendering import marked, measure
+
+    encoder = _encoder(options, console)
+    records = (item for item in records_in(options.file, options.dataset) if isinstance(item[1], Conversation))
+    for row, record in islice(records, options.row - 1, options.row - 1 + options.number):
+        console.print(f"{row.place}", style="bold", highlight=False)
+        for each in demonstrations(record):
+            console.print(f"({measure(each, encoder, options.loss_on)})", highlight=False)
+            console.print(marked(each, encoder, options.loss_on, console.is_terminal), soft_wrap=True)
+        if not demonstrations(record):
+            for prompt in prompts(record):
+                console.print(encoder.tokenizer.decode(encoder.prompt(prompt)), markup=False, highlight=False)
+        for answer in record.scored:
+            console.print(f"score {answer.score}: {answer.completion!r}", markup=False, highlight=False)
+        for place in record.ranked:
+            console.print(f"rank {place.rank}: {place.completion!r}", markup=False, highlight=False)
+        if record.pair is not None:
+            console.print(f"rejected: {record.pair.rejected!r}", markup=False, highlight=False)
+        console.print()
+    return 0
+
+
+def _encoder(options: argparse.Namespace, console: Console) -> Encoder:
+    from chatrlhf.data.collate import Encoder
+    from chatrlhf.data.templates import get_template
+    from chatrlhf.inspection.reading import records_in
+    from chatrlhf.models.tokenizer import load_tokenizer, train_tokenizer
+
+    tokenizer: Any
+    if options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
+    else:
+        records = (item[1] for item in records_in(options.file, options.dataset))
+        texts = [text for record in islice(records, TINY_ROWS) for text in _texts(record)]
+        tokenizer = train_tokenizer(texts, TINY_VOCABULARY)
+        console.print(
+            f"tokens are those of a vocabulary of {len(tokenizer):,} made from the first {TINY_ROWS:,} records; "
+            "--tokenizer names a model's",
+            style="dim",
+            highlight=False,
+        )
+    name = options.template or (SOURCES[options.dataset].template if options.dataset else "chatllama")
+    return Encoder.of(tokenizer, get_template(name, "--template", tokenizer), options.context)
+
+
+def _texts(record: Any) -> list[str]:
+    from chatrlhf.data.views import completions_of, words
+
+    if not isinstance(record, Conversation):
+        return []
+    return [record.text] if record.text is not None else [*words(record.prompt), *completions_of(record)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="chatrlhf data", description="Look into a file of rows.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    stats = commands.add_parser("stats", help="counts, lengths in tokens, scores, repetitions, what a context cuts")
+    check = commands.add_parser("check", help="every fault, with file, row and field")
+    show = commands.add_parser("show", help="records as a model sees them, what is trained marked")
+    for each in (stats, check, show):
+        each.add_argument("file", type=Path, help="JSON, JSONL, CSV, Parquet or text; .gz too")
+        each.add_argument(
+            "--as", dest="dataset", metavar="NAME", type=str.upper, choices=SOURCES, help="rows of a public dataset"
+        )
+    for each in (stats, show):
+        each.add_argument("--tokenizer", metavar="MODEL", help="a folder or hub id")
+        each.add_argument("--template", metavar="NAME", help="as actor_config.template")
+        each.add_argument("--context", type=int, default=2048, metavar="N", help="tokens (%(default)s)")
+    stats.add_argument("--picture", type=Path, metavar="FILE", help="write the histograms there, such as stats.png")
+    check.add_argument("--stage", choices=STAGES, help="also look for what this stage needs")
+    show.add_argument("--row", type=int, default=1, metavar="N", help="the first record to show (%(default)s)")
+    show.add_argument("-n", "--number", type=int, default=3, metavar="N", help="how many (%(default)s)")
+    show.add_argument("--loss-on", choices=("completion", "all_turns", "all"), default="completion")
+    return parser

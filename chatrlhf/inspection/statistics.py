@@ -1,0 +1,146 @@
+"""What is in a file of rows, counted in one pass; a few bytes a row are kept."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from chatrlhf.conversation import Conversation
+from chatrlhf.data.collate import Encoder
+from chatrlhf.data.records import to_json
+from chatrlhf.data.row import Row
+from chatrlhf.data.sources import LeftOut
+from chatrlhf.data.views import completions_of
+
+
+@dataclass
+class Numbers:
+    """Many numbers of one kind."""
+
+    values: array = field(default_factory=lambda: array("d"))
+
+    def add(self, value: float) -> None:
+        self.values.append(value)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def summary(self) -> dict[str, float]:
+        """Least, quartiles, 95th percentile, greatest, mean and deviation."""
+        numbers = np.frombuffer(self.values)
+        at = np.quantile(numbers, [0, 0.25, 0.5, 0.75, 0.95, 1])
+        names = ("min", "25%", "median", "75%", "95%", "max")
+        return dict(zip(names, map(float, at), strict=True)) | {
+            "mean": float(numbers.mean()),
+            "std": float(numbers.std()),
+        }
+
+    def histogram(self, bins: int = 12) -> list[tuple[float, float, int]]:
+        """(from, to, how many) of equal steps; of few whole numbers a step for each."""
+        numbers = np.frombuffer(self.values)
+        low, high = float(numbers.min()), float(numbers.max())
+        if high - low < bins and bool((numbers == np.round(numbers)).all()):
+            edges = np.arange(low, high + 2) - 0.5
+        else:
+            edges = np.linspace(low, high, bins + 1)
+        counts, edges = np.histogram(numbers, edges)
+        return [(float(a), float(b), int(count)) for a, b, count in zip(edges, edges[1:], counts, strict=False)]
+
+
+@dataclass
+class Statistics:
+    """Counts and lengths of a file; lengths are in tokens, as training would count them."""
+
+    context: int  # tokens of prompt and completion together that a model can read
+    rows: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: Numbers = field(default_factory=Numbers)
+    completion_tokens: Numbers = field(default_factory=Numbers)
+    tokens: Numbers = field(default_factory=Numbers)  # the prompt with its longest completion, or the text
+    scores: Numbers = field(default_factory=Numbers)
+    turns: Numbers = field(default_factory=Numbers)
+    too_long: int = 0
+    generated_by: Counter[str] = field(default_factory=Counter)
+    _whole: array = field(default_factory=lambda: array("Q"))
+    _prompts: array = field(default_factory=lambda: array("Q"))
+
+    @property
+    def records(self) -> int:
+        return len(self._whole)
+
+    @property
+    def repeated_records(self) -> int:
+        """Records that say what an earlier one says."""
+        return _repeats(self._whole)
+
+    @property
+    def repeated_prompts(self) -> int:
+        """Records whose prompt an earlier one has."""
+        return _repeats(self._prompts)
+
+    def add(self, record: Conversation, encoder: Encoder) -> None:
+        """Count a record in."""
+        self.kinds.update(kinds_of(record))
+        values = to_json(record)
+        values.pop("provenance", None)
+        self._whole.append(_digest(repr(values)))
+        if record.provenance.generated_by:
+            self.generated_by[record.provenance.generated_by] += 1
+        for answer in record.scored:
+            if answer.score is not None:
+                self.scores.add(answer.score)
+        if record.text is not None:
+            length = len(encoder.plain(record.text)[0])
+        else:
+            self._prompts.append(_digest(record.prompt.text))
+            self.turns.add(len(record.prompt.turns))
+            prompt = len(encoder.prompt(record.prompt))
+            self.prompt_tokens.add(prompt)
+            lengths = [len(encoder.completion(text)) for text in completions_of(record)]
+            for each in lengths:
+                self.completion_tokens.add(each)
+            length = prompt + max(lengths, default=0)
+        self.tokens.add(length)
+        self.too_long += length > self.context
+
+
+def count(records: Iterable[tuple[Row, Conversation | LeftOut]], encoder: Encoder) -> Statistics:
+    """Statistics of a file's records, at the context of the encoder."""
+    statistics = Statistics(encoder.max_length)
+    last: Row | None = None
+    for row, record in records:
+        statistics.rows += row is not last
+        last = row
+        if isinstance(record, LeftOut):
+            statistics.left_out[record.reason] += 1
+        else:
+            statistics.add(record, encoder)
+    return statistics
+
+
+def kinds_of(record: Conversation) -> list[str]:
+    """What a record holds, in the words of the report."""
+    scored = [answer.score is not None for answer in record.scored]
+    held = {
+        "plain text": record.text is not None,
+        "a completion": record.completion is not None,
+        "scored completions": any(scored),
+        "completions yet to be scored": not all(scored),
+        "ranked completions": bool(record.ranked),
+        "a chosen and a rejected completion": record.pair is not None,
+    }
+    return [kind for kind, is_held in held.items() if is_held] or ["a prompt alone"]
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _repeats(digests: array) -> int:
+    return len(digests) - len(np.unique(np.frombuffer(digests, dtype=np.uint64)))

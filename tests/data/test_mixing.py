@@ -1,0 +1,186 @@
+"""Several datasets as one."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from chatrlhf.conversation import Conversation, Prompt, Provenance
+from chatrlhf.data import views
+from chatrlhf.data.files import open_rows
+from chatrlhf.data.mixing import Ingredient, mix
+from chatrlhf.data.records import from_json, to_json
+from chatrlhf.data.row import Row
+from chatrlhf.data.sources import LeftOut
+from chatrlhf.data.views import Demonstration, PlainText
+from chatrlhf.errors import DataError
+
+
+def rows_of(records) -> list[Row]:
+    return [Row(to_json(record), f"row {i}") for i, record in enumerate(records, start=1)]
+
+
+def plain(row: Row):
+    return [from_json(row)]
+
+
+def talks(name: str, number: int, **options) -> Ingredient:
+    records = [Conversation(Prompt.of(f"{name} {i}"), completion="yes") for i in range(number)]
+    return Ingredient(name, rows_of(records), plain, views.demonstrations, **options)
+
+
+def texts(name: str, written: list[str], **options) -> Ingredient:
+    return Ingredient(
+        name, rows_of(Conversation(text=text) for text in written), plain, views.demonstrations, **options
+    )
+
+
+def named(rows) -> Counter:
+    return Counter(row.prompt.text.split()[0] if isinstance(row, Demonstration) else "text" for row in rows)
+
+
+def test_orcas_mixture():
+    """llama2-13b-orca-8k's composition at a thousandth: all, all and a quarter; 5, 1 and 1 held out."""
+    made = mix(
+        [
+            talks("orca_chat", 194, held_out_share=0.1, held_out_most=5),
+            texts(
+                "fanfics", [f"story {i}" for i in range(49)], held_out_share=0.1, held_out_most=1, max_chunk_size=65535
+            ),
+            texts("red_pajama", [f"page {i}" for i in range(754)], held_out_share=0.1, held_out_most=1, fraction=0.25),
+        ],
+        seed=0xE1291F1A,
+    )
+    assert [share.held_out for share in made.shares] == [5, 1, 1]
+    assert [share.train for share in made.shares] == [189, 48, 188]
+    assert made.lines() == [
+        "425 rows in training, 7 held out",
+        "  orca_chat: 189 in training (100.00% of it), 5 held out (71.43%)",
+        "  fanfics: 48 in training (100.00% of it), 1 held out (14.29%)",
+        "  red_pajama: 188 in training (24.97% of it), 1 held out (14.29%)",
+    ]
+    assert len(made.train) == 425 and len(made.held_out) == 7
+    assert named(made.train) == {"orca_chat": 189, "text": 236}
+
+
+def test_one_seed_is_one_mixture():
+    def made(seed: int, backwards: bool = False) -> tuple[list, list]:
+        first = talks("a", 40, held_out_share=0.2, fraction=0.5)
+        if backwards:
+            first = Ingredient("a", first.rows[::-1], plain, views.demonstrations, held_out_share=0.2, fraction=0.5)
+        mixture = mix([first, talks("b", 30)], seed)
+        return list(mixture.train), list(mixture.held_out)
+
+    assert made(1) == made(1)
+    assert sorted(map(repr, made(1)[0])) != sorted(map(repr, made(2)[0]))
+    # What is drawn follows from what the rows say, not from where they stand.
+    assert all(sorted(map(repr, x)) == sorted(map(repr, y)) for x, y in zip(made(1), made(1, True), strict=True))
+    assert made(1)[0] != sorted(made(1)[0], key=repr)
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(2.0, {1: 0, 2: 20}), (1.5, {1: 10, 2: 10}), (0.25, {1: 5, 2: 0})])
+def test_weights(weight, expected):
+    made = mix([talks("a", 20, weight=weight), talks("b", 7)], seed=3)
+    seen = Counter(row.prompt.text for row in made.train)
+    times = Counter(count for text, count in seen.items() if text.startswith("a"))
+    assert {1: times[1], 2: times[2]} == expected
+    assert sum(count for text, count in seen.items() if text.startswith("b")) == 7
+
+
+def test_sizes():
+    assert named(mix([talks("a", 20, size=3), talks("b", 20, fraction=0.5, size=15)], seed=0).train) == {
+        "a": 3,
+        "b": 10,
+    }
+
+
+def test_what_says_the_same_is_taken_once():
+    twice = [
+        Conversation(Prompt.of(f"x {i % 5}"), completion="yes", provenance=Provenance(row=str(i))) for i in range(10)
+    ]
+    one = Ingredient("one", rows_of(twice), plain, views.demonstrations)
+    other = Ingredient(
+        "other", rows_of([*twice[:2], Conversation(Prompt.of("y"), completion="no")]), plain, views.demonstrations
+    )
+    made = mix([one, other], seed=0)
+    assert len(made.train) == len(set(made.train)) == 6
+    assert [share.repeated for share in made.shares] == [5, 2]
+    assert "left out: 5 rows that repeat another" in made.lines()[1]
+    assert len(mix([one, other], seed=0, deduplicate=False).train) == 13
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_that_is_held_out_is_trained_on(seed):
+    """Not even another answer to its prompt, or a record of its tree, from another dataset."""
+    records = [
+        Conversation(
+            Prompt.of(f"question {i // 4}"), completion=f"answer {i}", provenance=Provenance(group=f"tree {i // 8}")
+        )
+        for i in range(80)
+    ]
+    trees = Ingredient("trees", rows_of(records), plain, views.demonstrations, held_out_share=0.25)
+    again = [replace_answer(record) for record in records[::3]]
+    others = Ingredient("others", rows_of(again), plain, views.demonstrations)
+    made = mix([trees, others], seed)
+    groups = {row.prompt.text: i // 8 for i, row in enumerate(r for x in records for r in views.demonstrations(x))}
+    held, trained = ({groups[row.prompt.text] for row in rows} for rows in (made.held_out, made.train))
+    assert len(made.held_out) == 16 and len(held) == 2 and not held & trained
+    assert made.shares[1].also_held_out > 0
+
+
+def replace_answer(record: Conversation) -> Conversation:
+    return Conversation(record.prompt, completion="another", provenance=record.provenance)
+
+
+def test_long_texts_are_cut_into_pieces():
+    made = mix([texts("long", ["abcdefgh", "ij"], max_chunk_size=3)], seed=0)
+    assert set(made.train) == {
+        PlainText("abc", ends=False),
+        PlainText("def", ends=False),
+        PlainText("gh", ends=True),
+        PlainText("ij", ends=True),
+    }
+
+
+def test_pieces_of_a_text_stay_on_one_side():
+    story = [Conversation(text=f"{i}" * 30, provenance=Provenance(group=str(i))) for i in range(9)]
+    one = Ingredient("x", rows_of(story), plain, views.demonstrations, held_out_share=0.4, max_chunk_size=10)
+    made = mix([one], seed=1, deduplicate=False)
+    held, trained = ({row.text[0] for row in rows} for rows in (made.held_out, made.train))
+    assert held and not held & trained
+
+
+def test_rows_that_are_left_out_are_counted():
+    def convert(row: Row):
+        return [LeftOut("odd rows")] if int(row.place.split()[1]) % 2 else [from_json(row)]
+
+    base = talks("a", 10)
+    made = mix([Ingredient("a", base.rows, convert, views.demonstrations)], seed=0)
+    assert len(made.train) == 5 and made.shares[0].left_out == {"odd rows": 5}
+    with pytest.raises(DataError, match=r"nothing of a is left to train on \(10 records without use for this stage\)"):
+        mix([Ingredient("a", base.rows, plain, views.preferences)], seed=0)
+
+
+def test_something_is_always_left_for_training():
+    made = mix([talks("a", 3, held_out_share=0.99)], seed=0)
+    assert (len(made.held_out), len(made.train)) == (2, 1)
+
+
+def test_rows_with_one_key_are_taken_once():
+    base = talks("a", 6)
+    keyed = Ingredient("a", base.rows, plain, views.demonstrations, key=lambda row: int(row.place.split()[1]) // 2)
+    made = mix([keyed], seed=0)
+    assert len(made.train) == 4 and made.shares[0].repeated == 2
+
+
+def test_rows_are_read_from_the_file_when_they_are_asked_for(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"user_input": f"{i:03}", "completion": "yes"}) + "\n" for i in range(50)), "utf-8"
+    )
+    made = mix([Ingredient("file", open_rows(path), plain, views.demonstrations)], seed=0)
+    before = [row.prompt.text for row in made.train]
+    assert sorted(before) == [f"{i:03}" for i in range(50)]
+    path.write_text(path.read_text("utf-8").replace('"yes"', '"no!"'), "utf-8")
+    assert made.train[7] == Demonstration(Prompt.of(before[7]), "no!")
+    assert [row.prompt.text for row in made.train[3:6]] == before[3:6]
