@@ -54,7 +54,7 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
     tokenizer, context = tokenizer_and_context(actor, corpus(config))
     template = get_template(actor.template, tokenizer=tokenizer, folder=config.base_dir)
     encoder = Encoder.of(tokenizer, template, min(actor.max_sequence_length, context))
-    _check_lengths(inputs, encoder, min(reward.max_sequence_length, encoder.max_length))
+    _check_lengths(config, inputs, encoder)
 
 
 def _check_models(config: Config, stages: list[str], has_reward_fn: bool) -> None:
@@ -93,13 +93,14 @@ def _check_adapters(config: Config, stages: list[str], run_dir: Path) -> None:
         )
 
 
-def _check_lengths(inputs: Inputs, encoder: Encoder, reward_limit: int) -> None:
-    """At least one row of each file fits the context, counted with the actor's tokenizer."""
-    if inputs.actor is not None:
+def _check_lengths(config: Config, inputs: Inputs, encoder: Encoder) -> None:
+    """At least one row of each file fits the context, counted with the actor's tokenizer, or is cut to it."""
+    reward_limit = min(config.reward_config.max_sequence_length, encoder.max_length)
+    if inputs.actor is not None and config.actor_config.over_length == "drop":
         rows = inputs.actor.train
         lengths = [len(encoder.actor_row(row, "completion")[0]) for row in rows]
         fitting(rows, lengths, encoder.max_length, _file(inputs.actor.files))
-    if inputs.reward is not None:
+    if inputs.reward is not None and config.reward_config.over_length == "drop":
         rows = inputs.reward.train
         lengths = [len(encoder.prompt(row.prompt)) + len(encoder.completion(_longer_reply(row))) for row in rows]
         fitting(rows, lengths, reward_limit, _file(inputs.reward.files))

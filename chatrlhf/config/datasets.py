@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ class DatasetEntry(Section):
     weight: float = Field(1.0, gt=0, description="how often each of these rows is seen in an epoch")
     val_split: float | None = Field(None, ge=0, lt=1, description="held out; null: validation_fraction")
     max_val_set: int | None = Field(None, ge=0, description="rows held out at most")
+    loss_on: Literal["completion", "all_turns", "all"] | None = Field(None, description="null: actor_config.loss_on")
+    drop_narrative: float = Field(0.0, ge=0, le=1, description="share of the records that lose their narrative")
     max_chunk_size: int | None = Field(None, ge=1, description="characters of a piece of plain text")
 
 

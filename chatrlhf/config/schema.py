@@ -151,6 +151,7 @@ class ActorConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     batch_size: int = Field(2, ge=1, description="sequences per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per backward; null: batch_size")
     max_sequence_length: int = Field(2048, ge=4, description="tokens of prompt and completion together")
+    over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their end cut off")
     max_tokens: int | None = Field(None, ge=1, description="response limit; gen_kwargs.max_new_tokens wins")
     min_tokens: int | None = Field(None, ge=0, description="EOS is forbidden before; gen_kwargs wins")
     additonal_prompt_tokens: int = Field(20, ge=0, description="ChatLLaMA's room beside a prompt; not needed here")
@@ -202,6 +203,7 @@ class RewardConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     batch_size: int = Field(8, ge=1, description="rows (a pair is one row) per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1)
     max_sequence_length: int = Field(2048, ge=4)
+    over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their start cut off")
     precision: Precision = "auto"
     iteration_per_print: int = Field(10, ge=1)
     eval_interval: int | None = Field(None, ge=1)

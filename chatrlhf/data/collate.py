@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.templates import Piece, SpecialTokens, Template
-from chatrlhf.data.views import ActorRow, PlainText
+from chatrlhf.data.views import ActorRow, Demonstration, PlainText
 from chatrlhf.errors import DataError
 from chatrlhf.types import PromptBatch
 
@@ -74,10 +74,30 @@ class Encoder:
         return ids + answer, labels + answer
 
     def actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
-        """Ids and labels of a row of the ACTOR stage; of plain text everything is trained."""
+        """Ids and labels of a row of the ACTOR stage; of plain text everything is trained.
+
+        Args:
+            loss_on: as in `labelled`, where the row's dataset says nothing.
+        """
         if isinstance(row, PlainText):
             return self.plain(row.text, row.ends)
-        return self.labelled(row.prompt, row.completion, loss_on)
+        return self.labelled(row.prompt, row.completion, row.loss_on or loss_on)
+
+    def cut_actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
+        """As `actor_row`, within the context: without the oldest turns, and if that is not enough without its end."""
+        if isinstance(row, Demonstration):
+            row = replace(row, prompt=self.recent(row.prompt, self.max_length - len(self.completion(row.completion))))
+        ids, labels = self.actor_row(row, loss_on)
+        return ids[: self.max_length], labels[: self.max_length]
+
+    def recent(self, prompt: Prompt, room: int) -> Prompt:
+        """The prompt without its oldest turns, as many as have to go for ``room`` tokens; the last one stays."""
+        while len(prompt.turns) > 1 and len(self.prompt(prompt)) > room:
+            turns = prompt.turns[1:]
+            # What is left begins with a user's turn, as every dialogue does, where there is one.
+            first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
+            prompt = replace(prompt, turns=turns[first:])
+        return prompt
 
     def plain(self, text: str, ends: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of plain text, all of it trained; EOS where the document ends."""

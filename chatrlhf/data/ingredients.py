@@ -60,6 +60,8 @@ def ingredient(
         size=entry.size,
         weight=entry.weight,
         max_chunk_size=entry.max_chunk_size,
+        drop_narrative=entry.drop_narrative,
+        loss_on=entry.loss_on or (source.loss_on if source else None),
         key=source.key if source else None,
     )
     return made, files

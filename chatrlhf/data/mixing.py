@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from chatrlhf.conversation import Conversation
 from chatrlhf.data.row import HalfCharacter, Row
 from chatrlhf.data.sources import LeftOut
-from chatrlhf.data.views import PlainText
+from chatrlhf.data.views import Demonstration, PlainText
 from chatrlhf.errors import DataError
 
 
@@ -38,6 +38,8 @@ class Ingredient:
     size: int | None = None
     weight: float = 1.0
     max_chunk_size: int | None = None  # characters
+    drop_narrative: float = 0.0  # share of the records that lose their narrative
+    loss_on: str | None = None  # what is trained of a demonstration
     key: Callable[[Row], Hashable] | None = None  # of rows that share one only the first is taken
 
     def drawn(self, index: int) -> list[tuple[Any, Conversation] | LeftOut]:
@@ -56,13 +58,21 @@ class Ingredient:
                 made.append(record)
                 continue
             try:
-                rows = [piece for row in self.draw(record) for piece in self._pieces(row)]
+                rows = [piece for row in self.draw(self._told(record)) for piece in self._pieces(row)]
             except DataError as error:
                 raise DataError(f"{self.rows[index].place}, {error}") from None
             made += [(row, record) for row in rows] or [LeftOut("records without use for this stage")]
         return made
 
+    def _told(self, record: Conversation) -> Conversation:
+        """The record, some without their narrative: which, follows from what they say, whenever they are read."""
+        if not self.drop_narrative or _digest(repr(record.prompt)) >= self.drop_narrative * 2**64:
+            return record
+        return replace(record, prompt=replace(record.prompt, narrative=None))
+
     def _pieces(self, row: Any) -> list[Any]:
+        if isinstance(row, Demonstration) and self.loss_on is not None:
+            return [replace(row, loss_on=self.loss_on)]
         if not isinstance(row, PlainText) or self.max_chunk_size is None:
             return [row]
         size = self.max_chunk_size

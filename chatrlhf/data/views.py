@@ -20,6 +20,7 @@ class Demonstration:
 
     prompt: Prompt
     completion: str
+    loss_on: str | None = None  # what is trained of it, where its dataset says so
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ def train_reward_model(
     pairwise = loss_for(train_rows, config) == "pairwise"
     model = scorer.model
     source = config.reads_from("reward_config", "train_dataset_path")
-    train_rows = _that_fit(train_rows, scorer, source, log)
-    held_out_rows = _that_fit(held_out_rows, scorer, "the held-out rows", log) if held_out_rows else []
+    train_rows = _that_fit(train_rows, scorer, config, source, log)
+    held_out_rows = _that_fit(held_out_rows, scorer, config, "the held-out rows", log) if held_out_rows else []
     if not pairwise:
         scores = torch.tensor([row.score for row in train_rows], dtype=torch.float64)
         spread = float(scores.std(correction=0))
@@ -138,16 +139,26 @@ def describe_agreement(metrics: dict[str, float]) -> str:
     return line
 
 
-def _that_fit(rows: Judgements, scorer: RewardScorer, source: str, log: RunLog) -> Any:
-    """Rows within the context; `encode` would cut a longer one, which training must not learn from."""
+def _that_fit(rows: Judgements, scorer: RewardScorer, config: RewardConfig, source: str, log: RunLog) -> Any:
+    """Rows within the context, longer ones without their oldest turns where they are to be cut.
 
-    def length(row: Any) -> int:
+    `encode` would cut any row, which training must not learn from unless it is asked to.
+    """
+    encoder, limit = scorer.encoder, scorer.encoder.max_length
+
+    def reply(row: Any) -> int:
         replies = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
-        encoder = scorer.encoder
-        return len(encoder.prompt(row.prompt)) + max(len(encoder.completion(reply)) for reply in replies)
+        return max(len(encoder.completion(reply)) for reply in replies)
 
-    limit = scorer.encoder.max_length
-    kept, dropped = fitting(rows, [length(row) for row in rows], limit, source)
+    replies = [reply(row) for row in rows]
+    lengths = [len(encoder.prompt(row.prompt)) + own for row, own in zip(rows, replies, strict=True)]
+    if config.over_length == "cut":
+        if long := sum(length > limit for length in lengths):
+            log.warn(f"{STAGE}: {long} of {len(rows)} rows of {source} exceed {limit} tokens and are cut")
+        # What is still too long loses the beginning of its text; a reply is judged whole or not at all.
+        recent = [encoder.recent(row.prompt, limit - own) for row, own in zip(rows, replies, strict=True)]
+        rows, lengths = [replace(row, prompt=prompt) for row, prompt in zip(rows, recent, strict=True)], replies
+    kept, dropped = fitting(rows, lengths, limit, source)
     if dropped:
         log.warn(f"{STAGE}: {dropped} of {len(rows)} rows of {source} exceed {limit} tokens and are dropped")
     return kept

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from chatrlhf.config.schema import ActorConfig
-from chatrlhf.data.collate import Encoder, fitting
+from chatrlhf.data.collate import IGNORED, Encoder, fitting
 from chatrlhf.data.views import ActorRow
 from chatrlhf.progress import RunLog
 from chatrlhf.trainers.checkpoint import StageFiles
@@ -62,10 +62,17 @@ def train_actor(
 
 
 def _dataset(rows: list[ActorRow], encoder: Encoder, config: ActorConfig, source: str, log: RunLog) -> Dataset:
+    limit = encoder.max_length
     encoded = [encoder.actor_row(row, config.loss_on) for row in rows]
-    kept, dropped = fitting(encoded, [len(ids) for ids, _ in encoded], encoder.max_length, source)
+    if config.over_length == "cut":
+        long = [i for i, (ids, _) in enumerate(encoded) if len(ids) > limit]
+        for i in long:
+            ids, labels = encoder.cut_actor_row(rows[i], config.loss_on)
+            if any(label != IGNORED for label in labels):  # where nothing is left to learn it is dropped below
+                encoded[i] = ids, labels
+        if long:
+            log.warn(f"{STAGE}: {len(long)} of {len(rows)} rows of {source} exceed {limit} tokens and are cut")
+    kept, dropped = fitting(encoded, [len(ids) for ids, _ in encoded], limit, source)
     if dropped:
-        log.warn(
-            f"{STAGE}: {dropped} of {len(rows)} rows of {source} exceed {encoder.max_length} tokens and are dropped"
-        )
+        log.warn(f"{STAGE}: {dropped} of {len(rows)} rows of {source} exceed {limit} tokens and are dropped")
     return Dataset.from_dict({"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]})

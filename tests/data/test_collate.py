@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from chatrlhf.conversation import Prompt, Turn
 from chatrlhf.data.collate import IGNORED, Encoder, fitting, pad_right, prompt_batch, special_tokens
 from chatrlhf.data.templates import FORMATS, Template, get_template
-from chatrlhf.data.views import PlainText
+from chatrlhf.data.views import Demonstration, PlainText
 from chatrlhf.errors import DataError
 from chatrlhf.models.reward_model import RewardScorer
 
@@ -259,3 +259,27 @@ def test_rows_that_do_not_fit_are_dropped_and_counted():
     assert fitting(["a", "b", "c"], [3, 9, 8], 8, "file") == (["a", "c"], 1)
     with pytest.raises(DataError, match=r"file: all 2 rows .*shortest 8 tokens, limit 4.*max_sequence_length"):
         fitting(["a", "b"], [8, 9], 4, "file")
+
+
+def test_long_rows_lose_their_oldest_turns_and_then_their_end():
+    made = encoder("hh")
+    whole = len(made.labelled(TALK, "is on", "completion")[0])
+    last = Prompt((TALK.turns[-1],), system=TALK.system)
+    shorter = Prompt(TALK.turns[2:], system=TALK.system)
+    for room, expected in ((whole, TALK), (whole - 1, shorter), (len(made.prompt(shorter)) + 3, last)):
+        cut = Encoder(made.tokenizer, made.template, room)
+        ids, labels = cut.cut_actor_row(Demonstration(TALK, "is on"), "completion")
+        want = made.labelled(expected, "is on", "completion")
+        assert (ids, labels) == (want[0][:room], want[1][:room]) and len(ids) <= room
+    tight = Encoder(made.tokenizer, made.template, 5)
+    assert tight.cut_actor_row(Demonstration(TALK, "is on"), "all")[0] == made.prompt(last)[:5]
+    assert (
+        tight.cut_actor_row(PlainText("the cat sat on the mat"), "all")[0]
+        == made.plain("the cat sat on the mat")[0][:5]
+    )
+
+
+def test_what_a_row_is_trained_on_may_be_its_own():
+    made = encoder("hh")
+    row = Demonstration(TALK, "is on", loss_on="all")
+    assert made.actor_row(row, "completion") == made.labelled(TALK, "is on", "all")

@@ -184,3 +184,16 @@ def test_rows_are_read_from_the_file_when_they_are_asked_for(tmp_path):
     path.write_text(path.read_text("utf-8").replace('"yes"', '"no!"'), "utf-8")
     assert made.train[7] == Demonstration(Prompt.of(before[7]), "no!")
     assert [row.prompt.text for row in made.train[3:6]] == before[3:6]
+
+
+def test_some_records_lose_their_narrative():
+    """Shurale was trained with 5 % of its narratives left out."""
+    scenes = [Conversation(Prompt((), narrative=f"scene {i}", reply_name="Bob"), completion="yes") for i in range(2000)]
+    made = mix(
+        [Ingredient("soda", rows_of(scenes), plain, views.demonstrations, drop_narrative=0.05, loss_on="all")], 0, False
+    )
+    without = [row for row in made.train if row.prompt.narrative is None]
+    assert 70 <= len(without) <= 130 and len(made.train) == 2000
+    assert {row.loss_on for row in made.train} == {"all"}
+    assert all(row.prompt.reply_name == "Bob" for row in without)
+    assert [row.prompt for row in made.train[:50]] == [row.prompt for row in made.train[:50]]
