@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ import numpy as np
 
 from chatrlhf.conversation import Conversation
 from chatrlhf.data.collate import Encoder
+from chatrlhf.data.mixing import digest
 from chatrlhf.data.records import to_json
 from chatrlhf.data.row import Row
 from chatrlhf.data.sources import LeftOut
@@ -89,7 +89,7 @@ class Statistics:
         self.kinds.update(kinds_of(record))
         values = to_json(record)
         values.pop("provenance", None)
-        self._whole.append(_digest(repr(values)))
+        self._whole.append(digest(repr(values)))
         if record.provenance.generated_by:
             self.generated_by[record.provenance.generated_by] += 1
         for answer in record.scored:
@@ -98,7 +98,7 @@ class Statistics:
         if record.text is not None:
             length = len(encoder.plain(record.text)[0])
         else:
-            self._prompts.append(_digest(record.prompt.text))
+            self._prompts.append(digest(record.prompt.text))
             self.turns.add(len(record.prompt.turns))
             prompt = len(encoder.prompt(record.prompt))
             self.prompt_tokens.add(prompt)
@@ -136,10 +136,6 @@ def kinds_of(record: Conversation) -> list[str]:
         "a chosen and a rejected completion": record.pair is not None,
     }
     return [kind for kind, is_held in held.items() if is_held] or ["a prompt alone"]
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _repeats(digests: array) -> int:

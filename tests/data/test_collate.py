@@ -5,6 +5,7 @@ import random
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -283,3 +284,30 @@ def test_what_a_row_is_trained_on_may_be_its_own():
     made = encoder("hh")
     row = Demonstration(TALK, "is on", loss_on="all")
     assert made.actor_row(row, "completion") == made.labelled(TALK, "is on", "all")
+
+
+def sentence_pieces(kind: str) -> PreTrainedTokenizerFast:
+    """Tokenizers in the manner of SentencePiece, which put a blank before a text: Llama's, old and new."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if kind == "prepended":
+        blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        made.normalizer = normalizers.Sequence(blanks)
+        pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        made.decoder = decoders.Sequence(pieces)
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        made.decoder = decoders.Metaspace(prepend_scheme=kind)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts = ["the cat sat on the mat", "Human: the hat\n\nAssistant: is on", "< / s > é { x }"] * 20
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("template", FORMATS)
+@pytest.mark.parametrize("kind", ["prepended", "first", "always"])
+def test_replies_come_back_from_a_tokenizer_that_adds_blanks(kind, template):
+    made = Encoder(sentence_pieces(kind), FORMATS[template], 64)
+    for text in ("sat on", "the </s> mat", "é{x}"):
+        ids = made.completion(text)
+        assert made.reply(ids) == made.reply(ids[:-1]) == text
+        assert ids.count(made.tokenizer.eos_token_id) == 1

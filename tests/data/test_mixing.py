@@ -197,3 +197,19 @@ def test_some_records_lose_their_narrative():
     assert {row.loss_on for row in made.train} == {"all"}
     assert all(row.prompt.reply_name == "Bob" for row in without)
     assert [row.prompt for row in made.train[:50]] == [row.prompt for row in made.train[:50]]
+
+
+def test_ranks_share_the_mixture_between_them(monkeypatch):
+    """Each process mixes for itself and takes its part of every batch: together they see what one process sees."""
+    from chatrlhf.trainers import global_batches
+
+    def seen(world: int, rank: int) -> list[str]:
+        monkeypatch.setattr(global_batches, "world_size", lambda: world)
+        monkeypatch.setattr(global_batches, "rank", lambda: rank)
+        rows = mix([talks("a", 40, fraction=0.5), talks("b", 13)], seed=4).train
+        batches = global_batches.RankBatches(len(rows), batch_size=8, micro=2, seed=9)
+        return [rows[i].prompt.text for batch in batches for i in batch]
+
+    alone, first, second = seen(1, 0), seen(2, 0), seen(2, 1)
+    assert len(alone) == 33 and not set(first) & set(second)
+    assert sorted(first + second) == sorted(alone)
