@@ -213,3 +213,33 @@ def test_ranks_share_the_mixture_between_them(monkeypatch):
     alone, first, second = seen(1, 0), seen(2, 0), seen(2, 1)
     assert len(alone) == 33 and not set(first) & set(second)
     assert sorted(first + second) == sorted(alone)
+
+
+@pytest.mark.parametrize(
+    ("question", "tree"),
+    [
+        ("another {}", "{}"),  # of a tree that is held out, wherever in it
+        ("question {}", "another {}"),  # the same question, asked elsewhere
+    ],
+)
+def test_what_is_held_out_of_one_dataset_is_not_trained_on_from_another(question, tree):
+    def of(dataset: str, question: str, tree: str) -> Ingredient:
+        records = [
+            Conversation(Prompt.of(question.format(i)), dataset, provenance=Provenance(group=tree.format(i)))
+            for i in range(20)
+        ]
+        share = 0.5 if dataset == "first" else 0.0
+        return Ingredient(dataset, rows_of(records), plain, views.demonstrations, held_out_share=share)
+
+    made = mix([of("first", "question {}", "{}"), of("second", question, tree)], seed=0)
+    held = {row.prompt.text.split()[1] for row in made.held_out}
+    trained = {row.prompt.text.split()[1] for row in made.train if row.completion == "second"}
+    assert len(held) == 10 and trained == set(map(str, range(20))) - held
+    assert made.shares[1].also_held_out == 10
+
+
+def test_the_seed_draws_what_is_taken():
+    def drawn(seed: int) -> set[str]:
+        return {row.prompt.text for row in mix([talks("a", 40, fraction=0.5)], seed).train}
+
+    assert drawn(1) == drawn(1) != drawn(2)

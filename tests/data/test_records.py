@@ -263,3 +263,8 @@ def test_a_jsonl_file_is_read_as_it_is_asked_for(write):
     assert next(rows).values == {"user_input": "a"}
     with pytest.raises(DataError, match="row 2"):
         next(rows)
+
+
+def test_blank_lines_count_where_rows_are_named(write):
+    with pytest.raises(DataError, match="rows.jsonl, row 5"):
+        read_prompts(write('\n\n{"user_input": "a"}\n\n{"user_input": 1}', "rows.jsonl"))
