@@ -22,7 +22,7 @@ from chatrlhf.conversation import Conversation, Prompt, Provenance
 from chatrlhf.data import views
 from chatrlhf.data.reading import from_copy, from_hub
 from chatrlhf.data.records import to_json
-from chatrlhf.data.row import HalfCharacter, Row
+from chatrlhf.data.row import Row
 from chatrlhf.data.sources import LeftOut, Source
 from chatrlhf.data.sources.catalogue import SOURCES
 from chatrlhf.errors import DataError
@@ -134,7 +134,12 @@ def _draw(
         if taken == wanted:
             break
         drawn = []
-        for record in _converted(source, row, lang, keys):
+        if source.key is not None:
+            if (key := source.key(row)) in keys:
+                left_out["rows that repeat another"] += 1
+                continue
+            keys.add(key)
+        for record in source.records(row, lang):
             if isinstance(record, LeftOut):
                 left_out[record.reason] += 1
             elif source.pairs_per_prompt and of_prompt[record.prompt] >= source.pairs_per_prompt:
@@ -145,36 +150,6 @@ def _draw(
         records += drawn
         taken += bool(drawn)
     return records, taken, left_out
-
-
-def _converted(source: Source, row: Row, lang: str | None, keys: set[Hashable]) -> list[Conversation | LeftOut]:
-    """The records of a row, or why there are none.
-
-    Args:
-        keys: those of the rows before this one; this row's is added.
-    """
-    try:
-        if lang is not None and source.language(row) != lang:
-            return [LeftOut("rows in another language")]
-        if source.key is not None:
-            if (key := source.key(row)) in keys:
-                return [LeftOut("rows that repeat another")]
-            keys.add(key)
-        return [_usable(source, record) for record in source.convert(row)]
-    except HalfCharacter:
-        return [LeftOut("texts with half a character (a lone surrogate)")]
-    except DataError as error:
-        raise DataError(f"{error}; check that this is the dataset you asked for") from None
-
-
-def _usable(source: Source, record: Conversation | LeftOut) -> Conversation | LeftOut:
-    if isinstance(record, LeftOut):
-        return record
-    if record.text is None and not (record.prompt.text.strip() or record.prompt.reply_name):
-        return LeftOut("empty prompts")
-    if record.pair is not None and record.pair.chosen == record.pair.rejected:
-        return LeftOut("replies that are the same")
-    return replace(record, provenance=replace(record.provenance, dataset=source.hub_name, licence=source.licence))
 
 
 def _demonstration(record: Conversation) -> Conversation | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from chatrlhf.data.mixing import Ingredient
 from chatrlhf.data.reading import Joined, files_of, hub_rows
 from chatrlhf.data.records import from_json
 from chatrlhf.data.row import Row
-from chatrlhf.data.sources import LeftOut, Source
+from chatrlhf.data.sources import Source
 from chatrlhf.data.sources.catalogue import SOURCES
 from chatrlhf.errors import ConfigError, DataError
 
@@ -52,7 +52,7 @@ def ingredient(
     made = Ingredient(
         name=entry.name,
         rows=rows,
-        convert=_by_language(source, entry.lang) if source else _from_columns(entry.columns),
+        convert=partial(source.records, lang=entry.lang) if source else _from_columns(entry.columns),
         draw=draw,
         held_out_share=held_out_share if entry.val_split is None else entry.val_split,
         held_out_most=held_out_most if entry.max_val_set is None else entry.max_val_set,
@@ -63,6 +63,7 @@ def ingredient(
         drop_narrative=entry.drop_narrative,
         loss_on=entry.loss_on or (source.loss_on if source else None),
         key=source.key if source else None,
+        most_per_prompt=source.pairs_per_prompt if source else None,
     )
     return made, files
 
@@ -93,20 +94,6 @@ def _own(entry: DatasetEntry, config: Config, key: str) -> tuple[Sequence[Row], 
         known = ", ".join(name.lower() for name in SOURCES)
         raise ConfigError(f"{error}; or name one of {known}") from None
     return open_rows(path), [path]
-
-
-def _by_language(source: Source, lang: str | None) -> Callable[[Row], Iterable[Conversation | LeftOut]]:
-    def convert(row: Row) -> Iterable[Conversation | LeftOut]:
-        if lang is not None and source.language(row) != lang:
-            return [LeftOut("rows in another language")]
-        records = source.convert(row)
-        return [_marked(record, source) if isinstance(record, Conversation) else record for record in records]
-
-    return convert
-
-
-def _marked(record: Conversation, source: Source) -> Conversation:
-    return replace(record, provenance=replace(record.provenance, dataset=source.hub_name, licence=source.licence))
 
 
 def _from_columns(columns: dict[str, str]) -> Callable[[Row], list[Conversation]]:

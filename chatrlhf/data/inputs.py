@@ -113,6 +113,8 @@ def corpus(config: Config) -> list[str]:
     It is the same whichever stages run, so that they all make the same tokenizer. Of each dataset of a mixture it is
     the beginning.
     """
+    if "tiny" not in (config.actor_config.model, config.reward_config.model):
+        return []  # no tokenizer is made, and a mixture may be long to read
     texts: list[str] = []
     for reader in (ACTOR, REWARD, PROMPTS):
         section = getattr(config, reader.section)
@@ -122,9 +124,9 @@ def corpus(config: Config) -> list[str]:
                 rows, _ = read_stage(resolve_path(config, "", value), reader.rows_of)
                 texts += [text for row in rows for text in views.words(row)]
             for made, _ in _ingredients(config, reader, reader.draw):
-                first = (made.drawn(place) for place in range(min(len(made.rows), CORPUS_ROWS)))
-                drawn = (each for rows in first for each in rows if not isinstance(each, LeftOut))
-                texts += [text for row, _ in drawn for text in views.words(row)]
+                first = (made.convert(made.rows[place]) for place in range(min(len(made.rows), CORPUS_ROWS)))
+                records = (each for converted in first for each in converted if not isinstance(each, LeftOut))
+                texts += [text for record in records for text in views.texts_of(record)]
         except (ConfigError, DataError):
             continue  # a file of a stage that does not run may be missing or unfinished
     return texts

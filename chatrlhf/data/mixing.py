@@ -41,6 +41,7 @@ class Ingredient:
     drop_narrative: float = 0.0  # share of the records that lose their narrative
     loss_on: str | None = None  # what is trained of a demonstration
     key: Callable[[Row], Hashable] | None = None  # of rows that share one only the first is taken
+    most_per_prompt: int | None = None  # rows
 
     def drawn(self, index: int) -> list[tuple[Any, Conversation] | LeftOut]:
         """The stage's rows of a row, each with its record; or why there are none.
@@ -92,6 +93,13 @@ class Share:
     also_held_out: int = 0  # rows that share a prompt, or a group, with one that is held out
     left_out: Counter[str] = field(default_factory=Counter)
 
+    def reasons(self) -> str:
+        """What was left out and why; empty where nothing was."""
+        reasons = Counter(self.left_out)
+        reasons["rows that repeat another"] += self.repeated
+        reasons["rows that share a prompt or a group with one that is held out"] += self.also_held_out
+        return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count)
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -110,11 +118,7 @@ class Mixture:
             line = (
                 f"  {share.name}: {share.train:,} in training{of_available}, {share.held_out:,} held out{of_held_out}"
             )
-            reasons = Counter(share.left_out)
-            reasons["rows that repeat another"] += share.repeated
-            reasons["rows that share a prompt or a group with one that is held out"] += share.also_held_out
-            said = [f"{count:,} {reason}" for reason, count in sorted(reasons.items()) if count]
-            lines.append(line + (f"; left out: {', '.join(said)}" if said else ""))
+            lines.append(line + (f"; left out: {said}" if (said := share.reasons()) else ""))
         return lines
 
 
@@ -151,7 +155,7 @@ def mix(ingredients: Sequence[Ingredient], seed: int, deduplicate: bool = True) 
         share.available, share.train = len(mine), len(taken)
         share.also_held_out = int(((of == number) & shared).sum())
         if not len(taken):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in share.left_out.items()) or "it has no rows"
+            reasons = share.reasons() or "it has no rows"
             raise DataError(f"datasets: nothing of {ingredient.name} is left to train on ({reasons})")
         chosen.append(taken)
     train = np.random.default_rng(seed).permutation(np.concatenate(chosen))
@@ -196,6 +200,7 @@ class _Index:
 
     def read(self, number: int, ingredient: Ingredient, share: Share) -> None:
         seen: set[Hashable] = set()
+        of_prompt: Counter[int] = Counter()
         for place in range(len(ingredient.rows)):
             if ingredient.key is not None:
                 if (key := ingredient.key(ingredient.rows[place])) in seen:
@@ -210,6 +215,11 @@ class _Index:
                 row, record = made
                 # Of a plain text, which has no prompt, all pieces belong together.
                 prompt = repr(record.prompt) if record.text is None else record.text
+                of_prompt[digest(prompt)] += 1
+                if ingredient.most_per_prompt and of_prompt[digest(prompt)] > ingredient.most_per_prompt:
+                    share.left_out[f"more than {ingredient.most_per_prompt} of one prompt"] += 1
+                    part += 1
+                    continue
                 own_group = (record.provenance.dataset, record.provenance.group)
                 self.of.append(number)
                 self.row.append(place)

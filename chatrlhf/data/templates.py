@@ -85,9 +85,11 @@ class Template:
         """
         prompt = Prompt((Turn("user", "a", "A"),), reply_name="B")
         answered = Prompt((*prompt.turns, Turn("assistant", "b", "B")), reply_name="B")
-        asked, whole = self._shown(prompt, special_tokens, True), self._shown(answered, special_tokens, False)
-        # The last of the texts is the reply; names stand before it.
-        *_, last = STAND_IN.finditer(whole)
+        asked, _ = self._shown(prompt, special_tokens, True)
+        whole, reply = self._shown(answered, special_tokens, False)
+        last = next((place for place in STAND_IN.finditer(whole) if int(place[1]) == reply), None)
+        if last is None:
+            raise ConfigError("the template does not show the reply of a turn; choose another")
         opening, closing = whole[: last.start()], whole[last.end() :]
         if not opening.startswith(asked):
             opens, asks = (STAND_IN.split(text)[-1] for text in (opening, asked))
@@ -97,10 +99,12 @@ class Template:
             )
         return opening[len(asked) :], closing
 
-    def _shown(self, prompt: Prompt, special_tokens: SpecialTokens, opens_reply: bool) -> str:
+    def _shown(self, prompt: Prompt, special_tokens: SpecialTokens, opens_reply: bool) -> tuple[str, int]:
+        """A prompt with its stand-ins, and the number of that for its last turn's text."""
         data = _Data()
         frames = self._frames(data.arguments(prompt, "narrative" in self.source), special_tokens, opens_reply)
-        return "".join(f"CHATRLHF{part:06d}TEXT" if isinstance(part, int) else part for part in frames)
+        shown = "".join(f"CHATRLHF{part:06d}TEXT" if isinstance(part, int) else part for part in frames)
+        return shown, len(data.texts) - 1
 
     def _frames(
         self, arguments: dict[str, Any], special_tokens: SpecialTokens, opens_reply: bool

@@ -6,7 +6,6 @@ loses nothing that the stage needs; what would have to be made up is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -118,13 +117,9 @@ def prompts(record: Conversation) -> list[Prompt]:
     return [] if record.text is not None else [record.prompt]
 
 
-def preferences_from_scores(rows: Iterable[ScoredCompletion]) -> list[Preference]:
-    """Pairs of completions of the same prompt that differ in score; the prompts' order is that of the rows."""
-    by_prompt: dict[Prompt, list[Scored]] = {}
-    for row in rows:
-        by_prompt.setdefault(row.prompt, []).append(Scored(row.completion, row.score))
-    records = (Conversation(prompt, scored=tuple(answers)) for prompt, answers in by_prompt.items())
-    return [pair for record in records for pair in preferences(record)]
+def texts_of(record: Conversation) -> list[str]:
+    """All texts of a record, for making a tokenizer."""
+    return [record.text] if record.text is not None else [*words(record.prompt), *completions_of(record)]
 
 
 def words(row: ActorRow | ScoredCompletion | Preference | Prompt) -> list[str]:

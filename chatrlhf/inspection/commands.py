@@ -84,6 +84,7 @@ def _show(options: argparse.Namespace, console: Console) -> int:
 def _encoder(options: argparse.Namespace, console: Console) -> Encoder:
     from chatrlhf.data.collate import Encoder
     from chatrlhf.data.templates import get_template
+    from chatrlhf.data.views import texts_of
     from chatrlhf.inspection.reading import records_in
     from chatrlhf.models.tokenizer import load_tokenizer, train_tokenizer
 
@@ -92,7 +93,8 @@ def _encoder(options: argparse.Namespace, console: Console) -> Encoder:
         tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
     else:
         records = (item[1] for item in records_in(options.file, options.dataset))
-        texts = [text for record in islice(records, TINY_ROWS) for text in _texts(record)]
+        kept = (record for record in records if isinstance(record, Conversation))
+        texts = [text for record in islice(kept, TINY_ROWS) for text in texts_of(record)]
         tokenizer = train_tokenizer(texts, TINY_VOCABULARY)
         console.print(
             f"tokens are those of a vocabulary of {len(tokenizer):,} made from the first {TINY_ROWS:,} records; "
@@ -102,14 +104,6 @@ def _encoder(options: argparse.Namespace, console: Console) -> Encoder:
         )
     name = options.template or (SOURCES[options.dataset].template if options.dataset else "chatllama")
     return Encoder.of(tokenizer, get_template(name, "--template", tokenizer), options.context)
-
-
-def _texts(record: Any) -> list[str]:
-    from chatrlhf.data.views import completions_of, words
-
-    if not isinstance(record, Conversation):
-        return []
-    return [record.text] if record.text is not None else [*words(record.prompt), *completions_of(record)]
 
 
 def _parser() -> argparse.ArgumentParser:

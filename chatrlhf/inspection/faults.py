@@ -56,7 +56,7 @@ def _of_row(row: Row, dataset: str | None, stage: str | None, shapes: dict[str, 
         records = [from_json(row)]
     else:
         try:
-            converted = list(SOURCES[dataset].convert(row))
+            converted = SOURCES[dataset].records(row)
         except DataError as error:
             yield str(error)
             return

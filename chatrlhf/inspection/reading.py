@@ -6,26 +6,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatrlhf.conversation import Conversation
-from chatrlhf.data.files import Faults, read_rows
+from chatrlhf.data.files import read_rows
 from chatrlhf.data.records import from_json
 from chatrlhf.data.row import Row
 from chatrlhf.data.sources import LeftOut
 from chatrlhf.data.sources.catalogue import SOURCES
 
 
-def records_in(
-    path: Path, dataset: str | None, faults: Faults | None = None
-) -> Iterator[tuple[Row, Conversation | LeftOut]]:
+def records_in(path: Path, dataset: str | None) -> Iterator[tuple[Row, Conversation | LeftOut]]:
     """Each row with the records it gives.
 
     Args:
         dataset: whose rows these are, a key of `SOURCES`; None for this project's own.
-        faults: as in `read_rows`; of rows that can be read and are no records nothing is caught here.
     """
-    rows = read_rows(path, faults)
+    rows = read_rows(path)
     if dataset is None:
         yield from ((row, from_json(row)) for row in rows)
         return
     source = SOURCES[dataset]
     for row in rows if source.gather is None else source.gather(rows):
-        yield from ((row, record) for record in source.convert(row))
+        yield from ((row, record) for record in source.records(row))

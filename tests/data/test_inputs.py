@@ -55,7 +55,7 @@ def test_a_mixture_of_three_kinds(folder):
     assert [path.rpartition("/")[2] for path in made.actor.files] == ["mine.jsonl", "train.jsonl", "train.jsonl"]
     assert not made.warnings
     words = corpus(config(folder, actor_config={"datasets": datasets}))
-    assert "q3" in words and "do 3" in words and "9abcdefg" in words
+    assert "q3" in words and "do 3" in words and "9abcdefg9hijklmn9opq" in words
 
 
 def test_the_seed_of_a_mixture_is_its_own(folder):
@@ -152,3 +152,21 @@ def test_a_file_is_split_by_tree_and_by_prompt(tmp_path):
 
     assert len(made.actor.held_out) >= 12 and len(made.actor.train) + len(made.actor.held_out) == 60
     assert not groups(made.actor.train) & groups(made.actor.held_out)
+
+
+def test_a_mixture_of_a_public_dataset_leaves_out_what_a_download_does(folder):
+    start = "\n\nHuman: {}\n\nAssistant:"
+    pairs = [(start.format(i) + " yes", start.format(i) + " no") for i in range(12)]
+    pairs += [(pairs[0][0], pairs[0][1] + " more"), (start.format("x") + " a", start.format("x") + " a")]
+    rows = [json.dumps({"chosen": chosen, "rejected": rejected}) for chosen, rejected in pairs]
+    (folder / "hh.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    reward = {"datasets": [{"ARLHF": {"source": "hh.jsonl", "max_val_set": 0}}]}
+    made = inputs(folder, ["REWARD"], reward_config=reward)
+    assert len(made.reward.train) == 12
+    assert made.notes[1].endswith("left out: 1 more than 1 of one prompt, 1 replies that are the same")
+
+
+def test_a_tokenizer_is_made_of_judged_texts_too_and_only_where_one_is_needed(folder):
+    reward = {"datasets": ["scored.jsonl"]}
+    assert "x" in corpus(config(folder, reward_config=reward))
+    assert corpus(config(folder, reward_config=reward, actor_config={"model": "facebook/opt-125m"})) == []

@@ -166,6 +166,14 @@ def test_something_is_always_left_for_training():
     assert (len(made.held_out), len(made.train)) == (2, 1)
 
 
+def test_few_rows_of_one_prompt():
+    """The advice of SHP's card."""
+    records = [Conversation(Prompt.of(f"post {i % 2}"), completion=f"reply {i}") for i in range(10)]
+    made = mix([Ingredient("shp", rows_of(records), plain, views.demonstrations, most_per_prompt=3)], seed=0)
+    assert sorted(row.completion for row in made.train) == [f"reply {i}" for i in range(6)]
+    assert made.shares[0].left_out == {"more than 3 of one prompt": 4}
+
+
 def test_rows_with_one_key_are_taken_once():
     base = talks("a", 6)
     keyed = Ingredient("a", base.rows, plain, views.demonstrations, key=lambda row: int(row.place.split()[1]) // 2)

@@ -199,6 +199,12 @@ def test_a_reply_has_to_begin_as_it_is_asked_for():
         Template(source).around_reply(SPECIAL)
 
 
+@pytest.mark.parametrize("source", ["hello", "{{ messages[0].content }}"])
+def test_a_template_without_replies_is_refused(source):
+    with pytest.raises(ConfigError, match="does not show the reply of a turn"):
+        Template(source).around_reply(SPECIAL)
+
+
 def test_it_travels_with_the_weights(tmp_path):
     assert Template.load(tmp_path) is None
     for template in [*FORMATS.values(), Template("«{{ messages[0].content }}»\n\n")]:

@@ -13,7 +13,6 @@ from chatrlhf.data.views import (
     ScoredCompletion,
     demonstrations,
     preferences,
-    preferences_from_scores,
     prompts,
     scored_completions,
 )
@@ -56,12 +55,6 @@ def test_scores_to_pairs_keep_the_order():
 def test_equals_are_no_pair():
     ranked = (Ranked("b", 1), Ranked("c", 0), Ranked("d", 1))
     assert preferences(Conversation(A, ranked=ranked)) == [Preference(A, "c", "b"), Preference(A, "c", "d")]
-
-
-def test_scored_rows_of_one_prompt_become_pairs_wherever_they_stand():
-    b = Prompt.of("b")
-    rows = [ScoredCompletion(A, "low", 0.0), ScoredCompletion(b, "alone", 5.0), ScoredCompletion(A, "high", 0.5)]
-    assert preferences_from_scores(rows) == [Preference(A, "high", "low")]
 
 
 def test_scores_are_not_made_up():

@@ -170,7 +170,7 @@ def test_rows_of_a_public_dataset(write):
         [{"instruction": "Sing.", "output": "La."}, {"instruction": "Sing."}, {"instruction": "", "output": "x"}]
     )
     assert [fault.removeprefix(f"{path}, ") for fault in faults_in(path, "ALPACA")] == [
-        "row 2: field 'output' is missing (found 'instruction'); add it",
+        "row 2: field 'output' is missing (found 'instruction'); add it; check that this is the dataset you asked for",
         "row 3: left out: empty prompts",
     ]
 

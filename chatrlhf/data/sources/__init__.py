@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chatrlhf.conversation import Conversation, Prompt, Provenance, Turn
-from chatrlhf.data.row import Row
+from chatrlhf.data.row import HalfCharacter, Row
+from chatrlhf.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,37 @@ class Source:
     pairs_per_prompt: int | None = None
     key: Callable[[Row], Hashable] | None = None  # of rows that share one only the first is taken
     language: Callable[[Row], str] | None = None
-    gather: Callable[[Iterator[Row]], Iterator[Row]] | None = (
-        None  # of rows in the file's order, where one alone is none
-    )
+    # Rows in the file's order to rows that are each a whole, where one of the file is not.
+    gather: Callable[[Iterator[Row]], Iterator[Row]] | None = None
     is_huge: bool = False  # too large to keep on one machine
     loss_on: str | None = None  # what is trained of it, where that is not the completion
+
+    def records(self, row: Row, lang: str | None = None) -> list[Conversation | LeftOut]:
+        """The records of a row that can be trained on, each with where it came from; or why there are none.
+
+        Args:
+            lang: only rows in this language.
+
+        Raises:
+            DataError: the row is not of this dataset.
+        """
+        try:
+            if lang is not None and self.language(row) != lang:
+                return [LeftOut("rows in another language")]
+            return [self._usable(record) for record in self.convert(row)]
+        except HalfCharacter:
+            return [LeftOut("texts with half a character (a lone surrogate)")]
+        except DataError as error:
+            raise DataError(f"{error}; check that this is the dataset you asked for") from None
+
+    def _usable(self, record: Conversation | LeftOut) -> Conversation | LeftOut:
+        if isinstance(record, LeftOut):
+            return record
+        if record.text is None and not (record.prompt.text.strip() or record.prompt.reply_name):
+            return LeftOut("empty prompts")
+        if record.pair is not None and record.pair.chosen == record.pair.rejected:
+            return LeftOut("replies that are the same")
+        return replace(record, provenance=replace(record.provenance, dataset=self.hub_name, licence=self.licence))
 
 
 def answered(
