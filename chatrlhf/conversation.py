@@ -87,6 +87,7 @@ class Provenance:
     licence: str | None = None
     generated_by: str | None = None  # the model that wrote it, where one did
     group: str | None = None  # of records that belong together, a tree's or a post's: no split comes between them
+    judged_by: str | None = None  # the model that gave its scores or its order, where one did
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ class RolloutError(UserError):
     """A rollout backend that is gone, or gave something that cannot have been drawn from the distribution."""
 
 
+class GenerationError(UserError):
+    """Text cannot be generated with this model or endpoint, or not any more; the message says what to change."""
+
+
 class Interrupted(Exception):
     """Training was asked to stop and has left a valid checkpoint behind."""
 

@@ -19,7 +19,7 @@ LEVELS = [
     ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples"),
     ("generation", "inspection"),
     ("rl",),
-    ("evaluation",),
+    ("evaluation", "synth"),
     ("trainers",),
     ("manifest", "preflight"),
     ("assembly", "pipeline", "plan", "artifacts", "cli", "__init__", "__main__"),
@@ -31,7 +31,7 @@ ONLY_IN = {
     "trl": {"trainers/sft.py", "trainers/reward.py", "generation/vllm_sampler.py"},
     "deepspeed": set(),
     "bitsandbytes": set(),
-    "openai": set(),
+    "openai": {"generation/text/endpoint.py"},
     "matplotlib": {"inspection/report.py"},
     "vllm": set(),
 }

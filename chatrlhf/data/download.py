@@ -10,8 +10,6 @@ dataset has nothing is not written.
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from typing import Any
 
 from chatrlhf.conversation import Conversation, Prompt, Provenance
 from chatrlhf.data import views
+from chatrlhf.data.files import write_rows
 from chatrlhf.data.reading import from_copy, from_hub
 from chatrlhf.data.records import to_json
 from chatrlhf.data.row import Row
@@ -183,13 +182,8 @@ def _once(records: Iterable[Conversation | None]) -> list[dict[str, Any]]:
 
 
 def _write(files: dict[Path, list[dict[str, Any]]]) -> None:
-    """All files, each complete or absent."""
-    try:
-        for file, rows in files.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-            part = file.with_name(f"{file.name}.part")
-            part.write_text(f"[\n{text}\n]\n", encoding="utf-8", newline="\n")
-            os.replace(part, file)
-    except OSError as error:
-        raise DataError(f"{file.parent}: it cannot be written ({error}); give another --path") from None
+    for file, rows in files.items():
+        try:
+            write_rows(file, rows)
+        except OSError as error:
+            raise DataError(f"{file.parent}: it cannot be written ({error}); give another --path") from None

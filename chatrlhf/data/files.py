@@ -1,6 +1,6 @@
-"""Files of rows: JSON, JSONL, CSV, Parquet and plain text, as they are or compressed by gzip. They are only ever read.
+"""Files of rows: JSON, JSONL, CSV, Parquet and plain text, as they are or compressed by gzip.
 
-Of JSONL, CSV and Parquet no more than a part is in memory at a time.
+A user's are only ever read. Of JSONL, CSV and Parquet no more than a part is in memory at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -66,6 +67,20 @@ def open_rows(path: Path) -> Sequence[Row]:
     with path.open("rb") as file:
         by_line = path.suffix == ".jsonl" or _first_line(file)[1].lstrip()[:1] == b"{"
     return JsonLines(path) if by_line else list(read_rows(path))
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a file of rows, complete or not at all: JSONL by its name, or else a JSON list with a row a line.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "".join(f"{line}\n" for line in lines) if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]\n"
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(part, path)
 
 
 class JsonLines(Sequence[Row]):

@@ -152,7 +152,7 @@ RECORDS = [
     Conversation(Prompt((Turn("assistant", "a"),)), completion="b"),
     Conversation(Prompt(narrative="It rains.", reply_name="Bob"), completion="b"),
     Conversation(text="Once upon a time."),
-    Conversation(Prompt.of("a"), provenance=Provenance("oasst1", "7", "Apache-2.0", "a model", "tree 3")),
+    Conversation(Prompt.of("a"), provenance=Provenance("oasst1", "7", "Apache-2.0", "a model", "tree 3", "a judge")),
 ]
 
 
@@ -182,7 +182,7 @@ def test_records_made_at_random_come_back():
             tuple(Scored(text(), chance.choice([None, 0.0, -1.25])) for _ in range(chance.randrange(3))),
             tuple(Ranked(text(), chance.randrange(3)) for _ in range(chance.randrange(3))),
             chance.choice([None, Pair(text(), text())]),
-            provenance=Provenance(*(maybe() for _ in range(5))),
+            provenance=Provenance(*(maybe() for _ in range(6))),
         )
         assert from_json(Row(json.loads(json.dumps(to_json(record))), "here")) == record
 

@@ -1,0 +1,1 @@
+"""Data made to order: dialogues, scores and prompts, written and judged by a language model."""
