@@ -42,7 +42,7 @@ def add_model_options(
     add = limits.add_argument
     add("--concurrency", type=positive, default=16, metavar="N", help="requests at once (%(default)s)")
     add("--retries", type=natural, default=6, metavar="N", help="of a request that failed (%(default)s)")
-    add("--timeout", type=above_zero, default=120.0, metavar="S", help="seconds for a request (%(default)g)")
+    add("--timeout", type=above_zero, default=60.0, metavar="S", help="seconds for a request (%(default)g)")
     add("--max-requests", "--max_requests", type=positive, metavar="N", help="sent, tries included")
     add("--max-cost", "--max_cost", type=above_zero, metavar="USD", help="stop before it is exceeded; needs --price")
     add(

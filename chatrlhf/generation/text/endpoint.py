@@ -35,7 +35,7 @@ class Endpoint:
     lanes = None
 
     def __init__(
-        self, model: str, base_url: str | None = None, key_name: str = "OPENAI_API_KEY", timeout: float = 120.0
+        self, model: str, base_url: str | None = None, key_name: str = "OPENAI_API_KEY", timeout: float = 60.0
     ) -> None:
         """
         Args:
