@@ -15,11 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("chatrlhf") is None:  # a checkout that is not installed
     sys.path.insert(0, str(ROOT))
 
-from chatrlhf.synth.options import add_model_options, positive  # noqa: E402
+from chatrlhf.synth.options import add_model_options, add_templates, positive  # noqa: E402
 from chatrlhf.synth.prompt_dataset import extend  # noqa: E402
 from chatrlhf.synth.session import guarded  # noqa: E402
-
-TEMPLATES = ROOT / "templates.json"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -27,13 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-n", "--num_prompts", "--num-prompts", type=positive, default=1000, help="new ones (%(default)s)")
     add("-d", "--data_dir", "--data-dir", type=Path, default="./datasets", help="folder of the data (%(default)s)")
-    add(
-        "--templates",
-        type=Path,
-        default=TEMPLATES if TEMPLATES.exists() else None,
-        metavar="FILE",
-        help="JSON with the key 'rlhf': what the prompts are for (%(default)s)",
-    )
+    add_templates(parser, ROOT, "--templates", help="JSON with the key 'rlhf': what the prompts are for")
     add("--topics", type=Path, metavar="FILE", help="one a line, where there are no prompts to start from")
     add("--from", dest="examples", type=Path, metavar="FILE", help="the few, in the place of the folder's")
     add("-o", "--output", type=Path, metavar="FILE", help="(rlhf_training_data_extended.json in the folder)")
@@ -42,8 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    return guarded(lambda: extend(options))
+    return guarded(extend, parse(argv))
 
 
 if __name__ == "__main__":

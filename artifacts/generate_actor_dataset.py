@@ -17,10 +17,8 @@ if importlib.util.find_spec("chatrlhf") is None:  # a checkout that is not insta
     sys.path.insert(0, str(ROOT))
 
 from chatrlhf.synth.actor_dataset import generate  # noqa: E402
-from chatrlhf.synth.options import add_model_options, positive  # noqa: E402
+from chatrlhf.synth.options import add_model_options, add_templates, positive  # noqa: E402
 from chatrlhf.synth.session import guarded  # noqa: E402
-
-TEMPLATES = ROOT / "templates.json"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -28,13 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-n", "--num_conversations", "--num-conversations", type=positive, default=1000, help="(%(default)s)")
     add("-o", "--output_dir", "--output-dir", type=Path, default="./datasets", help="folder to write (%(default)s)")
-    add(
-        "--templates",
-        type=Path,
-        default=TEMPLATES if TEMPLATES.exists() else None,
-        metavar="FILE",
-        help="JSON with the keys 'actor' and, for --from, 'rlhf' (%(default)s)",
-    )
+    add_templates(parser, ROOT, "--templates", help="JSON with the keys 'actor' and, for --from, 'rlhf'")
     add("--topics", type=Path, metavar="FILE", help="one topic a line (a list of everyday ones)")
     add("--from", dest="examples", type=Path, metavar="FILE", help="rows with user_input and completion, ten or more")
     add("--exchanges", type=positive, default=2, metavar="N", help="most in a dialogue (%(default)s)")
@@ -43,8 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    return guarded(lambda: generate(options))
+    return guarded(generate, parse(argv))
 
 
 if __name__ == "__main__":

@@ -16,25 +16,22 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("chatrlhf") is None:  # a checkout that is not installed
     sys.path.insert(0, str(ROOT))
 
-from chatrlhf.synth.options import add_model_options, natural, positive  # noqa: E402
+from chatrlhf.synth.options import add_model_options, add_templates, natural, positive  # noqa: E402
 from chatrlhf.synth.reward_dataset import generate  # noqa: E402
 from chatrlhf.synth.session import guarded  # noqa: E402
-
-TEMPLATES = ROOT / "templates.json"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", type=Path, help="rows with user_input, completion and score: null; or chosen, rejected")
-    add(
+    add_templates(
+        parser,
+        ROOT,
         "-r",
         "--reward_template",
         "--reward-template",
-        type=Path,
-        default=TEMPLATES if TEMPLATES.exists() else None,
-        metavar="FILE",
-        help="JSON with the key 'reward': rules, and where {user_input} and {completion} stand (%(default)s)",
+        help="JSON with the key 'reward': rules, and where {user_input} and {completion} stand",
     )
     add("-o", "--output", type=Path, metavar="FILE", help="(the dataset's name with _scored, or _pairs)")
     add("--scale", type=float, nargs=2, default=(0.0, 5.0), metavar=("LOW", "HIGH"), help="of the scores (0 5)")
@@ -48,8 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    return guarded(lambda: generate(options))
+    return guarded(generate, parse(argv))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,14 @@ def add_model_options(
     """Add the options that say which model is asked and within which limits.
 
     Args:
-        temperature, max_tokens, model: the script's defaults.
+        temperature, max_tokens: the script's defaults.
+        model: on this machine, the script's default where no endpoint is named.
     """
+    parser.set_defaults(local_model=model)
     which = parser.add_argument_group("model", WHICH)
     add = which.add_argument
-    add("-m", "--model", default=model, help=f"name or folder ({model or 'the only one of the endpoint'})")
+    on_this_machine = f"; without one {model}" if model else ""
+    add("-m", "--model", help=f"name or folder (the only one of the endpoint{on_this_machine})")
     add("--base-url", "--base_url", metavar="URL", help="such as http://localhost:8000/v1 (OPENAI_BASE_URL)")
     add(
         "--api-key-env",
@@ -55,6 +58,18 @@ def add_model_options(
     add("--dry-run", "--dry_run", action="store_true", help="say what would be asked, and ask nothing")
 
 
+def add_templates(parser: argparse.ArgumentParser, root: Path, *names: str, help: str) -> None:
+    """Add the option that names the file of templates: that of the project, where there is one.
+
+    Args:
+        root: the folder that holds the project's ``templates.json``.
+        names: of the option.
+    """
+    path = root / "templates.json"
+    default = path if path.exists() else None
+    parser.add_argument(*names, type=Path, default=default, metavar="FILE", help=f"{help} (%(default)s)")
+
+
 def limits_of(options: argparse.Namespace) -> Limits:
     """The limits of a run. Raises ConfigError where a cost is to be kept and no price is known."""
     if options.max_cost is not None and options.price is None:
@@ -75,9 +90,14 @@ def base_url_of(options: argparse.Namespace) -> str | None:
     return options.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
 
+def model_of(options: argparse.Namespace) -> str | None:
+    """The model that was named, or the script's default on this machine; None where the endpoint has to know."""
+    return options.model or (None if base_url_of(options) else options.local_model)
+
+
 def is_local(options: argparse.Namespace) -> bool:
     """Whether a model on this machine is meant."""
-    model = options.model
+    model = model_of(options)
     return base_url_of(options) is None and model is not None and ("/" in model or Path(model).is_dir())
 
 
@@ -86,11 +106,11 @@ def open_generator(options: argparse.Namespace) -> TextGenerator:
     if is_local(options):
         from chatrlhf.generation.text.local import LocalModel
 
-        return LocalModel(options.model, options.concurrency)
+        return LocalModel(str(model_of(options)), options.concurrency)
     from chatrlhf.generation.text.endpoint import Endpoint, served_model
 
     base_url, key_name = base_url_of(options), options.api_key_env
-    model = options.model
+    model = model_of(options)
     if model is None:
         if base_url is None:
             raise GenerationError(

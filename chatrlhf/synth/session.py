@@ -19,7 +19,7 @@ from chatrlhf.errors import UserError
 from chatrlhf.generation.text import TextGenerator
 from chatrlhf.synth.asking import Asker
 from chatrlhf.synth.journal import Journal
-from chatrlhf.synth.options import is_local, limits_of, open_generator, price_of
+from chatrlhf.synth.options import is_local, limits_of, model_of, open_generator, price_of
 from chatrlhf.synth.output import Output
 from chatrlhf.synth.rows import Made
 
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, output: Output, plan: Plan, work: Work, nex
     console = Console(highlight=False, soft_wrap=True)
     limits, price = limits_of(options), price_of(options)
     generator = None if is_local(options) else open_generator(options)
-    model = options.model if generator is None else generator.model
+    model = str(model_of(options)) if generator is None else generator.model
     output.check(options.force)
     for line in _estimate(options, plan, model):
         console.print(line, markup=False)
@@ -219,10 +219,10 @@ def _report(output: Output, asker: Asker, result: Result, aside: list[dict[str, 
     return lines
 
 
-def guarded(command: Callable[[], int]) -> int:
+def guarded(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a script's command; errors meant for people are one line."""
     try:
-        return command()
+        return command(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -184,6 +184,11 @@ def test_without_a_model_the_endpoints_only_one_is_asked_or_the_ways_are_named(s
     server = serve(lambda body, before: number_of(body), models=("only",))
     assert main([str(rows), "--base-url", server.url]) == 0
     assert {body["model"] for body in server.asked} == {"only"}
+    prompts = ("-n", "2", "-d", str(tmp_path / "p"))
+    assert script_main("extend_rlhf_dataset")([*prompts, "--base-url", server.url, "--dry-run"]) == 0
+    assert "requests to only: " in capsys.readouterr().out
+    assert script_main("extend_rlhf_dataset")([*prompts, "--dry-run"]) == 0  # nothing is loaded for that
+    assert "requests to google/flan-t5-xl: " in capsys.readouterr().out
     several = serve(lambda *_: "1", models=("one", "two"))
     assert main([str(rows), "--base-url", several.url, "--force"]) == 2
     assert "has one, two; name one with --model" in capsys.readouterr().err
