@@ -187,6 +187,26 @@ def test_stubborn_requests_at_the_end_do_not_end_a_run_in_which_others_were_answ
     assert [type(answer) for answer in answers] == [NoAnswer] * 5 + [Reply] * 5
 
 
+def test_stubborn_requests_among_others_that_are_answered_do_not_end_a_run(tmp_path):
+    def answer(request, before):
+        if request.messages[0].content.startswith("bad"):
+            raise TryAgain("500")
+        return Reply("yes", 1, 1)
+
+    async def one_after_the_other(journal):
+        asker = Asker(Generator(answer), journal, Limits(concurrency=1, retries=1))
+        kinds = []
+        for text in ("0", "bad 1", "1", "bad 2", "2", "bad 3", "3", "bad 4"):
+            try:
+                kinds.append(type(await asker.ask(question(text))))
+            except (NoAnswer, GenerationError) as error:
+                kinds.append(type(error))
+        return kinds
+
+    with Journal(tmp_path / "x.journal.jsonl") as journal:
+        assert asyncio.run(one_after_the_other(journal)) == [Reply, NoAnswer] * 4
+
+
 def test_settings_that_no_request_survives_end_the_run(ask):
     def answer(request, before):
         raise NoAnswer("400: unknown field")

@@ -65,9 +65,10 @@ class LocalModel:
     async def reply(self, request: Request) -> Reply:
         ids = self.prompt_ids(request.messages)
         if self.positions is not None and len(ids) + request.max_tokens > self.positions:
+            remedy = "lower --max_tokens" if len(ids) < self.positions else "it takes a model with a longer context"
             raise NoAnswer(
                 f"a prompt of {len(ids)} tokens and a reply of up to {request.max_tokens} do not fit into the "
-                f"{self.positions} of {self.model!r}; lower --max_tokens"
+                f"{self.positions} of {self.model!r}; {remedy}"
             )
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, ids, future))
