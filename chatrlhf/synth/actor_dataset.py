@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from chatrlhf.conversation import Conversation
 from chatrlhf.data.records import actor_rows, read_records, to_json
 from chatrlhf.data.views import Demonstration
 from chatrlhf.errors import DataError
@@ -50,7 +51,7 @@ def _from_scratch(options: argparse.Namespace, output: Output, template: str, to
 
 
 def _from_examples(options: argparse.Namespace, output: Output, template: str, topics: tuple[str, ...]) -> int:
-    examples = read_examples(options.examples)
+    records, examples = read_examples(options.examples)
     shown = [example.prompt for example in examples]
     number = options.num_conversations
     asked, said = prompts.tokens_of(number, template, shown)
@@ -66,16 +67,19 @@ def _from_examples(options: argparse.Namespace, output: Output, template: str, t
             for i, prompt in enumerate(new.there)
         ]
         made = await make_rows(makers, asker, done)
-        rows = [to_json(record) for record in made.there]
-        return Result(rows, [new, made], prompts.shortage(number, new, dropped), is_short=len(new.rows) < number)
+        rows = [to_json(record) for record in [*records, *made.there]]
+        lines = [f"{len(records):,} rows of {options.examples}, {len(made.there):,} new ones behind them"]
+        lines += prompts.shortage(number, new, dropped)
+        return Result(rows, [new, made], lines, is_short=len(new.rows) < number)
 
     return run(options, output, plan, work, NEXT_STEP)
 
 
-def read_examples(path: Path) -> list[Example]:
-    """A user's own demonstrations. Raises DataError where there are too few of them."""
-    examples = []
+def read_examples(path: Path) -> tuple[list[Conversation], list[Example]]:
+    """A user's own records, and the demonstrations in them. Raises DataError where there are too few of these."""
+    records, examples = [], []
     for row, record in read_records(path):
+        records.append(record)
         examples += [
             Example(each.prompt.text, each.completion)
             for each in actor_rows(row, record)
@@ -86,4 +90,4 @@ def read_examples(path: Path) -> list[Example]:
             f"{path}: {len(examples)} examples are too few to write more like them; give at least {LEAST_EXAMPLES} "
             "rows with user_input and completion"
         )
-    return examples
+    return records, examples

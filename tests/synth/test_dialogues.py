@@ -132,6 +132,8 @@ def test_more_like_ten_of_the_users_own(serve, command, tmp_path, capsys):
     server = serve(script)
     assert command("generate_actor_dataset", server, "-n", 9, "-o", tmp_path, "--from", path) == 0
     rows = written(tmp_path / FILE)
+    assert rows[:10] == examples
+    rows = rows[10:]
     assert len(rows) == 9 and len({row["user_input"] for row in rows}) == 9
     assert not {row["user_input"] for row in rows} & {row["user_input"] for row in examples}
     assert {row["completion"] for row in rows} == {"answered after 9 messages"}  # four examples and the request
@@ -145,7 +147,7 @@ def test_more_like_ten_of_the_users_own(serve, command, tmp_path, capsys):
                 for m, n in zip(body["messages"][:-1:2], body["messages"][1::2], strict=True)
             ]
             assert all({"user_input": q, "completion": a} in examples for q, a in shown)
-    assert len(read_demonstrations(tmp_path / FILE)) == 9
+    assert len(read_demonstrations(tmp_path / FILE)) == 19
 
 
 def test_nine_examples_are_too_few(serve, command, tmp_path, capsys):
