@@ -21,6 +21,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0  # seconds before the first byte
     raw: bytes | None = None  # in the place of a chat completion
+    trickle: float = 0.0  # seconds between two bytes of the body
     cut: bool = False  # the connection ends in the middle of the body
     drop: bool = False  # it ends before the first byte
     finish_reason: str = "stop"
@@ -78,20 +79,26 @@ class ChatServer:
                     return
                 body = outer.body(answer) if answer.raw is None else answer.raw
                 try:
-                    self.send(answer.status, body, answer.headers, cut=answer.cut)
+                    self.send(answer.status, body, answer.headers, answer.cut, answer.trickle)
                 except OSError:
                     return  # the other side was killed
                 with outer._lock:
                     outer.answered.append(text)
 
-            def send(self, status: int, body: bytes, headers: dict[str, str], cut: bool = False) -> None:
+            def send(
+                self, status: int, body: bytes, headers: dict[str, str], cut: bool = False, trickle: float = 0.0
+            ) -> None:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body[: len(body) // 2] if cut else body)
+                for byte in body if trickle else b"":
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(trickle)
+                if not trickle:
+                    self.wfile.write(body[: len(body) // 2] if cut else body)
                 if cut:
                     self.close_connection = True
 

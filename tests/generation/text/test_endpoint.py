@@ -112,6 +112,13 @@ def test_a_time_out(ask):
     assert str(error) == "no answer within 0.2 s"
 
 
+def test_an_endpoint_that_sends_a_byte_now_and_then_runs_out_of_time_too(ask):
+    began = time.monotonic()
+    error, _ = ask(Answer("text", trickle=0.02), timeout=0.3)  # 250 bytes take five seconds
+    assert str(error) == "no answer within 0.3 s"
+    assert time.monotonic() - began < 3
+
+
 def test_nobody_there():
     async def main():
         return await Endpoint("judge", "http://127.0.0.1:9/v1").reply(Request((Message("user", "u"),), 0, 1))

@@ -97,6 +97,25 @@ def test_without_temperature_the_likeliest_token_is_taken(causal):
     assert first.text == second.text == model.tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_temperature_divides_the_logits(causal, temperature):
+    model = LocalModel(str(causal), 64)
+    replies = ask(model, [question("How are you?", 1, temperature, nth=i) for i in range(3000)])
+    ids = torch.tensor([model.prompt_ids((Message("user", "How are you?"),))])
+    with torch.no_grad():
+        probabilities = (model.network(ids).logits[0, -1] / temperature).softmax(dim=0)
+    finished = sum(reply.finished for reply in replies) / 3000
+    expected = probabilities[model.tokenizer.eos_token_id].item()
+    said = Counter(reply.text for reply in replies)
+    # How often a reply repeats another's: the sum of squared shares, which a temperature lowers.
+    texts = Counter()
+    for token, probability in enumerate(probabilities.tolist()):
+        texts[model.tokenizer.decode([token], skip_special_tokens=True)] += probability
+    drawn = sum((count / 3000) ** 2 for count in said.values())
+    assert drawn == pytest.approx(sum(share**2 for share in texts.values()), rel=0.1)
+    assert finished == pytest.approx(expected, abs=0.02)
+
+
 @pytest.mark.parametrize("kind", ["causal", "flan"])
 def test_a_request_with_choices_gets_one_of_them(kind, request):
     model = LocalModel(str(request.getfixturevalue(kind)), 40)
