@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from chatrlhf.config.section import Section
 
@@ -28,9 +28,27 @@ class DatasetEntry(Section):
     max_chunk_size: int | None = Field(None, ge=1, description="characters of a piece of plain text")
 
 
-def entries(value: Any) -> Any:
-    """Entries as people write them: a name, ``{name: {options}}`` as OpenAssistant's files have it, or the keys."""
-    return [_entry(item) for item in value] if isinstance(value, list) else value
+class DataKeys(Section):
+    """Several datasets in the place of one file; the same keys in all three stages."""
+
+    datasets: list[DatasetEntry] = Field(default_factory=list, description="a mixture; no file is named then")
+    deduplicate: bool = Field(True, description="of a mixture's rows that say the same only the first is taken")
+    mixing_seed: int = Field(0, ge=0, description="draws what is held out and what is taken; the run's seed does not")
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _as_people_write_them(cls, datasets: Any) -> Any:
+        """A name, ``{name: {options}}`` as OpenAssistant's files have it, or the keys."""
+        return [_entry(item) for item in datasets] if isinstance(datasets, list) else datasets
+
+    def reads_from(self, section: str, file_key: str) -> str:
+        """The key that says what is read, for messages."""
+        return f"{section}.{'datasets' if self.datasets else file_key}"
+
+    def refuse_two_ways(self, file_key: str) -> None:
+        """Either a file or a mixture. Raises ValueError."""
+        if self.datasets and getattr(self, file_key) is not None:
+            raise ValueError(f"{file_key} and datasets both say what is read; name the file in datasets, too")
 
 
 def _entry(item: Any) -> Any:

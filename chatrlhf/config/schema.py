@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from chatrlhf.config.datasets import DatasetEntry, entries
+from chatrlhf.config.datasets import DataKeys
 from chatrlhf.config.section import Section
 from chatrlhf.config.vllm import VllmConfig
 
@@ -53,28 +53,6 @@ def _refuse_checkpoint_name(section: Any) -> None:
             f"checkpoint_name: {section.checkpoint_name!r} is not used; --resume goes on from the newest valid "
             "checkpoint, and a model's folder can be named as model; set checkpoint_name to null"
         )
-
-
-class DataKeys(Section):
-    """Several datasets in the place of one file; the same keys in all three stages."""
-
-    datasets: list[DatasetEntry] = Field(default_factory=list, description="a mixture; no file is named then")
-    deduplicate: bool = Field(True, description="of a mixture's rows that say the same only the first is taken")
-    mixing_seed: int = Field(0, ge=0, description="draws what is held out and what is taken; the run's seed does not")
-
-    @field_validator("datasets", mode="before")
-    @classmethod
-    def _as_people_write_them(cls, datasets: Any) -> Any:
-        return entries(datasets)
-
-    def reads_from(self, section: str, file_key: str) -> str:
-        """The key that says what is read, for messages."""
-        return f"{section}.{'datasets' if self.datasets else file_key}"
-
-    def refuse_two_ways(self, file_key: str) -> None:
-        """Either a file or a mixture. Raises ValueError."""
-        if self.datasets and getattr(self, file_key) is not None:
-            raise ValueError(f"{file_key} and datasets both say what is read; name the file in datasets, too")
 
 
 class NotBuiltYet(Section):
