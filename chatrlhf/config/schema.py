@@ -128,6 +128,7 @@ class ActorConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(2, ge=1, description="sequences per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per backward; null: batch_size")
+    sort_by_length: bool = Field(False, description="batches are of rows of similar length, so that less is padding")
     max_sequence_length: int = Field(2048, ge=4, description="tokens of prompt and completion together")
     over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their end cut off")
     max_tokens: int | None = Field(None, ge=1, description="response limit; gen_kwargs.max_new_tokens wins")
@@ -180,6 +181,7 @@ class RewardConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(8, ge=1, description="rows (a pair is one row) per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1)
+    sort_by_length: bool = Field(False, description="batches are of rows of similar length, so that less is padding")
     max_sequence_length: int = Field(2048, ge=4)
     over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their start cut off")
     precision: Precision = "auto"

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler, DataLoader
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.data.collate import IGNORED
 from chatrlhf.distributed import gather_objects, rank, world_size
 from chatrlhf.errors import ConfigError
+from chatrlhf.trainers.order import EpochOrder
 
 
 def rows_a_backward(config: ActorConfig | RewardConfig, section: str) -> tuple[int, int]:
@@ -46,24 +46,24 @@ def rows_a_backward(config: ActorConfig | RewardConfig, section: str) -> tuple[i
 class RankBatches:
     """This rank's rows of each batch in microbatches: a batch sampler, and all ranks yield the same number.
 
-    Rows come in the order in which one process sees them, which accelerate draws from seed and epoch. Of the last
-    batch of an epoch a rank may have no row; it then yields an empty microbatch.
+    Rows come in the order in which one process sees them. Of the last batch of an epoch a rank may have no row; it then
+    yields an empty microbatch.
     """
 
-    def __init__(self, rows: int, batch_size: int, micro: int, seed: int) -> None:
-        self.rows, self.batch_size, self.micro = rows, batch_size, micro
-        self.order = SeedableRandomSampler(range(rows), data_seed=seed)
+    def __init__(self, order: EpochOrder, micro: int) -> None:
+        self.order, self.micro = order, micro
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer."""
         self.order.set_epoch(epoch)
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.rows, self.batch_size)
-        return whole * self._microbatches(self.batch_size) + self._microbatches(rest)
+        size = self.order.batch_size
+        whole, rest = divmod(len(self.order), size)
+        return whole * self._microbatches(size) + self._microbatches(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in BatchSampler(self.order, self.batch_size, drop_last=False):
+        for batch in BatchSampler(self.order, self.order.batch_size, drop_last=False):
             own = batch[rank() :: world_size()]
             for number in range(self._microbatches(len(batch))):
                 yield own[number * self.micro : (number + 1) * self.micro]
@@ -74,16 +74,20 @@ class RankBatches:
 
 
 class GlobalBatches:
-    """To stand in front of a TRL trainer; in one process it changes nothing."""
+    """To stand in front of a TRL trainer, which then sees rows in this project's order."""
+
+    def __init__(self, *args: Any, order: EpochOrder, **kwargs: Any) -> None:
+        self.order = order
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any) -> EpochOrder:
+        return self.order
 
     def get_train_dataloader(self) -> DataLoader:
         if world_size() == 1:
             return super().get_train_dataloader()
         dataset = self._remove_unused_columns(self.train_dataset, description="training")
-        own = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        batches = RankBatches(
-            len(dataset), own * world_size(), self.args.per_device_train_batch_size, self.args.data_seed
-        )
+        batches = RankBatches(self.order, self.args.per_device_train_batch_size)
         return _Loader(dataset, batch_sampler=batches, collate_fn=_Collator(self.data_collator, dataset[0]))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

@@ -81,7 +81,6 @@ def common_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,
-        "data_seed": seed,
         "gradient_checkpointing": False,
         "prediction_loss_only": True,
         "max_length": None,

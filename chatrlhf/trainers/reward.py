@@ -20,6 +20,7 @@ from chatrlhf.progress import RunLog
 from chatrlhf.trainers.checkpoint import StageFiles
 from chatrlhf.trainers.global_batches import GlobalBatches
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
+from chatrlhf.trainers.order import EpochOrder, widths
 
 STAGE = "REWARD"
 Judgements = Sequence[ScoredCompletion] | Sequence[Preference]
@@ -71,6 +72,8 @@ def train_reward_model(
     to_dataset = _pairs if pairwise else _targets
     train = to_dataset(train_rows, scorer)
     held_out = to_dataset(held_out_rows, scorer) if held_out_rows else None
+    columns = ("chosen_ids", "rejected_ids") if pairwise else ("input_ids",)
+    order = EpochOrder(len(train), config.batch_size, seed, widths(train, *columns) if config.sort_by_length else None)
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Any:
         arguments = common_arguments(
@@ -86,6 +89,7 @@ def train_reward_model(
             eval_dataset=held_out,
             processing_class=scorer.tokenizer,
             callbacks=[callback],
+            order=order,
         )
 
     def agreement() -> dict[str, float]:

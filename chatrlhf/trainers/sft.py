@@ -15,6 +15,7 @@ from chatrlhf.progress import RunLog
 from chatrlhf.trainers.checkpoint import StageFiles
 from chatrlhf.trainers.global_batches import GlobalBatches
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
+from chatrlhf.trainers.order import EpochOrder, widths
 
 STAGE = "ACTOR"
 
@@ -44,6 +45,8 @@ def train_actor(
 
     train = _dataset(train_rows, encoder, config, config.reads_from("actor_config", "train_dataset_path"), log)
     held_out = _dataset(held_out_rows, encoder, config, "the held-out rows", log) if held_out_rows else None
+    lengths = widths(train, "input_ids") if config.sort_by_length else None
+    order = EpochOrder(len(train), config.batch_size, seed, lengths)
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> SFTTrainer:
         arguments = common_arguments(
@@ -56,6 +59,7 @@ def train_actor(
             eval_dataset=held_out,
             processing_class=encoder.tokenizer,
             callbacks=[callback],
+            order=order,
         )
 
     run_trainer(make_trainer, model, files, log, config.iteration_per_print)

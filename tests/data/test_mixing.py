@@ -210,12 +210,13 @@ def test_some_records_lose_their_narrative():
 def test_ranks_share_the_mixture_between_them(monkeypatch):
     """Each process mixes for itself and takes its part of every batch: together they see what one process sees."""
     from chatrlhf.trainers import global_batches
+    from chatrlhf.trainers.order import EpochOrder
 
     def seen(world: int, rank: int) -> list[str]:
         monkeypatch.setattr(global_batches, "world_size", lambda: world)
         monkeypatch.setattr(global_batches, "rank", lambda: rank)
         rows = mix([talks("a", 40, fraction=0.5), talks("b", 13)], seed=4).train
-        batches = global_batches.RankBatches(len(rows), batch_size=8, micro=2, seed=9)
+        batches = global_batches.RankBatches(EpochOrder(len(rows), batch_size=8, seed=9), micro=2)
         return [rows[i].prompt.text for batch in batches for i in batch]
 
     alone, first, second = seen(1, 0), seen(2, 0), seen(2, 1)

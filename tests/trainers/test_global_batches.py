@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler
 
 from chatrlhf.config.schema import ActorConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.trainers import global_batches
 from chatrlhf.trainers.global_batches import RankBatches, _Collator, rows_a_backward
+from chatrlhf.trainers.order import EpochOrder
+
+LENGTHS = np.arange(29) * 7 % 29 + 1
 
 
-def batches_of(monkeypatch, ranks: int, rows: int, size: int, micro: int, epoch: int) -> list[list[list[int]]]:
+def batches_of(monkeypatch, order: EpochOrder, ranks: int, micro: int, epoch: int) -> list[list[list[int]]]:
     """Each rank's microbatches of an epoch."""
     monkeypatch.setattr(global_batches, "world_size", lambda: ranks)
     found = []
     for number in range(ranks):
         monkeypatch.setattr(global_batches, "rank", lambda number=number: number)
-        sampler = RankBatches(rows, size, micro, seed=3)
+        sampler = RankBatches(order, micro)
         sampler.set_epoch(epoch)
         found.append(list(sampler))
         assert len(sampler) == len(found[-1])
@@ -28,12 +31,13 @@ def batches_of(monkeypatch, ranks: int, rows: int, size: int, micro: int, epoch:
 
 @pytest.mark.parametrize("rows", [24, 29, 25])
 @pytest.mark.parametrize("ranks, micro", [(1, 12), (2, 6), (2, 2), (3, 4), (3, 3), (4, 1)])
-def test_the_batches_are_those_of_one_process(monkeypatch, rows, ranks, micro):
+@pytest.mark.parametrize("sort_by_length", [False, True])
+def test_the_batches_are_those_of_one_process(monkeypatch, rows, ranks, micro, sort_by_length):
+    order = EpochOrder(rows, 12, 3, LENGTHS[:rows] if sort_by_length else None)
     for epoch in (0, 1):
-        order = SeedableRandomSampler(range(rows), data_seed=3)
         order.set_epoch(epoch)
         whole = list(BatchSampler(order, 12, drop_last=False))
-        shares = batches_of(monkeypatch, ranks, rows, 12, micro, epoch)
+        shares = batches_of(monkeypatch, order, ranks, micro, epoch)
         assert len({len(share) for share in shares}) == 1  # or a rank would wait for ever
         backwards = -(-12 // ranks // micro)
         for number, batch in enumerate(whole):
