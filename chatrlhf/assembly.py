@@ -59,9 +59,9 @@ def assemble_ppo(
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
     limits = _limits(config, encoder)
     pad_id = encoder.tokenizer.pad_token_id
-    prompt_ids, prompts = _encoded_prompts(
-        rows.train, encoder, limits, log, trainer.reads_from("trainer_config", "examples_path")
-    )
+    source = trainer.reads_from("trainer_config", "examples_path")
+    prompt_ids, prompts, kept = _encoded_prompts(rows.train, encoder, limits, log, source)
+    epochs = rows.epochs.only(kept, source)
     engine = _sampler(config, topology, encoder, limits, log)
     scaling = RewardScaling(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
@@ -98,13 +98,14 @@ def assemble_ppo(
     updater = Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, masters)
     held_out = None
     if rows.held_out:
-        held_ids, held_prompts = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
+        held_ids, held_prompts, _ = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
         batch = prompt_batch(held_ids, held_prompts, pad_id)
         eval_fn = load_function(trainer.eval_fn, "trainer_config.eval_fn") if trainer.eval_fn else None
         held_out = HeldOut(batch, engine, scorer, eval_fn, step_seed(config.seed, 0, "held-out"))
-    prompts_a_step = trainer.num_rollouts // trainer.samples_per_prompt
+    samples = trainer.samples_per_prompt
+    prompts_a_step = trainer.num_rollouts // samples
     return PPOTrainer(
-        prompts=PromptSchedule(prompt_ids, prompts, pad_id, prompts_a_step, trainer.samples_per_prompt, config.seed),
+        prompts=PromptSchedule(prompt_ids, prompts, pad_id, prompts_a_step, samples, config.seed, epochs),
         engine=engine,
         scorer=scorer,
         updater=updater,
@@ -172,13 +173,13 @@ def _limits(config: Config, encoder: Encoder) -> Limits:
 
 def _encoded_prompts(
     prompts: list[Prompt], encoder: Encoder, limits: Limits, log: RunLog, source: str
-) -> tuple[list[list[int]], list[Prompt]]:
-    """Prompts as ids; those that leave no room for a response are dropped and counted."""
+) -> tuple[list[list[int]], list[Prompt], list[int]]:
+    """Prompts as ids and as they were, and their numbers; without those that leave no room for a response."""
     encoded = [(encoder.prompt(prompt), prompt) for prompt in prompts]
     if any(not ids for ids, _ in encoded):
         row = next(i for i, (ids, _) in enumerate(encoded, start=1) if not ids)
         raise DataError(f"{source}, row {row}: the prompt is empty, and this tokenizer has no BOS token to start from")
-    kept = [(ids, prompt) for ids, prompt in encoded if len(ids) < limits.max_length]
+    kept = [i for i, (ids, _) in enumerate(encoded) if len(ids) < limits.max_length]
     if not kept:
         shortest = min(len(ids) for ids, _ in encoded)
         raise DataError(
@@ -187,7 +188,7 @@ def _encoded_prompts(
         )
     if len(kept) < len(encoded):
         log.warn(f"RL: {len(encoded) - len(kept)} of {len(encoded)} rows of {source} leave no room for a response")
-    return [ids for ids, _ in kept], [prompt for _, prompt in kept]
+    return [encoded[i][0] for i in kept], [encoded[i][1] for i in kept], kept
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: Config) -> Any:

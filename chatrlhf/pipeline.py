@@ -185,11 +185,11 @@ def run_actor(this: Run) -> dict[str, Any]:
     model, tokenizer = load_actor(config, corpus(this.config), this.device)
     encoder = _encoder(this.config, model, tokenizer)
     this.log.note(
-        f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {len(rows.train)} rows, "
+        f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "
         f"{len(rows.held_out)} held out"
     )
     files, seed = this.files("ACTOR", config.n_checkpoints_to_keep), this.seed("ACTOR")
-    train_actor(model, encoder, rows.train, rows.held_out, config, files, this.log, this.device, seed)
+    train_actor(model, encoder, rows, config, files, this.log, this.device, seed)
     _publish_policy(this.dir / "actor", model, encoder)
     return _record(this, "ACTOR", "actor", config.model, rows)
 
@@ -205,10 +205,10 @@ def run_reward(this: Run) -> dict[str, Any]:
     scorer = new_reward_model(this.config, actor, corpus(this.config), this.device)
     this.log.note(
         f"REWARD: {config.model}, {parameter_count(scorer.model):,} parameters, {loss_for(rows.train, config)} on "
-        f"{len(rows.train)} rows, {len(rows.held_out)} held out"
+        f"{rows.epochs.size} rows, {len(rows.held_out)} held out"
     )
     files, seed = this.files("REWARD", config.n_checkpoints_to_keep), this.seed("REWARD")
-    train_reward_model(scorer, rows.train, rows.held_out, config, files, this.log, this.device, seed)
+    train_reward_model(scorer, rows, config, files, this.log, this.device, seed)
     publish_folder(this.dir / "reward", scorer.save)
     return _record(this, "REWARD", "reward", config.model, rows)
 
@@ -292,7 +292,7 @@ def _record(this: Run, stage: str, output: str, model: str | None, rows: Rows) -
     return {
         "model": model,
         "inputs": rows.files,
-        "rows": {"train": len(rows.train), "held_out": len(rows.held_out)},
+        "rows": {"train": rows.epochs.size, "held_out": len(rows.held_out)},
         "output": output,
         "metrics": this.log.last.get(stage, {}),
     }

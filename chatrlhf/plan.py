@@ -44,7 +44,7 @@ def _batch_lines(config: Config, stages: list[str], inputs: Inputs) -> list[str]
     lines = []
     for stage, name, rows in (("ACTOR", "actor_config", inputs.actor), ("REWARD", "reward_config", inputs.reward)):
         if stage in stages and rows is not None:
-            lines.append(f"{stage}: {_epochs(config, name, len(rows.train))}; {len(rows.held_out)} rows held out")
+            lines.append(f"{stage}: {_epochs(config, name, rows.epochs.size)}; {len(rows.held_out)} rows held out")
     if "REWARD" in stages and inputs.reward is None:
         lines.append(f"REWARD: skipped, the reward is {config.reward_config.reward_fn}")
     if "RL" in stages and inputs.prompts is not None:

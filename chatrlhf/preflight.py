@@ -7,7 +7,7 @@ from pathlib import Path
 from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder, fitting
-from chatrlhf.data.inputs import Inputs, corpus
+from chatrlhf.data.inputs import Inputs, Rows, corpus
 from chatrlhf.data.templates import OWN, get_template
 from chatrlhf.data.views import Preference, ScoredCompletion
 from chatrlhf.errors import ConfigError
@@ -99,21 +99,22 @@ def _check_lengths(config: Config, inputs: Inputs, encoder: Encoder) -> None:
     if inputs.actor is not None and config.actor_config.over_length == "drop":
         rows = inputs.actor.train
         lengths = [len(encoder.actor_row(row, "completion")[0]) for row in rows]
-        fitting(rows, lengths, encoder.max_length, _file(inputs.actor.files))
+        _some_fit(inputs.actor, lengths, encoder.max_length)
     if inputs.reward is not None and config.reward_config.over_length == "drop":
         rows = inputs.reward.train
         lengths = [len(encoder.prompt(row.prompt)) + len(encoder.completion(_longer_reply(row))) for row in rows]
-        fitting(rows, lengths, reward_limit, _file(inputs.reward.files))
+        _some_fit(inputs.reward, lengths, reward_limit)
     if inputs.prompts is not None:
-        rows = inputs.prompts.train
-        fitting(
-            rows, [len(encoder.prompt(prompt)) + 1 for prompt in rows], encoder.max_length, _file(inputs.prompts.files)
-        )
+        lengths = [len(encoder.prompt(prompt)) + 1 for prompt in inputs.prompts.train]
+        _some_fit(inputs.prompts, lengths, encoder.max_length)
+
+
+def _some_fit(rows: Rows, lengths: list[int], limit: int) -> None:
+    """Of every epoch at least one."""
+    source = ", ".join(rows.files) or "the datasets"
+    kept, _ = fitting(range(len(lengths)), lengths, limit, source)
+    rows.epochs.only(kept, source)
 
 
 def _longer_reply(row: Preference | ScoredCompletion) -> str:
     return max(row.chosen, row.rejected, key=len) if isinstance(row, Preference) else row.completion
-
-
-def _file(files: dict[str, str]) -> str:
-    return ", ".join(files) or "the datasets"

@@ -18,8 +18,8 @@ class DatasetEntry(Section):
     split: str = "train"
     lang: str | None = Field(None, description="of a dataset in many languages only this one")
     columns: dict[str, str] = Field(default_factory=dict, description="of a file: our field -> its column")
-    fraction: float = Field(1.0, gt=0, le=1, description="of its training rows")
-    size: int | None = Field(None, ge=1, description="training rows at most")
+    fraction: float = Field(1.0, gt=0, le=1, description="of its training rows, in an epoch")
+    size: int | None = Field(None, ge=1, description="training rows at most, in an epoch")
     weight: float = Field(1.0, gt=0, description="how often each of these rows is seen in an epoch")
     val_split: float | None = Field(None, ge=0, lt=1, description="held out; null: validation_fraction")
     max_val_set: int | None = Field(None, ge=0, description="rows held out at most")
@@ -33,6 +33,7 @@ class DataKeys(Section):
 
     datasets: list[DatasetEntry] = Field(default_factory=list, description="a mixture; no file is named then")
     deduplicate: bool = Field(True, description="of a mixture's rows that say the same only the first is taken")
+    resample: bool = Field(True, description="where an epoch sees a part of a dataset, the next one sees other rows")
     mixing_seed: int = Field(0, ge=0, description="draws what is held out and what is taken; the run's seed does not")
 
     @field_validator("datasets", mode="before")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Conversation
 from chatrlhf.data import views
+from chatrlhf.data.epochs import Epochs
 from chatrlhf.data.ingredients import ingredient
 from chatrlhf.data.mixing import Ingredient, mix
 from chatrlhf.data.records import ADVISED_ROWS, StageRows, actor_rows, prompt_rows, read_stage, reward_rows
@@ -32,9 +34,10 @@ MOST_IN_MEMORY = 200_000  # rows of a mixture; more are read when they are asked
 class Rows:
     """One stage's rows."""
 
-    train: Sequence[Any]
+    train: Sequence[Any]  # each once
     held_out: Sequence[Any]
     files: dict[str, str]  # path -> SHA-256, for the manifest
+    epochs: Epochs  # which of the training rows each epoch sees
 
 
 @dataclass
@@ -170,27 +173,40 @@ def _rows(config: Config, inputs: Inputs, reader: Reader) -> Rows:
         path = resolve_path(config, key, train_file)
         read, groups = read_stage(path, reader.rows_of)
         fraction = 0.0 if held_out_file else section.validation_fraction
-        rows = Rows(*split_by_group(read, groups, fraction, MOST_HELD_OUT[reader.kind]), {str(path): _hash(path)})
+        train, held_out = split_by_group(read, groups, fraction, MOST_HELD_OUT[reader.kind])
+        rows = Rows(train, held_out, {str(path): _hash(path)}, Epochs.of_all(len(train)))
         if len(read) < ADVISED_ROWS[reader.kind]:
             inputs.warnings.append(
                 f"{path}: {len(read)} rows, fewer than the {ADVISED_ROWS[reader.kind]} that are advised for this stage"
             )
     if held_out_file is not None:
         path = resolve_path(config, f"{reader.section}.{reader.held_out_key}", held_out_file)
-        rows = Rows(rows.train, read_stage(path, reader.rows_of)[0], rows.files | {str(path): _hash(path)})
+        held_out = read_stage(path, reader.rows_of)[0]
+        rows = replace(rows, held_out=held_out, files=rows.files | {str(path): _hash(path)})
     return rows
 
 
 def _mixed(config: Config, inputs: Inputs, reader: Reader) -> Rows:
     section = getattr(config, reader.section)
     made = _ingredients(config, reader, _judgements(config, reader) if reader is REWARD else reader.draw)
-    mixture = mix([each for each, _ in made], section.mixing_seed, section.deduplicate)
+    draws = _draws(config, reader)
+    mixture = mix([each for each, _ in made], section.mixing_seed, section.deduplicate, draws)
     first, *rest = mixture.lines()
     inputs.notes += [f"{reader.stage}: {first}", *rest]
     files = {str(file): _hash(file) for _, files in made for file in files}
     if len(mixture.train) <= MOST_IN_MEMORY:
-        return Rows(list(mixture.train), list(mixture.held_out), files)
-    return Rows(mixture.train, mixture.held_out, files)
+        return Rows(list(mixture.train), list(mixture.held_out), files, mixture.epochs)
+    return Rows(mixture.train, mixture.held_out, files, mixture.epochs)
+
+
+def _draws(config: Config, reader: Reader) -> Callable[[int], int]:
+    """Of how many epochs the rows are drawn, given how many rows an epoch has: of all that the run will see."""
+    section = getattr(config, reader.section)
+    if not section.resample:
+        return lambda rows: 1
+    if reader is PROMPTS:
+        return lambda rows: math.ceil(section.num_steps * section.num_rollouts / section.samples_per_prompt / rows)
+    return lambda rows: section.epochs
 
 
 def _ingredients(

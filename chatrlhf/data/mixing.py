@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatrlhf.conversation import Conversation
+from chatrlhf.data.epochs import Epochs
 from chatrlhf.data.row import HalfCharacter, Row
 from chatrlhf.data.sources import LeftOut
 from chatrlhf.data.views import Demonstration, PlainText
@@ -87,7 +88,8 @@ class Share:
 
     name: str
     available: int = 0  # rows that could have been trained on
-    train: int = 0
+    train: int = 0  # rows that an epoch sees
+    later: int = 0  # rows that later epochs see and the first does not
     held_out: int = 0
     repeated: int = 0  # rows that say what another does
     also_held_out: int = 0  # rows that share a prompt, or a group, with one that is held out
@@ -105,28 +107,35 @@ class Share:
 class Mixture:
     """The rows of a stage, read when they are asked for."""
 
-    train: Sequence[Any]
+    train: Sequence[Any]  # each once
+    epochs: Epochs  # which of them are seen when, and how often
     held_out: Sequence[Any]
     shares: list[Share]
 
     def lines(self) -> list[str]:
         """The composition, for people."""
-        lines = [f"{len(self.train):,} rows in training, {len(self.held_out):,} held out"]
+        lines = [f"{self.epochs.size:,} rows in training, {len(self.held_out):,} held out"]
         for share in self.shares:
             of_held_out = f" ({share.held_out / len(self.held_out):.2%})" if self.held_out else ""
-            of_available = f" ({share.train / share.available:.2%} of it)" if share.available else ""
-            line = (
-                f"  {share.name}: {share.train:,} in training{of_available}, {share.held_out:,} held out{of_held_out}"
-            )
+            of_it = f"{share.train / share.available:.2%} of it"
+            if share.later:
+                of_it += f", another {share.later / share.available:.2%} in later epochs"
+            line = f"  {share.name}: {share.train:,} in training ({of_it}), {share.held_out:,} held out{of_held_out}"
             lines.append(line + (f"; left out: {said}" if (said := share.reasons()) else ""))
         return lines
 
 
-def mix(ingredients: Sequence[Ingredient], seed: int, deduplicate: bool = True) -> Mixture:
+def mix(
+    ingredients: Sequence[Ingredient],
+    seed: int,
+    deduplicate: bool = True,
+    draws: Callable[[int], int] = lambda rows: 1,
+) -> Mixture:
     """Hold out, draw and shuffle.
 
     Args:
         deduplicate: of rows that say the same, in whichever dataset, only the first is taken.
+        draws: given the rows of an epoch, how many epochs have rows of their own; the first has the same in any case.
 
     Raises:
         DataError: a row is not of its dataset, or nothing is left of one.
@@ -147,19 +156,26 @@ def mix(ingredients: Sequence[Ingredient], seed: int, deduplicate: bool = True) 
         held_out[mine] = _held_out(group[mine], ingredient, seed)
         shares[number].held_out = int(held_out[mine].sum())
     shared = keep & ~held_out & (np.isin(group, group[held_out]) | np.isin(prompt, prompt[held_out]))
-    chosen = []
+    orders = []
     for number, ingredient in enumerate(ingredients):
         mine = np.flatnonzero((of == number) & keep & ~held_out & ~shared)
-        taken = _taken(mine, content, ingredient, seed)
+        orders.append(mine[np.argsort(_scrambled(content[mine], seed + 1), kind="stable")])
         share = shares[number]
-        share.available, share.train = len(mine), len(taken)
+        share.available, share.train = len(mine), len(_taken(orders[-1], ingredient, 0))
         share.also_held_out = int(((of == number) & shared).sum())
-        if not len(taken):
+        if not share.train:
             reasons = share.reasons() or "it has no rows"
             raise DataError(f"datasets: nothing of {ingredient.name} is left to train on ({reasons})")
-        chosen.append(taken)
-    train = np.random.default_rng(seed).permutation(np.concatenate(chosen))
-    return Mixture(index.rows(ingredients, train), index.rows(ingredients, np.flatnonzero(held_out)), shares)
+    epochs = _epochs(orders, ingredients, seed, draws)
+    train = np.unique(np.concatenate(epochs))
+    for number, share in enumerate(shares):
+        share.later = int((of[np.setdiff1d(train, epochs[0])] == number).sum())
+    return Mixture(
+        index.rows(ingredients, train),
+        Epochs(tuple(np.searchsorted(train, rows) for rows in epochs)),
+        index.rows(ingredients, np.flatnonzero(held_out)),
+        shares,
+    )
 
 
 def _held_out(group: NDArray[np.uint64], ingredient: Ingredient, seed: int) -> NDArray[np.bool_]:
@@ -179,16 +195,38 @@ def _held_out(group: NDArray[np.uint64], ingredient: Ingredient, seed: int) -> N
     return chosen[member_of] if len(group) else np.zeros(0, dtype=bool)
 
 
-def _taken(
-    mine: NDArray[np.int64], content: NDArray[np.uint64], ingredient: Ingredient, seed: int
-) -> NDArray[np.int64]:
-    """The rows of one dataset that an epoch sees, some of them more than once."""
-    number = round(ingredient.fraction * len(mine))
+def _epochs(
+    orders: list[NDArray[np.int64]], ingredients: Sequence[Ingredient], seed: int, draws: Callable[[int], int]
+) -> list[NDArray[np.int64]]:
+    """The rows of each epoch, shuffled; of one, where all would see the same."""
+
+    def of(epoch: int) -> NDArray[np.int64]:
+        return np.concatenate([_taken(order, each, epoch) for order, each in zip(orders, ingredients, strict=True)])
+
+    first = of(0)
+    differ = not np.array_equal(np.sort(first), np.sort(of(1)))
+    shuffle = np.random.default_rng(seed).permutation
+    return [shuffle(of(epoch)) for epoch in range(draws(len(first)) if differ else 1)]
+
+
+def _taken(order: NDArray[np.int64], ingredient: Ingredient, epoch: int) -> NDArray[np.int64]:
+    """The rows of one dataset that an epoch sees, some of them more than once.
+
+    An epoch goes on in ``order`` where the one before it stopped, and begins again at its end: no epoch sees rows of an
+    earlier one before all have been seen, and in the long run all are seen equally often.
+    """
+    number = round(ingredient.fraction * len(order))
     if ingredient.size is not None:
         number = min(number, ingredient.size)
-    drawn = mine[np.argsort(_scrambled(content[mine], seed + 1), kind="stable")[:number]]
     whole, rest = divmod(round(ingredient.weight * number), max(number, 1))
-    return np.concatenate([*[drawn] * whole, drawn[:rest]]) if number else drawn
+    if whole == 0:
+        return _stretch(order, epoch, rest)
+    drawn = _stretch(order, epoch, number)
+    return np.concatenate([*[drawn] * whole, _stretch(drawn, epoch, rest)])
+
+
+def _stretch(order: NDArray[np.int64], epoch: int, length: int) -> NDArray[np.int64]:
+    return order[(epoch * length + np.arange(length)) % max(len(order), 1)]
 
 
 class _Index:

@@ -9,6 +9,7 @@ import torch
 
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import prompt_batch
+from chatrlhf.data.epochs import Epochs
 from chatrlhf.types import PromptBatch
 
 
@@ -22,6 +23,10 @@ class PromptSchedule:
     prompts_per_step: int
     samples_per_prompt: int
     seed: int
+    epochs: Epochs | None = None  # which prompts each epoch sees; None: all
+
+    def __post_init__(self) -> None:
+        self.seen = self.epochs or Epochs.of_all(len(self.prompts))
 
     def batch(self, step: int) -> PromptBatch:
         """The prompts of a step (0 = first), each repeated ``samples_per_prompt`` times."""
@@ -35,11 +40,11 @@ class PromptSchedule:
         )
 
     def _at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.prompts))
-        return int(self._order(epoch)[place])
+        epoch, place = divmod(position, self.seen.size)
+        return int(self.seen.of(epoch)[self._order(epoch)[place]])
 
     def _order(self, epoch: int) -> torch.Tensor:
-        return torch.randperm(len(self.prompts), generator=step_generator(self.seed, epoch, "prompts"))
+        return torch.randperm(self.seen.size, generator=step_generator(self.seed, epoch, "prompts"))
 
 
 def step_seed(seed: int, step: int, purpose: str) -> int:

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from chatrlhf.data.epochs import Epochs
+
 # Batches among whose rows those of similar length are put together; as transformers' LengthGroupedSampler has it, no
 # more than a quarter of an epoch's. Without such windows a batch would have the same rows in every epoch.
 WINDOW = 50
@@ -20,16 +22,16 @@ FEWEST_WINDOWS = 4
 
 
 class EpochOrder(Sampler[int]):
-    """The rows of an epoch in the order in which they are seen, each once; ``batch_size`` in succession are a batch.
+    """The rows of an epoch in the order in which they are seen; ``batch_size`` in succession are a batch.
 
     Args:
-        rows: how many there are.
+        epochs: which rows each epoch sees.
         batch_size: rows of an optimizer step, of all ranks together.
-        lengths: tokens of each row, [rows]; given, batches are of rows of similar length, as `by_length` makes them.
+        lengths: tokens of each row, by its number; given, batches are of rows of similar length (see `by_length`).
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, lengths: NDArray[np.int64] | None = None) -> None:
-        self.rows, self.batch_size, self.seed, self.lengths = rows, batch_size, seed, lengths
+    def __init__(self, epochs: Epochs, batch_size: int, seed: int, lengths: NDArray[np.int64] | None = None) -> None:
+        self.epochs, self.batch_size, self.seed, self.lengths = epochs, batch_size, seed, lengths
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -37,11 +39,11 @@ class EpochOrder(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.rows
+        return self.epochs.size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.rows, generator=generator).numpy()
+        order = self.epochs.of(self.epoch)[torch.randperm(len(self), generator=generator).numpy()]
         if self.lengths is not None:
             order = by_length(order, self.lengths, self.batch_size, generator)
         return iter(order.tolist())

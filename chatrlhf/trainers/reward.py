@@ -12,6 +12,8 @@ from datasets import Dataset
 
 from chatrlhf.config.schema import RewardConfig
 from chatrlhf.data.collate import fitting, pad_right
+from chatrlhf.data.epochs import Epochs
+from chatrlhf.data.inputs import Rows
 from chatrlhf.data.views import Preference, ScoredCompletion
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.agreement import pearson, ranking_accuracy, wilson_interval
@@ -44,8 +46,7 @@ def loss_for(rows: Judgements, config: RewardConfig) -> str:
 
 def train_reward_model(
     scorer: RewardScorer,
-    train_rows: Judgements,
-    held_out_rows: Judgements,
+    rows: Rows,
     config: RewardConfig,
     files: StageFiles,
     log: RunLog,
@@ -60,24 +61,25 @@ def train_reward_model(
     """
     from trl import RewardConfig as TrlRewardConfig
 
-    pairwise = loss_for(train_rows, config) == "pairwise"
+    pairwise = loss_for(rows.train, config) == "pairwise"
     model = scorer.model
     source = config.reads_from("reward_config", "train_dataset_path")
-    train_rows = _that_fit(train_rows, scorer, config, source, log)
-    held_out_rows = _that_fit(held_out_rows, scorer, config, "the held-out rows", log) if held_out_rows else []
+    train_rows, kept = _that_fit(rows.train, scorer, config, source, log)
+    held_out_rows = _that_fit(rows.held_out, scorer, config, "the held-out rows", log)[0] if rows.held_out else []
+    epochs = rows.epochs.only(kept, source)
     if not pairwise:
-        scores = torch.tensor([row.score for row in train_rows], dtype=torch.float64)
+        scores = torch.tensor([train_rows[i].score for i in epochs.seen()], dtype=torch.float64)
         spread = float(scores.std(correction=0))
         model.shift, model.scale = float(scores.mean()), spread if spread > 0 else 1.0
     to_dataset = _pairs if pairwise else _targets
     train = to_dataset(train_rows, scorer)
     held_out = to_dataset(held_out_rows, scorer) if held_out_rows else None
     columns = ("chosen_ids", "rejected_ids") if pairwise else ("input_ids",)
-    order = EpochOrder(len(train), config.batch_size, seed, widths(train, *columns) if config.sort_by_length else None)
+    order = EpochOrder(epochs, config.batch_size, seed, widths(train, *columns) if config.sort_by_length else None)
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Any:
         arguments = common_arguments(
-            config, "reward_config", files.scratch, len(train), len(held_out_rows), device, seed
+            config, "reward_config", files.scratch, len(order), len(held_out_rows), device, seed
         )
         arguments |= {"eval_on_start": from_the_beginning and held_out is not None, "remove_unused_columns": False}
         pad_id = scorer.tokenizer.pad_token_id
@@ -100,7 +102,7 @@ def train_reward_model(
 
     run_trainer(make_trainer, model, files, log, config.iteration_per_print, agreement)
     if pairwise:
-        _centre_on(scorer, train_rows)
+        _centre_on(scorer, train_rows, epochs)
     if held_out_rows:
         log.note(f"{STAGE}: " + describe_agreement(held_out_agreement(scorer, held_out_rows)))
 
@@ -143,8 +145,10 @@ def describe_agreement(metrics: dict[str, float]) -> str:
     return line
 
 
-def _that_fit(rows: Judgements, scorer: RewardScorer, config: RewardConfig, source: str, log: RunLog) -> Any:
-    """Rows within the context, longer ones without their oldest turns where they are to be cut.
+def _that_fit(
+    rows: Judgements, scorer: RewardScorer, config: RewardConfig, source: str, log: RunLog
+) -> tuple[Any, list[int]]:
+    """Rows within the context and their numbers, longer ones without their oldest turns where they are to be cut.
 
     `encode` would cut any row, which training must not learn from unless it is asked to.
     """
@@ -162,10 +166,10 @@ def _that_fit(rows: Judgements, scorer: RewardScorer, config: RewardConfig, sour
         # What is still too long loses the beginning of its text; a reply is judged whole or not at all.
         recent = [encoder.recent(row.prompt, limit - own) for row, own in zip(rows, replies, strict=True)]
         rows, lengths = [replace(row, prompt=prompt) for row, prompt in zip(rows, recent, strict=True)], replies
-    kept, dropped = fitting(rows, lengths, limit, source)
+    kept, dropped = fitting(range(len(rows)), lengths, limit, source)
     if dropped:
         log.warn(f"{STAGE}: {dropped} of {len(rows)} rows of {source} exceed {limit} tokens and are dropped")
-    return kept
+    return [rows[i] for i in kept], kept
 
 
 def _pairs(rows: Sequence[Preference], scorer: RewardScorer) -> Dataset:
@@ -223,12 +227,16 @@ def _trainer_class(pairwise: bool) -> Any:
     return Trainer
 
 
-def _centre_on(scorer: RewardScorer, rows: Sequence[Preference]) -> None:
-    """Bradley-Terry leaves the zero free: put it at the mean of the training completions, their deviation at 1."""
+def _centre_on(scorer: RewardScorer, rows: Sequence[Preference], epochs: Epochs) -> None:
+    """Bradley-Terry leaves the zero free: put it at the mean of the training completions, their deviation at 1.
+
+    A completion counts as often as it was seen.
+    """
     model = scorer.model
     model.scale, model.shift = 1.0, 0.0
     replies = [(row.prompt, reply) for row in rows for reply in (row.chosen, row.rejected)]
     scores = scorer.score_ids([scorer.encode(prompt, reply) for prompt, reply in replies]).double()
+    scores = scores.view(-1, 2)[torch.from_numpy(epochs.seen())]
     spread = float(scores.std(correction=0))
     model.scale = 1.0 / spread if spread > 0 else 1.0
     model.shift = -float(scores.mean()) * model.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from chatrlhf.config.schema import ActorConfig
 from chatrlhf.data.collate import IGNORED, Encoder, fitting
+from chatrlhf.data.inputs import Rows
 from chatrlhf.data.views import ActorRow
 from chatrlhf.progress import RunLog
 from chatrlhf.trainers.checkpoint import StageFiles
@@ -23,8 +25,7 @@ STAGE = "ACTOR"
 def train_actor(
     model: nn.Module,
     encoder: Encoder,
-    train_rows: list[ActorRow],
-    held_out_rows: list[ActorRow],
+    rows: Rows,
     config: ActorConfig,
     files: StageFiles,
     log: RunLog,
@@ -43,14 +44,15 @@ def train_actor(
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """No card: TRL would write one beside each checkpoint."""
 
-    train = _dataset(train_rows, encoder, config, config.reads_from("actor_config", "train_dataset_path"), log)
-    held_out = _dataset(held_out_rows, encoder, config, "the held-out rows", log) if held_out_rows else None
+    source = config.reads_from("actor_config", "train_dataset_path")
+    train, kept = _dataset(rows.train, encoder, config, source, log)
+    held_out = _dataset(rows.held_out, encoder, config, "the held-out rows", log)[0] if rows.held_out else None
     lengths = widths(train, "input_ids") if config.sort_by_length else None
-    order = EpochOrder(len(train), config.batch_size, seed, lengths)
+    order = EpochOrder(rows.epochs.only(kept, source), config.batch_size, seed, lengths)
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> SFTTrainer:
         arguments = common_arguments(
-            config, "actor_config", files.scratch, len(train), len(held_out_rows), device, seed
+            config, "actor_config", files.scratch, len(order), len(rows.held_out), device, seed
         )
         return Trainer(
             model=model,
@@ -65,7 +67,10 @@ def train_actor(
     run_trainer(make_trainer, model, files, log, config.iteration_per_print)
 
 
-def _dataset(rows: list[ActorRow], encoder: Encoder, config: ActorConfig, source: str, log: RunLog) -> Dataset:
+def _dataset(
+    rows: Sequence[ActorRow], encoder: Encoder, config: ActorConfig, source: str, log: RunLog
+) -> tuple[Dataset, list[int]]:
+    """Rows as ids and labels, and the numbers of those that are within the context."""
     limit = encoder.max_length
     encoded = [encoder.actor_row(row, config.loss_on) for row in rows]
     if config.over_length == "cut":
@@ -76,7 +81,8 @@ def _dataset(rows: list[ActorRow], encoder: Encoder, config: ActorConfig, source
                 encoded[i] = ids, labels
         if long:
             log.warn(f"{STAGE}: {len(long)} of {len(rows)} rows of {source} exceed {limit} tokens and are cut")
-    kept, dropped = fitting(encoded, [len(ids) for ids, _ in encoded], limit, source)
+    kept, dropped = fitting(range(len(encoded)), [len(ids) for ids, _ in encoded], limit, source)
     if dropped:
         log.warn(f"{STAGE}: {dropped} of {len(rows)} rows of {source} exceed {limit} tokens and are dropped")
-    return Dataset.from_dict({"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]})
+    ids, labels = ([encoded[i][part] for i in kept] for part in (0, 1))
+    return Dataset.from_dict({"input_ids": ids, "labels": labels}), kept

@@ -66,6 +66,30 @@ def test_the_seed_of_a_mixture_is_its_own(folder):
     assert drawn() == drawn(seed=7) != drawn(mixing_seed=1)
 
 
+def test_an_epoch_that_sees_a_part_is_followed_by_one_that_sees_another(folder):
+    def made(**keys):
+        datasets = [{"mine.jsonl": {"fraction": 0.5, "max_val_set": 0}}]
+        return inputs(folder, ["ACTOR"], actor_config={"datasets": datasets, "epochs": 2, **keys})
+
+    rows = made().actor
+    assert len(rows.train) == 20 and rows.epochs.size == 10
+    first, second = (set(rows.epochs.of(epoch)) for epoch in (0, 1))
+    assert first | second == set(range(20))
+    assert "(50.00% of it, another 50.00% in later epochs)" in made().notes[1]
+    rows = made(resample=False).actor
+    assert len(rows.train) == 10 and set(rows.epochs.of(0)) == set(rows.epochs.of(1)) == set(range(10))
+
+
+def test_prompts_are_drawn_for_as_many_epochs_as_the_run_has(folder):
+    """24 rollouts, 2 of a prompt, of 5 prompts an epoch: the third epoch is begun."""
+    trainer = {"datasets": [{"mine.jsonl": {"size": 5, "max_val_set": 0}}], "algorithm": "rloo"}
+    trainer |= {"samples_per_prompt": 2, "num_rollouts": 8, "total_episodes": 24}
+    rows = inputs(folder, ["RL"], trainer_config=trainer).prompts
+    assert len(rows.epochs.rows) == 3 and len(rows.train) == 15
+    rows = inputs(folder, ["RL"], trainer_config=trainer | {"resample": False}).prompts
+    assert len(rows.epochs.rows) == 1 and len(rows.train) == 5
+
+
 def test_prompts_and_judgements(folder):
     reward = {"datasets": ["scored.jsonl"]}
     trainer = {"datasets": ["mine.jsonl", {"alpaca": {"source": "alpaca"}}]}

@@ -8,7 +8,7 @@ import pytest
 from chatrlhf.conversation import Conversation, Prompt, Provenance
 from chatrlhf.data import views
 from chatrlhf.data.files import open_rows
-from chatrlhf.data.mixing import Ingredient, mix
+from chatrlhf.data.mixing import Ingredient, Mixture, mix
 from chatrlhf.data.records import from_json, to_json
 from chatrlhf.data.row import Row
 from chatrlhf.data.sources import LeftOut
@@ -37,6 +37,11 @@ def texts(name: str, written: list[str], **options) -> Ingredient:
 
 def named(rows) -> Counter:
     return Counter(row.prompt.text.split()[0] if isinstance(row, Demonstration) else "text" for row in rows)
+
+
+def seen(made: Mixture, epoch: int = 0) -> list:
+    """The rows of an epoch."""
+    return [made.train[i] for i in made.epochs.of(epoch)]
 
 
 def test_orcas_mixture():
@@ -69,7 +74,7 @@ def test_one_seed_is_one_mixture():
         if backwards:
             first = Ingredient("a", first.rows[::-1], plain, views.demonstrations, held_out_share=0.2, fraction=0.5)
         mixture = mix([first, talks("b", 30)], seed)
-        return list(mixture.train), list(mixture.held_out)
+        return seen(mixture), list(mixture.held_out)
 
     assert made(1) == made(1)
     assert sorted(map(repr, made(1)[0])) != sorted(map(repr, made(2)[0]))
@@ -81,10 +86,63 @@ def test_one_seed_is_one_mixture():
 @pytest.mark.parametrize(("weight", "expected"), [(2.0, {1: 0, 2: 20}), (1.5, {1: 10, 2: 10}), (0.25, {1: 5, 2: 0})])
 def test_weights(weight, expected):
     made = mix([talks("a", 20, weight=weight), talks("b", 7)], seed=3)
-    seen = Counter(row.prompt.text for row in made.train)
-    times = Counter(count for text, count in seen.items() if text.startswith("a"))
+    counts = Counter(row.prompt.text for row in seen(made))
+    assert len(made.train) == len(counts)
+    times = Counter(count for text, count in counts.items() if text.startswith("a"))
     assert {1: times[1], 2: times[2]} == expected
-    assert sum(count for text, count in seen.items() if text.startswith("b")) == 7
+    assert sum(count for text, count in counts.items() if text.startswith("b")) == 7
+
+
+def counts_of(made: Mixture, epochs: int) -> list[Counter]:
+    return [Counter(row.prompt.text for row in seen(made, epoch)) for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize("share", [{"fraction": 0.25}, {"size": 9}, {"weight": 0.25}])
+def test_every_epoch_draws_other_rows_until_all_were_seen(share):
+    one = talks("a", 40, held_out_share=0.1, **share)
+    made = mix([one, talks("b", 7)], 3, draws=lambda rows: 5)
+    assert len(made.epochs.rows) == 5 and made.epochs.size == 16
+    counts = counts_of(made, 5)
+    for count in counts:
+        assert sum(text.startswith("a") for text in count) == 9 and set(count.values()) == {1}
+        assert sum(text.startswith("b") for text in count) == 7
+    drawn = [{text for text in count if text.startswith("a")} for count in counts]
+    assert len(set.union(*drawn[:4])) == 36 == len(made.train) - 7  # all of it in four epochs
+    assert drawn[4] == drawn[0]
+    assert not {row.prompt.text for row in made.held_out} & set.union(*drawn) and len(made.held_out) == 4
+    assert made.lines()[1] == (
+        "  a: 9 in training (25.00% of it, another 75.00% in later epochs), 4 held out (100.00%)"
+    )
+
+
+def test_what_is_left_over_of_a_dataset_comes_first_in_the_next_epoch():
+    """0.4 of ten rows, in five epochs: each row twice."""
+    made = mix([talks("a", 10, fraction=0.4)], 3, draws=lambda rows: 5)
+    assert all(len(count) == 4 for count in counts_of(made, 5))
+    assert set(sum(counts_of(made, 5), Counter()).values()) == {2}
+
+
+def test_weights_of_rows_that_change():
+    made = mix([talks("a", 20, fraction=0.5, weight=2.0)], 3, draws=lambda rows: 2)
+    first, second = counts_of(made, 2)
+    assert set(first.values()) == set(second.values()) == {2} and not set(first) & set(second)
+    # One and a half times: the half is another one.
+    first, second = counts_of(mix([talks("a", 20, weight=1.5)], 3, draws=lambda rows: 2), 2)
+    assert set((first + second).values()) == {3} and set(first.values()) == {1, 2}
+
+
+def test_the_first_epoch_is_the_same_however_many_there_are():
+    def made(epochs: int) -> Mixture:
+        return mix([talks("a", 40, fraction=0.25), talks("b", 7)], 3, draws=lambda rows: epochs)
+
+    assert seen(made(1)) == seen(made(4)) and seen(made(2), 1) == seen(made(4), 1)
+    assert sorted(map(repr, seen(made(2)))) != sorted(map(repr, seen(made(2), 1)))
+    assert len(made(1).train) == 17 and len(made(2).train) == 27  # no more rows than are seen
+
+
+def test_one_draw_is_enough_where_every_epoch_sees_the_same():
+    made = mix([talks("a", 10), talks("b", 5, weight=2.0)], 3, draws=lambda rows: 4)
+    assert len(made.epochs.rows) == 1 and "later" not in "".join(made.lines())
 
 
 def test_sizes():
@@ -212,14 +270,15 @@ def test_ranks_share_the_mixture_between_them(monkeypatch):
     from chatrlhf.trainers import global_batches
     from chatrlhf.trainers.order import EpochOrder
 
-    def seen(world: int, rank: int) -> list[str]:
+    def of_rank(world: int, rank: int) -> list[str]:
         monkeypatch.setattr(global_batches, "world_size", lambda: world)
         monkeypatch.setattr(global_batches, "rank", lambda: rank)
-        rows = mix([talks("a", 40, fraction=0.5), talks("b", 13)], seed=4).train
-        batches = global_batches.RankBatches(EpochOrder(len(rows), batch_size=8, seed=9), micro=2)
-        return [rows[i].prompt.text for batch in batches for i in batch]
+        made = mix([talks("a", 40, fraction=0.5), talks("b", 13)], 4, draws=lambda rows: 3)
+        batches = global_batches.RankBatches(EpochOrder(made.epochs, batch_size=8, seed=9), micro=2)
+        batches.set_epoch(1)
+        return [made.train[i].prompt.text for batch in batches for i in batch]
 
-    alone, first, second = seen(1, 0), seen(2, 0), seen(2, 1)
+    alone, first, second = of_rank(1, 0), of_rank(2, 0), of_rank(2, 1)
     assert len(alone) == 33 and not set(first) & set(second)
     assert sorted(first + second) == sorted(alone)
 

@@ -1,5 +1,8 @@
 """Which prompts a step samples."""
 
+import numpy as np
+
+from chatrlhf.data.epochs import Epochs
 from chatrlhf.rl.prompts import PromptSchedule, step_seed
 
 
@@ -20,6 +23,12 @@ def test_a_step_depends_on_seed_and_step_alone():
         started.batch(step)
     assert started.batch(4).texts == resumed.batch(4).texts
     assert [schedule(1).batch(s).texts for s in range(5)] != [schedule(2).batch(s).texts for s in range(5)]
+
+
+def test_an_epoch_visits_the_prompts_that_are_its_own():
+    epochs = Epochs((np.array([0, 2]), np.array([4, 1])))
+    made = PromptSchedule([[10], [11, 11], [12], [13], [14]], list("abcde"), 0, 2, 1, 1, epochs)
+    assert [sorted(made.batch(step).texts) for step in range(3)] == [["a", "c"], ["b", "e"], ["a", "c"]]
 
 
 def test_samples_of_a_prompt_share_its_group():

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import BatchSampler
 
 from chatrlhf.config.schema import ActorConfig
+from chatrlhf.data.epochs import Epochs
 from chatrlhf.errors import ConfigError
 from chatrlhf.trainers import global_batches
 from chatrlhf.trainers.global_batches import RankBatches, _Collator, rows_a_backward
@@ -33,7 +34,7 @@ def batches_of(monkeypatch, order: EpochOrder, ranks: int, micro: int, epoch: in
 @pytest.mark.parametrize("ranks, micro", [(1, 12), (2, 6), (2, 2), (3, 4), (3, 3), (4, 1)])
 @pytest.mark.parametrize("sort_by_length", [False, True])
 def test_the_batches_are_those_of_one_process(monkeypatch, rows, ranks, micro, sort_by_length):
-    order = EpochOrder(rows, 12, 3, LENGTHS[:rows] if sort_by_length else None)
+    order = EpochOrder(Epochs.of_all(rows), 12, 3, LENGTHS[:rows] if sort_by_length else None)
     for epoch in (0, 1):
         order.set_epoch(epoch)
         whole = list(BatchSampler(order, 12, drop_last=False))

@@ -39,13 +39,14 @@ def encoder(context: int) -> Encoder:
 def test_the_actor(policy, rows, said):
     log, made = Log(), encoder(40)
     given = [
+        Demonstration(Prompt.of("on the mat " * 30), "sat"),  # no token of its reply is within the context
         Demonstration(SHORT, "sat"),
         Demonstration(LONG, "sat"),
         PlainText("on the mat " * 30),
-        Demonstration(Prompt.of("on the mat " * 30), "sat"),  # no token of its reply is within the context
     ]
-    dataset = sft._dataset(given, made, ActorConfig(over_length=policy), "x", log)
-    assert len(dataset) == rows and [a in b for a, b in zip(said, log.said, strict=True)] == [True] * len(said)
+    dataset, kept = sft._dataset(given, made, ActorConfig(over_length=policy), "x", log)
+    assert kept == [1, 2, 3][:rows] and len(dataset) == rows
+    assert [a in b for a, b in zip(said, log.said, strict=True)] == [True] * len(said)
     assert all(len(ids) <= 40 for ids in dataset["input_ids"])
     assert all(any(label != IGNORED for label in labels) for labels in dataset["labels"])
     if policy == "cut":
@@ -58,11 +59,11 @@ def test_the_reward_model(row):
     scorer = RewardScorer(None, made)
     short = type(row)(SHORT, *list(vars(row).values())[1:])
     hopeless = type(row)(SHORT, "on the mat " * 30, *list(vars(row).values())[2:])
-    rows = [short, row, hopeless]
-    assert reward._that_fit(rows, scorer, RewardConfig(), "x", log) == [short]
+    rows = [hopeless, short, row]
+    assert reward._that_fit(rows, scorer, RewardConfig(), "x", log) == ([short], [1])
     assert log.said == ["REWARD: 2 of 3 rows of x exceed 40 tokens and are dropped"]
     log.said.clear()
-    assert reward._that_fit(rows, scorer, RewardConfig(over_length="cut"), "x", log) == [short, short]
+    assert reward._that_fit(rows, scorer, RewardConfig(over_length="cut"), "x", log) == ([short, short], [1, 2])
     assert log.said == [
         "REWARD: 2 of 3 rows of x exceed 40 tokens and are cut",
         "REWARD: 1 of 3 rows of x exceed 40 tokens and are dropped",
