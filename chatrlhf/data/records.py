@@ -13,8 +13,8 @@ Any of them can say more about the prompt and hold more answers:
     "provenance": {"dataset": str, "row": str, "licence": str, "generated_by": str, "judged_by": str}
 
 or be {"text": str}, plain text for language modelling. Where a row has turns, ``user_input`` is the same prompt as
-one text, for programs that know ChatLLaMA's fields alone. These names become field terms here and nowhere else.
-Files are only ever read.
+one text, for programs that know ChatLLaMA's fields alone. These names become field terms here and nowhere else; rows as
+TRL's users have them become these in `messages.py`. Files are only ever read.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from chatrlhf.conversation import Conversation, Pair, Prompt, Provenance, Ranked, Scored, Turn
 from chatrlhf.data import views
 from chatrlhf.data.files import read_rows
+from chatrlhf.data.messages import in_our_shape
 from chatrlhf.data.row import Row, describe
 from chatrlhf.data.views import ActorRow, Preference, ScoredCompletion
 from chatrlhf.errors import DataError
@@ -37,12 +38,17 @@ PROMPT_PARTS = ("turns", "system", "narrative", "reply_name")
 
 
 def from_json(row: Row) -> Conversation:
-    """A record from its JSON object. Raises DataError with place and field."""
+    """A record from its JSON object, in this project's shapes or in TRL's. Raises DataError with place and field."""
+    row = in_our_shape(row)
     return Conversation(**{part: read(row) for part, read in PARTS.items()})
 
 
 def faults_of(row: Row) -> list[DataError]:
     """Everything that keeps a row from being a record, not only the first of it."""
+    try:
+        row = in_our_shape(row)
+    except DataError as error:
+        return [error]
     faults = []
     for read in PARTS.values():
         try:
@@ -160,10 +166,11 @@ PARTS: dict[str, Callable[[Row], Any]] = {
 
 
 def read_records(path: Path) -> Iterator[tuple[Row, Conversation]]:
-    """Every row of a file and its record. Raises DataError, also where there is none."""
+    """Every row of a file, in this project's fields, and its record. Raises DataError, also where there is none."""
     empty = True
     for row in read_rows(path):
         empty = False
+        row = in_our_shape(row)
         yield row, from_json(row)
     if empty:
         raise DataError(f"{path}: it holds no rows; a dataset needs at least one")
@@ -173,6 +180,8 @@ def actor_rows(row: Row, record: Conversation) -> list[ActorRow]:
     """What the ACTOR stage has of a row. Raises DataError where that is nothing."""
     drawn = views.demonstrations(record)
     if not drawn:
+        if "turns" in row:
+            raise DataError(f"{row.place}: no completion follows its turns; add one, in messages as the last")
         row.text("completion")  # says what is missing
         raise DataError(f"{row.place}: it holds no completion; add one")
     return drawn
