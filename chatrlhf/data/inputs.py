@@ -171,7 +171,7 @@ def _rows(config: Config, inputs: Inputs, reader: Reader) -> Rows:
         raise ConfigError(f"{key}: no file is named; give the path of a JSON or JSONL file")
     else:
         path = resolve_path(config, key, train_file)
-        read, groups = read_stage(path, reader.rows_of)
+        read, groups = _read(config, reader, path)
         fraction = 0.0 if held_out_file else section.validation_fraction
         train, held_out = split_by_group(read, groups, fraction, MOST_HELD_OUT[reader.kind])
         rows = Rows(train, held_out, {str(path): _hash(path)}, Epochs.of_all(len(train)))
@@ -181,9 +181,24 @@ def _rows(config: Config, inputs: Inputs, reader: Reader) -> Rows:
             )
     if held_out_file is not None:
         path = resolve_path(config, f"{reader.section}.{reader.held_out_key}", held_out_file)
-        held_out = read_stage(path, reader.rows_of)[0]
+        held_out, _ = _read(config, reader, path)
         rows = replace(rows, held_out=held_out, files=rows.files | {str(path): _hash(path)})
     return rows
+
+
+def _read(config: Config, reader: Reader, path: Path) -> tuple[list[Any], list[Hashable]]:
+    """A file's rows and their groups; scored completions of one prompt as pairs, where the loss is one of pairs."""
+    rows, groups = read_stage(path, reader.rows_of)
+    wants_pairs = reader is REWARD and config.reward_config.loss == "pairwise"
+    if not wants_pairs or not isinstance(rows[0], views.ScoredCompletion):
+        return rows, groups
+    pairs = views.paired(rows)
+    if not pairs:
+        raise ConfigError(
+            f"reward_config.loss: 'pairwise' does not fit {path}, where no prompt has two completions with different "
+            "scores; leave it out or set it to 'regression'"
+        )
+    return [pair for _, pair in pairs], [groups[place] for place, _ in pairs]
 
 
 def _mixed(config: Config, inputs: Inputs, reader: Reader) -> Rows:

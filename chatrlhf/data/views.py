@@ -6,6 +6,7 @@ loses nothing that the stage needs; what would have to be made up is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -84,6 +85,20 @@ def preferences(record: Conversation) -> list[Preference]:
             if first[0] > second[0]:
                 pairs.append((first[1], second[1]))
     return [Preference(record.prompt, chosen, rejected) for chosen, rejected in pairs]
+
+
+def paired(rows: Sequence[ScoredCompletion]) -> list[tuple[int, Preference]]:
+    """Every two completions of one prompt that differ in score, the better one first, with the place of the first."""
+    of_prompt: dict[Prompt, list[tuple[int, ScoredCompletion]]] = {}
+    for place, row in enumerate(rows):
+        of_prompt.setdefault(row.prompt, []).append((place, row))
+    pairs = []
+    for answers in of_prompt.values():
+        for (place, first), (_, second) in combinations(answers, 2):
+            better, worse = (first, second) if first.score > second.score else (second, first)
+            if better.score > worse.score:
+                pairs.append((place, Preference(first.prompt, better.completion, worse.completion)))
+    return sorted(pairs, key=lambda pair: pair[0])
 
 
 def scored_completions(record: Conversation) -> list[ScoredCompletion]:

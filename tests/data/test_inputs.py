@@ -194,3 +194,22 @@ def test_a_tokenizer_is_made_of_judged_texts_too_and_only_where_one_is_needed(fo
     reward = {"datasets": ["scored.jsonl"]}
     assert "x" in corpus(config(folder, reward_config=reward))
     assert corpus(config(folder, reward_config=reward, actor_config={"model": "facebook/opt-125m"})) == []
+
+
+def test_scored_completions_of_one_prompt_are_pairs_where_the_loss_is_one_of_pairs(tmp_path):
+    def read(rows, **options):
+        path = tmp_path / "scored.json"
+        path.write_text(json.dumps(rows), encoding="utf-8")
+        section = {"train_dataset_path": str(path), "validation_fraction": 0.25, **options}
+        made = inputs(tmp_path, ["REWARD"], reward_config=section).reward
+        return made.train, made.held_out
+
+    rows = [{"user_input": f"q{i}", "completion": str(score), "score": score} for score in (2, 5, 2) for i in range(12)]
+    train, held_out = read(rows, loss="pairwise")
+    # Of 2, 5 and 2 two pairs a prompt: the equals are none.
+    expected = {Preference(Prompt.of(f"q{i}"), "5", "2") for i in range(12)}
+    assert len(train) + len(held_out) == 24 and {*train, *held_out} == expected
+    assert len(held_out) == 6 and not {row.prompt for row in train} & {row.prompt for row in held_out}
+    assert isinstance(read(rows)[0][0], ScoredCompletion)
+    with pytest.raises(ConfigError, match=r"'pairwise' does not fit .*scored.json, where no prompt has two"):
+        read(rows[:12], loss="pairwise")
