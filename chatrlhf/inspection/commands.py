@@ -94,7 +94,7 @@ def _encoder(options: argparse.Namespace, console: Console) -> Encoder:
     else:
         records = (item[1] for item in records_in(options.file, options.dataset))
         kept = (record for record in records if isinstance(record, Conversation))
-        texts = [text for record in islice(kept, TINY_ROWS) for text in texts_of(record)]
+        texts = (text for record in islice(kept, TINY_ROWS) for text in texts_of(record))
         tokenizer = train_tokenizer(texts, TINY_VOCABULARY)
         console.print(
             f"tokens are those of a vocabulary of {len(tokenizer):,} made from the first {TINY_ROWS:,} records; "

@@ -1,10 +1,10 @@
-"""What is in a file of rows, counted in one pass; a few bytes a row are kept."""
+"""What is in a file of rows, counted in one pass; some thirty bytes of a row are kept."""
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from chatrlhf.data.mixing import digest
 from chatrlhf.data.records import to_json
 from chatrlhf.data.row import Row
 from chatrlhf.data.sources import LeftOut
-from chatrlhf.data.views import completions_of
+from chatrlhf.inspection.lengths import Lengths, lengths_of
 
 
 @dataclass
@@ -23,6 +23,11 @@ class Numbers:
     """Many numbers of one kind."""
 
     values: array = field(default_factory=lambda: array("d"))
+
+    @staticmethod
+    def whole() -> Numbers:
+        """For numbers from 0 to 4,294,967,295 without a fraction, in half of the memory."""
+        return Numbers(array("I"))
 
     def add(self, value: float) -> None:
         self.values.append(value)
@@ -32,7 +37,7 @@ class Numbers:
 
     def summary(self) -> dict[str, float]:
         """Least, quartiles, 95th percentile, greatest, mean and deviation."""
-        numbers = np.frombuffer(self.values)
+        numbers = np.asarray(self.values, dtype=np.float64)
         at = np.quantile(numbers, [0, 0.25, 0.5, 0.75, 0.95, 1])
         names = ("min", "25%", "median", "75%", "95%", "max")
         return dict(zip(names, map(float, at), strict=True)) | {
@@ -42,7 +47,7 @@ class Numbers:
 
     def histogram(self, bins: int = 12) -> list[tuple[float, float, int]]:
         """(from, to, how many) of equal steps; of few whole numbers a step for each."""
-        numbers = np.frombuffer(self.values)
+        numbers = np.asarray(self.values, dtype=np.float64)
         low, high = float(numbers.min()), float(numbers.max())
         if high - low < bins and bool((numbers == np.round(numbers)).all()):
             edges = np.arange(low, high + 2) - 0.5
@@ -60,11 +65,11 @@ class Statistics:
     rows: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: Numbers = field(default_factory=Numbers)
-    completion_tokens: Numbers = field(default_factory=Numbers)
-    tokens: Numbers = field(default_factory=Numbers)  # the prompt with its longest completion, or the text
+    prompt_tokens: Numbers = field(default_factory=Numbers.whole)
+    completion_tokens: Numbers = field(default_factory=Numbers.whole)
+    tokens: Numbers = field(default_factory=Numbers.whole)  # the prompt with its longest completion, or the text
     scores: Numbers = field(default_factory=Numbers)
-    turns: Numbers = field(default_factory=Numbers)
+    turns: Numbers = field(default_factory=Numbers.whole)
     too_long: int = 0
     generated_by: Counter[str] = field(default_factory=Counter)
     _whole: array = field(default_factory=lambda: array("Q"))
@@ -84,8 +89,8 @@ class Statistics:
         """Records whose prompt an earlier one has."""
         return _repeats(self._prompts)
 
-    def add(self, record: Conversation, encoder: Encoder) -> None:
-        """Count a record in."""
+    def add(self, record: Conversation) -> None:
+        """Count a record in, but for its lengths."""
         self.kinds.update(kinds_of(record))
         values = to_json(record)
         values.pop("provenance", None)
@@ -95,24 +100,30 @@ class Statistics:
         for answer in record.scored:
             if answer.score is not None:
                 self.scores.add(answer.score)
-        if record.text is not None:
-            length = len(encoder.plain(record.text)[0])
-        else:
+        if record.text is None:
             self._prompts.append(digest(record.prompt.text))
             self.turns.add(len(record.prompt.turns))
-            prompt = len(encoder.prompt(record.prompt))
-            self.prompt_tokens.add(prompt)
-            lengths = [len(encoder.completion(text)) for text in completions_of(record)]
-            for each in lengths:
-                self.completion_tokens.add(each)
-            length = prompt + max(lengths, default=0)
-        self.tokens.add(length)
-        self.too_long += length > self.context
+
+    def add_lengths(self, lengths: Lengths) -> None:
+        """Count the lengths of a record in."""
+        if lengths.prompt is not None:
+            self.prompt_tokens.add(lengths.prompt)
+        for each in lengths.completions:
+            self.completion_tokens.add(each)
+        self.tokens.add(lengths.whole)
+        self.too_long += lengths.whole > self.context
 
 
 def count(records: Iterable[tuple[Row, Conversation | LeftOut]], encoder: Encoder) -> Statistics:
-    """Statistics of a file's records, at the context of the encoder."""
+    """Statistics of a file's records, which are read as they are counted, at the context of the encoder."""
     statistics = Statistics(encoder.max_length)
+    for lengths in lengths_of(_added(records, statistics), encoder):
+        statistics.add_lengths(lengths)
+    return statistics
+
+
+def _added(records: Iterable[tuple[Row, Conversation | LeftOut]], statistics: Statistics) -> Iterator[Conversation]:
+    """Each record, once it is counted in."""
     last: Row | None = None
     for row, record in records:
         statistics.rows += row is not last
@@ -120,8 +131,8 @@ def count(records: Iterable[tuple[Row, Conversation | LeftOut]], encoder: Encode
         if isinstance(record, LeftOut):
             statistics.left_out[record.reason] += 1
         else:
-            statistics.add(record, encoder)
-    return statistics
+            statistics.add(record)
+            yield record
 
 
 def kinds_of(record: Conversation) -> list[str]:
@@ -139,4 +150,6 @@ def kinds_of(record: Conversation) -> list[str]:
 
 
 def _repeats(digests: array) -> int:
-    return len(digests) - len(np.unique(np.frombuffer(digests, dtype=np.uint64)))
+    # Beside each other once they are sorted. np.unique puts them into a table, of six times their size.
+    ordered = np.sort(np.asarray(digests))
+    return int(np.count_nonzero(ordered[1:] == ordered[:-1]))

@@ -7,7 +7,7 @@ import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from chatrlhf.conversation import Prompt, Turn
 from chatrlhf.data.collate import IGNORED, Encoder, fitting, pad_right, prompt_batch, special_tokens
@@ -311,3 +311,67 @@ def test_replies_come_back_from_a_tokenizer_that_adds_blanks(kind, template):
         ids = made.completion(text)
         assert made.reply(ids) == made.reply(ids[:-1]) == text
         assert ids.count(made.tokenizer.eos_token_id) == 1
+
+
+def one_that_cuts_and_pads() -> PreTrainedTokenizerFast:
+    """As some are saved; a call of the tokenizer does neither."""
+    made = tiny.tokenizer()
+    made.backend_tokenizer.enable_truncation(3)
+    made.backend_tokenizer.enable_padding(length=50)
+    return made
+
+
+def one_that_reads_bos_in_a_text() -> PreTrainedTokenizerFast:
+    """Of whole words, its BOS among them: a prompt that begins with it has no other put before it."""
+    words = {word: id for id, word in enumerate(["<unk>", "<s>", "</s>", "the", "cat", "sat"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+KINDS = {
+    "bytes": tiny.tokenizer,
+    "with BOS": lambda: encoder(bos=True).tokenizer,
+    "chat": words_tokenizer,
+    "pieces": lambda: sentence_pieces("first"),
+    "pieces with a normaliser": lambda: sentence_pieces("prepended"),
+    "cuts and pads": one_that_cuts_and_pads,
+    "BOS in a text": one_that_reads_bos_in_a_text,
+    "in Python": ByT5Tokenizer,
+}
+AWKWARD = [
+    *("the cat sat", "", " ", "\n\n the mat ", "{user_input} {0} }{ {{ x }} {% if %}", "CHATRLHF000000TEXT"),
+    *("<s> the cat", "sat</s>", "é \u00a0日本語 👩\u200d👩\u200d👧 \u2028\x00", "the cat " * 100, *LITERALS),
+]
+
+
+@pytest.mark.parametrize("template", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_of_many_are_those_of_each(kind, template):
+    made = Encoder.of(KINDS[kind](), FORMATS[template], max_length=64)
+    talks = [(Turn("user", text, "Ann"), Turn("assistant", text), Turn("user", text)) for text in AWKWARD]
+    prompts: list[Prompt | str] = [*AWKWARD, *map(Prompt, talks)]
+    prompts += [Prompt(talk, "the hat", text, text) for talk, text in zip(talks, AWKWARD, strict=True)]
+    prompts += [
+        Prompt((Turn("user", "sat"),), system=""),
+        Prompt((*talks[0], Turn("user", "on", "Bo")), reply_name="A"),
+    ]
+    assert made.prompt_lengths(prompts) == [len(made.prompt(prompt)) for prompt in prompts]
+    assert made.completion_lengths(AWKWARD) == [len(made.completion(text)) for text in AWKWARD]
+    assert made.plain_lengths(AWKWARD) == [len(made.plain(text)[0]) for text in AWKWARD]
+    assert made.prompt_lengths([]) == made.completion_lengths([]) == made.plain_lengths([]) == []
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_lengths_by_the_template_of_a_chat_model(bos):
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = ("{{ bos_token }}" if bos else "") + CHATML
+    if bos:
+        tokenizer.bos_token = "<|prompter|>"
+        opening = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{opening[0]} $A", None, [opening])
+    made = Encoder.of(tokenizer, get_template("chat", tokenizer=tokenizer), 64)
+    prompts = [TALK, *map(Prompt.of, AWKWARD)]
+    assert made.prompt_lengths(prompts) == [len(made.prompt(prompt)) for prompt in prompts]
+    assert made.completion_lengths(AWKWARD) == [len(made.completion(text)) for text in AWKWARD]
