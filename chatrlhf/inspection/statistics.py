@@ -150,6 +150,7 @@ def kinds_of(record: Conversation) -> list[str]:
 
 
 def _repeats(digests: array) -> int:
-    # Beside each other once they are sorted. np.unique puts them into a table, of six times their size.
-    ordered = np.sort(np.asarray(digests))
+    # Beside each other once they are sorted, where they lie. np.unique puts them into a table, of six times their size.
+    ordered = np.frombuffer(digests, dtype=np.uint64)
+    ordered.sort()
     return int(np.count_nonzero(ordered[1:] == ordered[:-1]))
