@@ -23,10 +23,12 @@ def writer(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **sizes, **ids))
     model.save_pretrained(tmp_path / "writer")
     tokenizer.save_pretrained(tmp_path / "writer")
-    return str(tmp_path / "writer")
+    return "writer"
 
 
-def test_data_actor_reward_and_rl_by_a_local_model(tmp_path, writer, one_thread):
+def test_data_actor_reward_and_rl_by_a_local_model(tmp_path, writer, one_thread, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what a model says depends on the name by which it is asked
+
     def command(name, *words):
         arguments = [*map(str, words), "--model", writer, "--max_tokens", "48", "--concurrency", "20"]
         assert script_main(name)(arguments) == 0

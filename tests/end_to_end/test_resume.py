@@ -97,6 +97,7 @@ def test_killed_inside_a_ppo_epoch(config, undisturbed, tmp_path):
     resume_and_compare(config, tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_one_stage_at_a_time_leaves_what_all_leaves(config, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     for stage in ("ACTOR", "REWARD", "RL"):
@@ -164,6 +165,7 @@ owner.{method} = signalled
     resume_and_compare(config, run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_falls_back_and_none_valid_is_an_error(config, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
