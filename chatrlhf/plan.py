@@ -103,5 +103,5 @@ def _skeleton(name: str, config: Config, section: ActorConfig | RewardConfig, ke
     if name == TINY:
         tokenizer = train_tokenizer(corpus(config), config.actor_config.tiny.vocab_size)
         with torch.device("meta"):
-            return tiny_model(config.actor_config.tiny, tokenizer)
+            return tiny_model(config.actor_config.tiny, tokenizer, config.actor_config.rope_scaling)
     return meta_model(name, key, section)

@@ -18,10 +18,11 @@ from chatrlhf.models.factory import (
     block_count,
     read_model_config,
     require_reward_model,
-    tokenizer_and_context,
+    tokenizer_and_settings,
 )
 from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.reward_model import SETTINGS
+from chatrlhf.models.rope import positions, refuse_rotations_by_length
 from chatrlhf.rl.rewards import load_function
 from chatrlhf.trainers.global_batches import rows_a_backward
 
@@ -51,9 +52,12 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
         refuse_more_than(trainer.num_layers_unfrozen, block_count(actor))
     if actor.peft_enable:
         _check_adapters(config, stages, run_dir)
-    tokenizer, context = tokenizer_and_context(actor, corpus(config))
+    tokenizer, settings = tokenizer_and_settings(actor, corpus(config))
+    longest = min(actor.max_sequence_length, positions(settings))
+    if "RL" in stages:
+        refuse_rotations_by_length(settings, longest)
     template = get_template(actor.template, tokenizer=tokenizer, folder=config.base_dir)
-    encoder = Encoder.of(tokenizer, template, min(actor.max_sequence_length, context))
+    encoder = Encoder.of(tokenizer, template, longest)
     _check_lengths(config, inputs, encoder)
 
 

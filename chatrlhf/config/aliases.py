@@ -63,6 +63,8 @@ def translate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             if ours in values:
                 raise ConfigError(f"{section}: {theirs!r} and {ours!r} are one setting; keep one of them")
             values[ours] = values.pop(theirs)
+    if isinstance(config.get("actor_config"), dict):
+        _fold_superhot(config["actor_config"])
     trainer = config.get("trainer_config")
     if isinstance(trainer, dict):
         _fold_generation_keys(trainer)
@@ -72,6 +74,21 @@ def translate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 "sequence); trlX compares exp(d) - 1 - d summed over prompt and response"
             )
     return config, notes
+
+
+def _fold_superhot(actor: dict[str, Any]) -> None:
+    """OpenAssistant's switch with its settings in a key of their own, or in its place, as `rope_scaling`."""
+    switch, settings = actor.pop("superhot", None), actor.pop("superhot_config", None)
+    if isinstance(switch, dict):
+        switch, settings = True, switch
+    if not switch:
+        return
+    if settings is None or "rope_scaling" in actor:
+        raise ConfigError(
+            "actor_config.superhot: it goes with superhot_config ({type: linear, scale: 2}), and is the same as "
+            "rope_scaling; give one of them"
+        )
+    actor["rope_scaling"] = settings
 
 
 def _fold_generation_keys(trainer: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from chatrlhf.config.datasets import DataKeys
+from chatrlhf.config.rope import RopeScaling
 from chatrlhf.config.section import Section
 from chatrlhf.config.vllm import VllmConfig
 
@@ -119,6 +120,7 @@ class ActorConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     model_folder: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    rope_scaling: RopeScaling | None = Field(None, description="stretches rotary positions; null: as the model has it")
     train_dataset_path: str | None = None
     validation_dataset_path: str | None = None
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="held out where no validation file is named")
@@ -170,6 +172,7 @@ class RewardConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     model_folder: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    rope_scaling: RopeScaling | None = Field(None, description="of a model of its own; the actor's has the actor's")
     model_head_hidden_size: int | None = Field(None, ge=1, description="null: a linear head; else an MLP")
     train_dataset_path: str | None = None
     validation_dataset_path: str | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from chatrlhf.config.rope import RopeScaling
 from chatrlhf.config.schema import ActorConfig, Config, CriticConfig, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template, get_template
@@ -21,6 +22,7 @@ from chatrlhf.models.adapters import base_of, merged
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import copy_of_trained
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
+from chatrlhf.models.rope import positions, stretch_positions
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer, train_tokenizer
@@ -41,33 +43,40 @@ def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> t
     """
     tokenizer = _actor_tokenizer(config, texts)
     if config.model == TINY:
-        model = tiny_model(config.tiny, tokenizer)
+        model = tiny_model(config.tiny, tokenizer, config.rope_scaling)
     else:
-        model = _language_model(config.model, "actor_config.model", _hub_kwargs(config))
+        model = _language_model(config.model, "actor_config.model", config)
         _check_vocabulary(model, tokenizer, "actor_config")
     if config.froze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     return model.to(device), tokenizer
 
 
-def tokenizer_and_context(config: ActorConfig, texts: list[str]) -> tuple[Any, int]:
-    """The actor's tokenizer and the positions its model can take, without reading weights."""
+def tokenizer_and_settings(config: ActorConfig, texts: list[str]) -> tuple[Any, Any]:
+    """The actor's tokenizer and its model's configuration, without reading weights."""
+    tokenizer = _actor_tokenizer(config, texts)
     if config.model == TINY:
-        return _actor_tokenizer(config, texts), config.tiny.max_position_embeddings
-    settings = read_model_config(config.model, "actor_config.model", config)
-    return _actor_tokenizer(config, texts), _positions(settings)
+        return tokenizer, _tiny_config(config.tiny, tokenizer, config.rope_scaling)
+    return tokenizer, read_model_config(config.model, "actor_config.model", config)
 
 
 def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig) -> Any:
-    """A model's configuration file (of adapters their base's); a ConfigError that names ``key`` where there is none."""
+    """A model's configuration file (of adapters their base's), its positions stretched as the section asks.
+
+    Raises:
+        ConfigError: there is none, or nothing in it to stretch; it names the key.
+    """
     if (base := base_of(name)) is not None:
         return read_model_config(base, key, section)
-    return _explained(key, name, lambda: AutoConfig.from_pretrained(name, **_hub_kwargs(section)))
+    settings = _explained(key, name, lambda: AutoConfig.from_pretrained(name, **_hub_kwargs(section)))
+    if section.rope_scaling is not None:
+        stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
+    return settings
 
 
 def load_policy(folder: Path, device: torch.device) -> tuple[nn.Module, Any, Template | None]:
     """A policy that a stage left behind: model in float32 (adapters are merged into it), tokenizer, template."""
-    model = _language_model(str(folder), "actor_config.model", {})
+    model = _language_model(str(folder), "actor_config.model")
     return model.to(device), load_tokenizer(str(folder), "actor_config.model"), Template.load(folder)
 
 
@@ -84,7 +93,7 @@ def new_reward_model(whole: Config, actor_folder: Path | None, texts: list[str],
     name, key = config.model, "reward_config.model"
     template = None
     if name == "actor" and actor_folder is not None:
-        backbone, tokenizer = _backbone(str(actor_folder), key, {}), load_tokenizer(str(actor_folder), key)
+        backbone, tokenizer = _backbone(str(actor_folder), key), load_tokenizer(str(actor_folder), key)
         if config.template is None:
             template = Template.load(actor_folder)
     elif name in ("actor", TINY):
@@ -92,7 +101,7 @@ def new_reward_model(whole: Config, actor_folder: Path | None, texts: list[str],
         policy, tokenizer = load_actor(start, texts, device)
         backbone = policy.base_model
     else:
-        backbone = _backbone(name, key, _hub_kwargs(config))
+        backbone = _backbone(name, key, config)
         tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **_hub_kwargs(config))
         _check_vocabulary(backbone, tokenizer, "reward_config")
     pooling = "last" if is_causal(backbone) else "first"
@@ -191,7 +200,7 @@ def _with_critic(
         head = named.model.head.fold_(named.model.scale, named.model.shift)
         backbone = named.model.backbone
     else:
-        backbone = _backbone(config.model, "critic_config.model", {}).to(device)
+        backbone = _backbone(config.model, "critic_config.model").to(device)
         if not is_causal(backbone):
             raise ConfigError(f"critic_config.model: {config.model!r} is not causal, so it has no value before a token")
         if not same_tokenizer(tokenizer, load_tokenizer(config.model, "critic_config.model")):
@@ -202,12 +211,7 @@ def _with_critic(
 
 def context_length(model: nn.Module) -> int:
     """Positions a model can take; a large number for models without a bound (ALiBi)."""
-    return _positions(model.config)
-
-
-def _positions(config: Any) -> int:
-    config = config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+    return positions(model.config)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -237,9 +241,9 @@ def block_count(config: ActorConfig) -> int:
     return int(settings.num_hidden_layers)
 
 
-def tiny_model(config: TinyConfig, tokenizer: Any) -> nn.Module:
+def tiny_model(config: TinyConfig, tokenizer: Any, scaling: RopeScaling | None = None) -> nn.Module:
     """A small Llama for a tokenizer, with random weights from torch's generator."""
-    return LlamaForCausalLM(_tiny_config(config, tokenizer))
+    return LlamaForCausalLM(_tiny_config(config, tokenizer, scaling))
 
 
 def meta_model(name: str, key: str, config: ActorConfig | RewardConfig) -> nn.Module:
@@ -253,9 +257,9 @@ def meta_model(name: str, key: str, config: ActorConfig | RewardConfig) -> nn.Mo
             return AutoModel.from_config(settings, **trust)
 
 
-def _tiny_config(config: TinyConfig, tokenizer: Any) -> LlamaConfig:
+def _tiny_config(config: TinyConfig, tokenizer: Any, scaling: RopeScaling | None) -> LlamaConfig:
     intermediate = config.intermediate_size or -(-config.hidden_size * 8 // 3 // 32) * 32
-    return LlamaConfig(
+    settings = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=intermediate,
@@ -268,6 +272,9 @@ def _tiny_config(config: TinyConfig, tokenizer: Any) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if scaling is not None:
+        stretch_positions(settings, scaling, "actor_config.rope_scaling")
+    return settings
 
 
 def _why_not_from(reward: RewardScorer | None, policy: nn.Module, tokenizer: Any) -> str | None:
@@ -295,18 +302,22 @@ def _hub_kwargs(config: ActorConfig | RewardConfig) -> dict[str, Any]:
     return kwargs | ({"revision": config.revision} if config.revision else {})
 
 
-def _backbone(name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
-    return _from_pretrained(AutoModel, name, key, kwargs)
+def _backbone(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> nn.Module:
+    return _from_pretrained(AutoModel, name, key, section)
 
 
-def _language_model(name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
+def _language_model(name: str, key: str, section: ActorConfig | None = None) -> nn.Module:
     base = base_of(name)
     if base is None:
-        return _from_pretrained(AutoModelForCausalLM, name, key, kwargs)
-    return merged(_language_model(base, key, kwargs), name)
+        return _from_pretrained(AutoModelForCausalLM, name, key, section)
+    return merged(_language_model(base, key, section), name)
 
 
-def _from_pretrained(auto: Any, name: str, key: str, kwargs: dict[str, Any]) -> nn.Module:
+def _from_pretrained(auto: Any, name: str, key: str, section: ActorConfig | RewardConfig | None) -> nn.Module:
+    """A model in float32; as it lies there, where no section says more."""
+    kwargs = {}
+    if section is not None:
+        kwargs = {"config": read_model_config(name, key, section), **_hub_kwargs(section)}
     return _explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs))
 
 
