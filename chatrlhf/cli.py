@@ -15,7 +15,8 @@ EXIT_USER_ERROR = 2
 DESCRIPTION = """Train an assistant with RLHF: ACTOR (supervised fine-tuning), REWARD (a model that scores
 completions), RL (PPO with KL control), or ALL three."""
 EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR;
-`chatrlhf data stats|check|show FILE` looks into a file of rows."""
+`chatrlhf data stats|check|show FILE` looks into a file of rows;
+`chatrlhf export merge|delta|apply-delta` does what is done with finished weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from chatrlhf.inspection.commands import main as data
 
             return data(words[1:])
+        if words[:1] == ["export"]:
+            from chatrlhf.export.commands import main as export
+
+            return export(words[1:])
         return _train(words)
     except UserError as error:
         _say(f"error: {error}")

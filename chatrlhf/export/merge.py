@@ -1,0 +1,76 @@
+"""Adapters added to the weights they belong to: a model that any tool loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from chatrlhf.errors import CheckpointError, ConfigError
+from chatrlhf.export.delta import refuse_existing
+from chatrlhf.models.adapters import base_of
+from chatrlhf.trainers.checkpoint import publish_folder
+
+ROWS, LENGTH = 4, 32  # of random tokens, on which the logits of both are compared
+FILES = ("chat_template.jinja", "generation_config.json")
+MOST_OF_SPREAD = 0.05  # difference of logits, in deviations of the logits: what rounding to 16 bits may do
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of the merged model and of base and adapters, both in the type they are saved in."""
+
+    difference: float  # root of the mean square
+    spread: float  # standard deviation of the logits
+
+
+def merge(adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> Comparison:
+    """Write base + adapters as one model, with tokenizer and template.
+
+    Raises:
+        ConfigError: the folder holds no adapters, their base is not to be found, or the output is there already.
+        CheckpointError: the merged model computes something else.
+    """
+    from peft import PeftModel
+
+    refuse_existing(output)
+    base = base_of(str(adapters))
+    if base is None:
+        raise ConfigError(f"--model: {adapters} holds no adapters (adapter_config.json); it is whole already")
+    try:
+        config = AutoConfig.from_pretrained(adapters if (adapters / "config.json").exists() else base)
+        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"--model: the base of these adapters, {base!r}, cannot be loaded ({reason})") from None
+    ids = torch.randint(
+        0, model.config.get_text_config().vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
+    wrapped = PeftModel.from_pretrained(model, adapters).eval()
+    apart = _logits(wrapped, ids)
+    # Summed in float32: in 16 bits the small product of the adapters would be rounded before it is added.
+    merged = wrapped.float().merge_and_unload().to(dtype)
+    compared = Comparison(float((_logits(merged, ids) - apart).square().mean().sqrt()), float(apart.std()))
+    if not compared.difference <= MOST_OF_SPREAD * compared.spread:
+        raise CheckpointError(
+            f"the merged model's logits differ by {compared.difference:.3g} from those of base and adapters, whose "
+            f"deviation is {compared.spread:.3g}: too much for rounding; nothing was written"
+        )
+
+    def write(folder: Path) -> None:
+        merged.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(adapters).save_pretrained(folder)
+        for name in FILES:
+            if (adapters / name).exists():
+                (folder / name).write_bytes((adapters / name).read_bytes())
+
+    publish_folder(output, write)
+    return compared
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids).logits.float()
