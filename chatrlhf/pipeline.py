@@ -21,7 +21,7 @@ from chatrlhf.distributed import broadcast, rank, start
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
-from chatrlhf.models.adapters import add_adapters
+from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_policy, with_adapters
 from chatrlhf.models.factory import (
     context_length,
     load_actor,
@@ -188,6 +188,9 @@ def run_actor(this: Run) -> dict[str, Any]:
         f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "
         f"{len(rows.held_out)} held out"
     )
+    if config.peft_enable:
+        model = with_adapters(model, load_peft_config(this.config), _place(config.model), config.revision)
+        this.log.note(f"ACTOR: trains adapters alone, {trained_count(model):,} parameters")
     files, seed = this.files("ACTOR", config.n_checkpoints_to_keep), this.seed("ACTOR")
     train_actor(model, encoder, rows, config, files, this.log, this.device, seed)
     _publish_policy(this.dir / "actor", model, encoder)
@@ -234,7 +237,9 @@ def run_rl(this: Run) -> dict[str, Any]:
         trainer_config.num_layers_unfrozen,
     )
     topology.to(this.device)
-    if config.actor_config.peft_enable:
+    if has_adapters(policy):
+        critic_line += "; the policy goes on with its adapters, and is its own reference with those it has now"
+    elif config.actor_config.peft_enable:
         # Only now: a critic that is a copy of the policy is trained whole, as one that starts from a reward model.
         add_adapters(policy, load_peft_config(config), base, config.actor_config.revision)
         critic_line += "; the policy is trained by adapters, and is its own reference without them"
@@ -262,16 +267,23 @@ def run_rl(this: Run) -> dict[str, Any]:
 
 def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder, str]:
     """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run; and its name."""
-    folder = this.trained("ACTOR", "actor", this.config.actor_config.model)
+    settings = this.config.actor_config
+    folder = this.trained("ACTOR", "actor", settings.model)
     if folder is not None:
-        model, tokenizer, template = load_policy(folder, this.device)
+        model, tokenizer, template = load_policy(folder, this.device, apart=settings.peft_enable)
         return model, _encoder(this.config, model, tokenizer, template), str(folder.resolve())
     this.log.warn("RL: no fine-tuned actor in this folder, so the policy starts from actor_config.model as it is")
     torch.manual_seed(this.seed("RL"))  # a resumed run's policy and reference start from the same random weights
-    model, tokenizer = load_actor(this.config.actor_config, corpus(this.config), this.device)
-    name = this.config.actor_config.model
-    name = str(Path(name).resolve()) if Path(name).exists() else name
-    return model, _encoder(this.config, model, tokenizer), name
+    if settings.peft_enable and base_of(settings.model) is not None:
+        model, tokenizer, _ = load_policy(Path(settings.model), this.device, apart=True)
+    else:
+        model, tokenizer = load_actor(settings, corpus(this.config), this.device)
+    return model, _encoder(this.config, model, tokenizer), _place(settings.model)
+
+
+def _place(model: str) -> str:
+    """Where a model's weights are, wherever this is read from."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
@@ -282,7 +294,7 @@ def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: A
 
 def _publish_policy(target: Path, model: torch.nn.Module, encoder: Encoder) -> None:
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        save_policy(model, folder)
         encoder.save(folder)
 
     publish_folder(target, write)

@@ -83,11 +83,13 @@ def _parameter_lines(config: Config, stages: list[str], has_function: bool) -> l
         start = config.actor_config.model if name == "actor" else name
         reward = _skeleton(start, config, config.reward_config, "reward_config.model")
         lines.append(f"reward model: {name}, {parameter_count(reward.base_model):,} parameters in its backbone")
+    if "ACTOR" in stages and config.actor_config.peft_enable:
+        lines.append(f"ACTOR: trains adapters of rank {load_peft_config(config).r}")
     if "RL" in stages:
         if (unfrozen := config.trainer_config.num_layers_unfrozen) != ALL_BLOCKS:
             lines.append(f"RL: trains the top {unfrozen} of {block_count(config.actor_config)} blocks")
         if config.actor_config.peft_enable:
-            lines.append(f"RL: trains adapters of rank {load_peft_config(config).r}")
+            lines.append(f"RL: trains adapters of rank {load_peft_config(config).r}, or goes on with the actor's")
         critic = config.critic_config.model
         if not ALGORITHMS[config.trainer_config.algorithm].needs_critic:
             lines.append("critic: none")

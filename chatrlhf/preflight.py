@@ -75,25 +75,18 @@ def _check_models(config: Config, stages: list[str], has_reward_fn: bool) -> Non
 
 
 def _check_adapters(config: Config, stages: list[str], run_dir: Path) -> None:
-    """Adapters are there for the RL stage, on weights that lie somewhere."""
+    """Adapters belong to weights that lie somewhere."""
     load_peft_config(config)
-    actor = config.actor_config
-    if "ACTOR" in stages:
+    model, folder = config.actor_config.model, run_dir / "actor"
+    if model == TINY and ("ACTOR" in stages or ("RL" in stages and not folder.exists())):
         raise ConfigError(
-            "actor_config: peft_enable: True asks for a feature this version does not have yet in the ACTOR stage; set "
-            "it to False there, and to True for --type RL, whose adapters are added to the fine-tuned actor"
+            "actor_config.peft_enable: adapters are saved without the weights they belong to, and those of 'tiny' are "
+            "made on the spot; name a model, or run --type ACTOR with peft_enable: False before --type RL"
         )
-    folder = run_dir / "actor"
-    if "RL" in stages and not folder.exists() and actor.model == TINY:
+    if "ACTOR" in stages and base_of(model) is not None:
         raise ConfigError(
-            f"actor_config.peft_enable: adapters are saved without the weights they belong to, and {folder} does not "
-            "exist; run --type ACTOR first (with peft_enable: False), or name a model"
-        )
-    base = str(folder) if folder.exists() else actor.model
-    if "RL" in stages and base_of(base) is not None:
-        raise ConfigError(
-            f"actor_config.peft_enable: {base} holds adapters itself, and adapters upon adapters could not be loaded "
-            "again; set peft_enable to False, or start from whole weights"
+            f"actor_config.peft_enable: {model} holds adapters itself, and adapters upon adapters could not be loaded "
+            "again; merge them first (chatrlhf export merge), or set peft_enable to False"
         )
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.export.delta import refuse_existing
-from chatrlhf.models.adapters import base_of
+from chatrlhf.models.adapters import base_of, config_of
 from chatrlhf.trainers.checkpoint import publish_folder
 
 ROWS, LENGTH = 4, 32  # of random tokens, on which the logits of both are compared
@@ -41,7 +41,7 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> 
     if base is None:
         raise ConfigError(f"--model: {adapters} holds no adapters (adapter_config.json); it is whole already")
     try:
-        config = AutoConfig.from_pretrained(adapters if (adapters / "config.json").exists() else base)
+        config = AutoConfig.from_pretrained(config_of(str(adapters)))
         model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -18,7 +18,7 @@ from chatrlhf.config.schema import ActorConfig, Config, CriticConfig, RewardConf
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import base_of, merged
+from chatrlhf.models.adapters import base_of, config_of, go_on_with_adapters, has_adapters, merged, whole_copy
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import copy_of_trained
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
@@ -60,23 +60,30 @@ def tokenizer_and_settings(config: ActorConfig, texts: list[str]) -> tuple[Any, 
     return tokenizer, read_model_config(config.model, "actor_config.model", config)
 
 
-def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig) -> Any:
+def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> Any:
     """A model's configuration file (of adapters their base's), its positions stretched as the section asks.
 
     Raises:
         ConfigError: there is none, or nothing in it to stretch; it names the key.
     """
-    if (base := base_of(name)) is not None:
-        return read_model_config(base, key, section)
-    settings = _explained(key, name, lambda: AutoConfig.from_pretrained(name, **_hub_kwargs(section)))
-    if section.rope_scaling is not None:
+    place = config_of(name)
+    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **_hub_kwargs(section)))
+    if section is not None and section.rope_scaling is not None:
         stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
     return settings
 
 
-def load_policy(folder: Path, device: torch.device) -> tuple[nn.Module, Any, Template | None]:
-    """A policy that a stage left behind: model in float32 (adapters are merged into it), tokenizer, template."""
-    model = _language_model(str(folder), "actor_config.model")
+def load_policy(folder: Path, device: torch.device, apart: bool = False) -> tuple[nn.Module, Any, Template | None]:
+    """A policy that a stage left behind: model in float32, tokenizer, template.
+
+    Args:
+        apart: adapters stay adapters, and are trained on; otherwise they are merged into the weights.
+    """
+    if apart and base_of(str(folder)) is not None:
+        model = _base_model(str(folder), "actor_config.model")
+        go_on_with_adapters(model, folder)
+    else:
+        model = _language_model(str(folder), "actor_config.model")
     return model.to(device), load_tokenizer(str(folder), "actor_config.model"), Template.load(folder)
 
 
@@ -189,7 +196,8 @@ def _with_critic(
             backbone = copy.deepcopy(reward.model.backbone).requires_grad_(True)
             return SeparateCritic(policy, backbone, head, distribution), "critic: starts from the reward model"
         head = ScalarHead(hidden, mlp).zero_().to(device)
-        critic = SeparateCritic(policy, copy_of_trained(policy.base_model), head, distribution)
+        start = whole_copy(policy.base_model) if has_adapters(policy) else copy_of_trained(policy.base_model)
+        critic = SeparateCritic(policy, start, head, distribution)
         return critic, f"critic: a copy of the policy under a zero head ({reason})"
     folder = Path(config.model)
     if (folder / SETTINGS).exists():
@@ -297,27 +305,38 @@ def _actor_tokenizer(config: ActorConfig, texts: list[str]) -> Any:
     return load_tokenizer(name, key, **kwargs)
 
 
-def _hub_kwargs(config: ActorConfig | RewardConfig) -> dict[str, Any]:
+def _hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:
+    if config is None:
+        return {}
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     return kwargs | ({"revision": config.revision} if config.revision else {})
 
 
 def _backbone(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> nn.Module:
-    return _from_pretrained(AutoModel, name, key, section)
+    if base_of(name) is not None:
+        return _language_model(name, key, section).base_model
+    return _from_pretrained(AutoModel, name, key, read_model_config(name, key, section), section)
 
 
-def _language_model(name: str, key: str, section: ActorConfig | None = None) -> nn.Module:
-    base = base_of(name)
-    if base is None:
-        return _from_pretrained(AutoModelForCausalLM, name, key, section)
-    return merged(_language_model(base, key, section), name)
+def _language_model(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> nn.Module:
+    if base_of(name) is not None:
+        return merged(_base_model(name, key, section), name)
+    return _from_pretrained(AutoModelForCausalLM, name, key, read_model_config(name, key, section), section)
 
 
-def _from_pretrained(auto: Any, name: str, key: str, section: ActorConfig | RewardConfig | None) -> nn.Module:
-    """A model in float32; as it lies there, where no section says more."""
-    kwargs = {}
-    if section is not None:
-        kwargs = {"config": read_model_config(name, key, section), **_hub_kwargs(section)}
+def _base_model(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> nn.Module:
+    """What the adapters in a folder belong to, with the positions that it had then."""
+    base = str(base_of(name))
+    if base_of(base) is not None:
+        return _language_model(base, key, section)
+    return _from_pretrained(AutoModelForCausalLM, base, key, read_model_config(name, key, section), section)
+
+
+def _from_pretrained(
+    auto: Any, name: str, key: str, settings: Any, section: ActorConfig | RewardConfig | None
+) -> nn.Module:
+    """A model in float32, made by the given configuration."""
+    kwargs = {"config": settings, **_hub_kwargs(section)}
     return _explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs))
 
 

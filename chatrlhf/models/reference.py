@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.adapters import has_adapters, without_adapters
+from chatrlhf.models.adapters import as_reference, has_adapters
 from chatrlhf.models.sequences import Sequences, response_logits, response_logprobs
 
 
@@ -25,22 +25,22 @@ class Reference:
         return response_logprobs(logits, sequences, self.distribution)[0]
 
 
-class DisabledAdapters(Reference):
-    """The policy itself without its adapters: the weights they were added to, which nobody trains."""
+class AdaptersAside(Reference):
+    """The policy itself with the adapters it started from, or with none: weights that nobody trains."""
 
     def __init__(self, policy: nn.Module, distribution: SamplingDistribution) -> None:
         self.model, self.distribution = policy, distribution
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences) -> Tensor:
-        with without_adapters(self.model):
+        with as_reference(self.model):
             return super().logprobs(sequences)
 
 
 def reference_of(policy: nn.Module, distribution: SamplingDistribution) -> Reference:
     """The reference of a policy as it is now."""
     if has_adapters(policy):
-        return DisabledAdapters(policy, distribution)
+        return AdaptersAside(policy, distribution)
     return Reference(copy_of_trained(policy), distribution)
 
 

@@ -193,9 +193,9 @@ def test_a_run_that_starts_from_saved_adapters_starts_from_their_sum(files, sft,
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--type", "ALL"], "peft_enable: True asks for a feature this version does not have yet in the ACTOR stage"),
-        (["--type", "ACTOR"], "peft_enable: True asks for a feature this version does not have yet in the ACTOR stage"),
-        (["--type", "RL"], "run --type ACTOR first (with peft_enable: False), or name a model"),
+        (["--type", "ALL"], "those of 'tiny' are made on the spot; name a model"),
+        (["--type", "ACTOR"], "those of 'tiny' are made on the spot; name a model"),
+        (["--type", "RL"], "run --type ACTOR with peft_enable: False before --type RL"),
         (["--type", "RL", "--set", "actor_config.peft_config_path=no.yaml"], "file 'no.yaml' does not exist"),
         (["--type", "RL", "--set", "trainer_config.num_layers_unfrozen=1"], "both choose what is trained"),
         (["--type", "RL", "--set", "critic_config.peft_enable=True"], "critic_config: peft_enable: True"),
@@ -214,7 +214,14 @@ def test_adapters_that_cannot_be_are_refused_before_anything_starts(files, tmp_p
 def test_adapters_upon_adapters_are_refused(files, sft, tmp_path, capsys):
     improved(files, sft, ADAPTERS)
     config = write_config(files, actor_config__peft_enable=True, reward_config__reward_fn="builtins:len")
-    words = ["--type", "RL", "--set", f"actor_config.model={sft / 'actor_rl'}", "--output-dir", str(tmp_path / "run")]
+    words = [
+        "--type",
+        "ACTOR",
+        "--set",
+        f"actor_config.model={sft / 'actor_rl'}",
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
     assert main([str(config), *words]) == 2
     assert "actor_rl holds adapters itself" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from chatrlhf.cli import main
 from chatrlhf.config.rope import RopeScaling
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.export.merge import merge
+from chatrlhf.models.adapters import BASE_CONFIG
 from chatrlhf.models.rope import stretch_positions
 from chatrlhf.models.tokenizer import train_tokenizer
 
@@ -65,7 +66,7 @@ def test_what_is_merged_computes_what_base_and_adapters_do(adapted, tmp_path, ma
 def test_stretched_positions_beside_the_adapters_go_with_them(adapted, tmp_path):
     adapters, wrapped = adapted(llama(), ["q_proj"])
     stretch_positions(wrapped.config, RopeScaling(type="linear", factor=4), "k")
-    wrapped.config.save_pretrained(adapters)
+    wrapped.config.to_json_file(adapters / BASE_CONFIG)
     merge(adapters, tmp_path / "merged", torch.float32)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.rope_parameters["factor"] == 4
 

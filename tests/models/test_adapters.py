@@ -26,7 +26,7 @@ from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_plain, without_adapters
 from chatrlhf.models.factory import load_policy
-from chatrlhf.models.reference import DisabledAdapters, Reference, reference_of
+from chatrlhf.models.reference import AdaptersAside, Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
@@ -88,7 +88,7 @@ def test_the_references_logprobs_are_the_sft_models(family):
     separate = Reference(FAMILIES[family](), PLAIN)
     made = PolicyOnly(adapted(family), PLAIN)
     reference = made.reference()
-    assert isinstance(reference, DisabledAdapters) and reference.model is made.policy
+    assert isinstance(reference, AdaptersAside) and reference.model is made.policy
     for _ in range(2):
         torch.testing.assert_close(reference.logprobs(joined()), separate.logprobs(joined()), rtol=0, atol=1e-6)
         perturb(made.policy)
