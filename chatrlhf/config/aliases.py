@@ -22,7 +22,13 @@ RENAMED: dict[str, dict[str, str]] = {
         "generation_kwargs": "gen_kwargs",
         "minibatch_size": "micro_batch_size",
     },
-    "actor_config": {"additional_prompt_tokens": "additonal_prompt_tokens", "freeze_embeddings": "froze_embeddings"},
+    "actor_config": {
+        "additional_prompt_tokens": "additonal_prompt_tokens",
+        "freeze_embeddings": "froze_embeddings",
+        "label_smoothing": "label_smoothing_factor",
+        "noisy_embedding_alpha": "neftune_noise_alpha",
+        "use_gradient_checkpointing": "gradient_checkpointing",
+    },
 }
 
 # StableVicuna's table lists these below "generation_kwargs" without indenting them.

@@ -81,7 +81,7 @@ def common_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False,  # which is on where nothing is said
         "prediction_loss_only": True,
         "max_length": None,
     }

@@ -54,6 +54,12 @@ def train_actor(
         arguments = common_arguments(
             config, "actor_config", files.scratch, len(order), len(rows.held_out), device, seed
         )
+        arguments |= {
+            "label_smoothing_factor": config.label_smoothing_factor,
+            "neftune_noise_alpha": config.neftune_noise_alpha,
+            "gradient_checkpointing": config.gradient_checkpointing,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        }
         return Trainer(
             model=model,
             args=SFTConfig(**arguments, packing=False, eval_on_start=from_the_beginning and held_out is not None),

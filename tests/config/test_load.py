@@ -183,7 +183,8 @@ def test_stable_vicunas_table_loads_nested_and_flat(write, flat):
     [(section, theirs, ours) for section, names in RENAMED.items() for theirs, ours in names.items()],
 )
 def test_every_alias(section, theirs, ours):
-    value = {"gen_kwargs": {"max_new_tokens": 7}, "micro_batch_size": 8, "ppo_epochs": 3}.get(ours, 1)
+    other = {"gen_kwargs": {"max_new_tokens": 7}, "micro_batch_size": 8, "ppo_epochs": 3, "label_smoothing_factor": 0.1}
+    value = other.get(ours, 1)
     by_alias = load_config({section: {theirs: value}}).model_dump()
     assert by_alias == load_config({section: {ours: value}}).model_dump()
     # A value that is not the default, or nothing would show.
