@@ -32,6 +32,7 @@ from chatrlhf.models.factory import (
     trained_count,
     trained_reward_model,
 )
+from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
@@ -182,13 +183,14 @@ def run_actor(this: Run) -> dict[str, Any]:
     from chatrlhf.trainers.sft import train_actor
 
     config, rows = this.config.actor_config, _given(this.inputs.actor)
-    model, tokenizer = load_actor(config, corpus(this.config), this.device)
+    model, tokenizer = load_actor(config, corpus(this.config), this.device, in_few_bits=config.is_quantized)
     encoder = _encoder(this.config, model, tokenizer)
     this.log.note(
         f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "
         f"{len(rows.held_out)} held out"
     )
     if config.peft_enable:
+        model = ready_for_adapters(model, config.gradient_checkpointing)
         model = with_adapters(model, load_peft_config(this.config), _place(config.model), config.revision)
         this.log.note(f"ACTOR: trains adapters alone, {trained_count(model):,} parameters")
     files, seed = this.files("ACTOR", config.n_checkpoints_to_keep), this.seed("ACTOR")

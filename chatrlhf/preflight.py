@@ -83,6 +83,11 @@ def _check_adapters(config: Config, stages: list[str], run_dir: Path) -> None:
             "actor_config.peft_enable: adapters are saved without the weights they belong to, and those of 'tiny' are "
             "made on the spot; name a model, or run --type ACTOR with peft_enable: False before --type RL"
         )
+    if config.actor_config.is_quantized and "RL" in stages:
+        raise ConfigError(
+            "actor_config.load_in_4bit, load_in_8bit: this version has weights in few bits in the ACTOR stage alone; "
+            "run --type ACTOR with them and --type RL without: it goes on with the adapters, upon whole weights"
+        )
     if "ACTOR" in stages and base_of(model) is not None:
         raise ConfigError(
             f"actor_config.peft_enable: {model} holds adapters itself, and adapters upon adapters could not be loaded "

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from chatrlhf.config.datasets import DataKeys
+from chatrlhf.config.quantization import QuantizationKeys
 from chatrlhf.config.rope import RopeScaling
 from chatrlhf.config.section import Section
 from chatrlhf.config.vllm import VllmConfig
@@ -110,7 +111,7 @@ class TinyConfig(Section):
         return self
 
 
-class ActorConfig(OptimizerKeys, DataKeys, NotBuiltYet):
+class ActorConfig(OptimizerKeys, DataKeys, QuantizationKeys, NotBuiltYet):
     """The ACTOR stage, and how text is rendered and bounded in every stage."""
 
     built: ClassVar[tuple[str, ...]] = ("peft_enable",)

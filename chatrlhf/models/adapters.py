@@ -107,7 +107,10 @@ def save_policy(model: nn.Module, folder: Path) -> None:
     """Save a policy whole, or its adapters in peft's format, with the configuration that their base is to have."""
     model.save_pretrained(folder)
     if has_adapters(model):
-        model.config.to_json_file(folder / BASE_CONFIG)
+        settings = copy.deepcopy(model.config)
+        if hasattr(settings, "quantization_config"):  # how it was held in memory, not what it is
+            del settings.quantization_config
+        settings.to_json_file(folder / BASE_CONFIG)
         (folder / MODEL_CARD).unlink(missing_ok=True)  # an empty form
 
 

@@ -20,6 +20,7 @@ from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import base_of, config_of, go_on_with_adapters, has_adapters, merged, whole_copy
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
+from chatrlhf.models.quantization import quantization_of
 from chatrlhf.models.reference import copy_of_trained
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.rope import positions, stretch_positions
@@ -32,11 +33,14 @@ TINY = "tiny"
 ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
 
 
-def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> tuple[nn.Module, Any]:
+def load_actor(
+    config: ActorConfig, texts: list[str], device: torch.device, in_few_bits: bool = False
+) -> tuple[nn.Module, Any]:
     """The model that `actor_config.model` names, in float32, and its tokenizer.
 
     Args:
         texts: what the tokenizer of `model: tiny` is trained on.
+        in_few_bits: load it as `load_in_4bit` and `load_in_8bit` say.
 
     Raises:
         ConfigError: it cannot be loaded; the reason is given.
@@ -45,11 +49,12 @@ def load_actor(config: ActorConfig, texts: list[str], device: torch.device) -> t
     if config.model == TINY:
         model = tiny_model(config.tiny, tokenizer, config.rope_scaling)
     else:
-        model = _language_model(config.model, "actor_config.model", config)
+        model = _language_model(config.model, "actor_config.model", config, in_few_bits)
         _check_vocabulary(model, tokenizer, "actor_config")
     if config.froze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
-    return model.to(device), tokenizer
+    # What lies in few bits was put in its place when it was loaded, and cannot be moved.
+    return model if getattr(model, "is_quantized", False) else model.to(device), tokenizer
 
 
 def tokenizer_and_settings(config: ActorConfig, texts: list[str]) -> tuple[Any, Any]:
@@ -318,10 +323,14 @@ def _backbone(name: str, key: str, section: ActorConfig | RewardConfig | None = 
     return _from_pretrained(AutoModel, name, key, read_model_config(name, key, section), section)
 
 
-def _language_model(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> nn.Module:
+def _language_model(
+    name: str, key: str, section: ActorConfig | RewardConfig | None = None, in_few_bits: bool = False
+) -> nn.Module:
     if base_of(name) is not None:
         return merged(_base_model(name, key, section), name)
-    return _from_pretrained(AutoModelForCausalLM, name, key, read_model_config(name, key, section), section)
+    quantization = quantization_of(section, section.precision) if in_few_bits else {}
+    settings = read_model_config(name, key, section)
+    return _from_pretrained(AutoModelForCausalLM, name, key, settings, section, quantization)
 
 
 def _base_model(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> nn.Module:
@@ -333,10 +342,15 @@ def _base_model(name: str, key: str, section: ActorConfig | RewardConfig | None 
 
 
 def _from_pretrained(
-    auto: Any, name: str, key: str, settings: Any, section: ActorConfig | RewardConfig | None
+    auto: Any,
+    name: str,
+    key: str,
+    settings: Any,
+    section: ActorConfig | RewardConfig | None,
+    quantization: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A model in float32, made by the given configuration."""
-    kwargs = {"config": settings, **_hub_kwargs(section)}
+    """A model made by the given configuration, in float32 but for what lies in few bits."""
+    kwargs = {"config": settings, **_hub_kwargs(section), **(quantization or {})}
     return _explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs))
 
 

@@ -13,6 +13,7 @@ from small_run import length, settings
 from transformers import AutoModel, AutoModelForCausalLM
 
 from chatrlhf import load_config, load_reward_model, run
+from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import BASE_CONFIG, as_reference, base_of
 from chatrlhf.rl.update import Updater
 from chatrlhf.trainers.hf_stage import StageCallback
@@ -167,3 +168,20 @@ def test_stretched_positions_are_kept_beside_the_adapters(config, tmp_path, poli
         saved = json.loads((tmp_path / "run" / folder / BASE_CONFIG).read_text())
         assert saved["rope_parameters"]["factor"] == 2.0
     assert policies[-1].config.rope_parameters["factor"] == 2.0
+
+
+def test_adapters_upon_four_bits_learn_and_rl_goes_on_upon_whole_weights(config, base, tmp_path, policies):
+    bits = {"actor_config__load_in_4bit": True, "actor_config__bnb_4bit_use_double_quant": True}
+    with pytest.raises(ConfigError, match="in the ACTOR stage alone"):
+        run(config("run", **bits), reward_fn=length)
+    assert not (tmp_path / "run").exists()
+    result = run(config("run", **bits, actor_config__epochs=4, actor_config__lr=5e-3), type="ACTOR").stages["ACTOR"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["loss/eval"] for line in lines if "loss/eval" in line]
+    assert held_out[-1] < held_out[0] - 0.01  # the base is too small to learn much
+    assert [each.name for each in result.checkpoint.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    assert base_of(str(result.checkpoint)) == str(base.resolve())
+    run(config("run"), type="RL", reward_fn=length)
+    with torch.no_grad(), as_reference(policies[-1]):
+        reference = policies[-1](input_ids=IDS).logits
+    torch.testing.assert_close(reference, loaded(result.checkpoint), rtol=0, atol=1e-5)
