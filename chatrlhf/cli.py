@@ -16,6 +16,7 @@ DESCRIPTION = """Train an assistant with RLHF: ACTOR (supervised fine-tuning), R
 completions), RL (PPO with KL control), or ALL three."""
 EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR;
 `chatrlhf data stats|check|show FILE` looks into a file of rows;
+`chatrlhf eval perplexity TEXT` compares models over contexts of several lengths;
 `chatrlhf export merge|delta|apply-delta` does what is done with finished weights."""
 
 
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from chatrlhf.inspection.commands import main as data
 
             return data(words[1:])
+        if words[:1] == ["eval"]:
+            from chatrlhf.evaluation.commands import main as evaluate
+
+            return evaluate(words[1:])
         if words[:1] == ["export"]:
             from chatrlhf.export.commands import main as export
 

@@ -32,7 +32,7 @@ ONLY_IN = {
     "deepspeed": set(),
     "bitsandbytes": set(),
     "openai": {"generation/text/endpoint.py"},
-    "matplotlib": {"inspection/report.py"},
+    "matplotlib": {"inspection/report.py", "evaluation/picture.py"},
     "vllm": set(),
 }
 

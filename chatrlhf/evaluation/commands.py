@@ -1,0 +1,127 @@
+"""`chatrlhf eval perplexity TEXT --models DIR ...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatrlhf.errors import ConfigError
+
+if TYPE_CHECKING:  # with torch behind it: what is asked for help needs none
+    from rich.console import Console
+
+    from chatrlhf.evaluation.perplexity import Ladder
+
+DEFAULT_CONTEXTS = (64, 128, 256, 512, 1024, 2048)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a command; returns the exit status. Raises UserError."""
+    options = _parser().parse_args(words)
+    if min(options.contexts) <= options.stride:
+        raise ConfigError(
+            f"--contexts: {min(options.contexts)} has to be more than --stride ({options.stride}), whose tokens are "
+            "predicted in each window"
+        )
+    from rich.console import Console
+
+    from chatrlhf.progress import quiet_libraries
+
+    quiet_libraries()
+    console = Console(highlight=False, soft_wrap=True)
+    ladders, targets = _climb_all(options, console)
+    _show(console, ladders, options, targets)
+    if options.json is not None:
+        rows = [{"name": each.name, "positions": each.positions, "perplexity": each.perplexity} for each in ladders]
+        about = {"text": str(options.text), "stride": options.stride, "targets": targets, "models": rows}
+        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    if options.picture is not None:
+        from chatrlhf.evaluation.picture import save_ladders
+
+        save_ladders(ladders, options.picture)
+    return 0
+
+
+def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladder], int]:
+    import torch
+
+    from chatrlhf.config.schema import ActorConfig
+    from chatrlhf.data.files import read_rows
+    from chatrlhf.device import pick_device
+    from chatrlhf.evaluation.perplexity import climb, window_ends
+    from chatrlhf.models.factory import load_actor
+    from chatrlhf.models.tokenizer import same_tokenizer
+
+    text = "\n\n".join(row.text("text") for row in read_rows(options.text))
+    ladders, first, ids, ends = [], None, None, []
+    for spec in options.models:
+        name, scaling = _scaled(spec)
+        model, tokenizer = load_actor(ActorConfig(model=name, rope_scaling=scaling), [], pick_device())
+        if first is None:
+            first = tokenizer
+            ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+            ends = window_ends(len(ids), max(options.contexts), options.stride, options.windows)
+        elif not same_tokenizer(first, tokenizer):
+            raise ConfigError(
+                f"--models: {name} has another tokenizer than {options.models[0]}; perplexities of different tokens "
+                "cannot be compared"
+            )
+        with console.status(f"{spec}"):
+            ladders.append(climb(model, ids, sorted(options.contexts), options.stride, ends, spec))
+    return ladders, len(ends) * options.stride
+
+
+def _scaled(spec: str) -> tuple[str, dict[str, str] | None]:
+    """``DIR``, or ``DIR@linear:8`` for a model whose positions are to be stretched as it is read."""
+    name, separator, scaling = spec.rpartition("@")
+    if not separator:
+        return spec, None
+    kind, _, factor = scaling.partition(":")
+    return name, {"type": kind, "factor": factor}
+
+
+def _show(console: Console, ladders: Sequence[Ladder], options: argparse.Namespace, targets: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"perplexity of {options.text.name}")
+    table.add_column("context", justify="right")
+    for ladder in ladders:
+        table.add_column(ladder.name, justify="right")
+    for context in sorted(options.contexts):
+        cells = []
+        for ladder in ladders:
+            value = ladder.perplexity[context]
+            beyond = "*" if context > ladder.positions else ""
+            cells.append("-" if value is None else f"{value:.2f}{beyond}")
+        table.add_row(f"{context:,}", *cells)
+    console.print(table)
+    console.print(
+        f"the same {targets:,} tokens in every row, each predicted from at most context - 1 and at least context - "
+        f"{options.stride} tokens; * beyond the positions of the model's configuration, - it has none there",
+        markup=False,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="chatrlhf eval", description="What a model can do.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    ladder = commands.add_parser("perplexity", help="how well models predict a text from contexts of several lengths")
+    add = ladder.add_argument
+    add("text", type=Path, help="a text file, or rows with a field 'text'")
+    add("--models", nargs="+", required=True, metavar="DIR", help="side by side; DIR@linear:8 stretches positions")
+    add("--contexts", type=_numbers, default=DEFAULT_CONTEXTS, metavar="N,N,...", help="tokens (64,128,...,2048)")
+    add("--stride", type=int, default=32, metavar="N", help="tokens that are predicted in a window (%(default)s)")
+    add("--windows", type=int, default=64, metavar="N", help="at most (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--picture", type=Path, metavar="FILE", help="draw them there, such as ladder.png")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 64,128,256") from None
