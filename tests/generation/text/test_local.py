@@ -51,6 +51,13 @@ def flan(tokenizer, tmp_path_factory):
     return folder
 
 
+def local(folder, lanes: int) -> LocalModel:
+    """What a model says depends on the name by which it is asked, and a test's folder has another one each time."""
+    model = LocalModel(str(folder), lanes)
+    model.model = "a model"
+    return model
+
+
 def ask(model: LocalModel, requests):
     async def main():
         return await asyncio.gather(*map(model.reply, requests), return_exceptions=True)
@@ -66,15 +73,15 @@ def question(text: str, max_tokens: int = 8, temperature: float = 1.0, **options
 def test_a_reply_does_not_depend_on_what_else_is_in_the_batch(kind, request):
     folder = str(request.getfixturevalue(kind))
     requests = [question("How are you?" + " Well." * i, nth=i) for i in range(6)]
-    together = ask(LocalModel(folder, 6), requests)
-    alone = ask(LocalModel(folder, 1), requests)
-    in_threes = ask(LocalModel(folder, 3), requests[::-1])[::-1]
+    together = ask(local(folder, 6), requests)
+    alone = ask(local(folder, 1), requests)
+    in_threes = ask(local(folder, 3), requests[::-1])[::-1]
     assert together == alone == in_threes
     assert len({reply.text for reply in together}) > 3
 
 
 def test_replies_are_drawn_from_the_models_distribution(causal):
-    model = LocalModel(str(causal), 64)
+    model = local(causal, 64)
     replies = ask(model, [question("How are you?", 1, nth=i) for i in range(3000)])
     counts = Counter(reply.text for reply in replies)
     ids = torch.tensor([model.prompt_ids((Message("user", "How are you?"),))])
@@ -90,7 +97,7 @@ def test_replies_are_drawn_from_the_models_distribution(causal):
 
 
 def test_without_temperature_the_likeliest_token_is_taken(causal):
-    model = LocalModel(str(causal), 2)
+    model = local(causal, 2)
     first, second = ask(model, [question("How are you?", temperature=0.0, nth=i) for i in range(2)])
     ids = torch.tensor([model.prompt_ids((Message("user", "How are you?"),))])
     greedy = model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
@@ -99,7 +106,7 @@ def test_without_temperature_the_likeliest_token_is_taken(causal):
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_temperature_divides_the_logits(causal, temperature):
-    model = LocalModel(str(causal), 64)
+    model = local(causal, 64)
     replies = ask(model, [question("How are you?", 1, temperature, nth=i) for i in range(3000)])
     ids = torch.tensor([model.prompt_ids((Message("user", "How are you?"),))])
     with torch.no_grad():
@@ -118,7 +125,7 @@ def test_the_temperature_divides_the_logits(causal, temperature):
 
 @pytest.mark.parametrize("kind", ["causal", "flan"])
 def test_a_request_with_choices_gets_one_of_them(kind, request):
-    model = LocalModel(str(request.getfixturevalue(kind)), 40)
+    model = local(request.getfixturevalue(kind), 40)
     choices = ("0", "1", "1.5", "10", "A")
     requests = [question(f"How good is {i}?", choices=choices, temperature=3.0) for i in range(40)]
     replies = ask(model, [*requests, question("free", nth=1)])
@@ -129,7 +136,7 @@ def test_a_request_with_choices_gets_one_of_them(kind, request):
 
 
 def test_tokens_are_counted_and_a_cut_reply_is_known_as_one(causal):
-    model = LocalModel(str(causal), 4)
+    model = local(causal, 4)
     (cut,) = ask(model, [question("How are you?", 3)])
     assert (cut.prompt_tokens, cut.completion_tokens, cut.finished) == (
         len(model.tokenizer("How are you?").input_ids),
@@ -141,7 +148,7 @@ def test_tokens_are_counted_and_a_cut_reply_is_known_as_one(causal):
 
 
 def test_a_prompt_without_room_has_no_answer(causal):
-    model = LocalModel(str(causal), 4)
+    model = local(causal, 4)
     short, long = ask(model, [question("a"), question("How are you? " * 100)])
     assert short.text
     assert isinstance(long, NoAnswer)
@@ -159,7 +166,7 @@ def test_chats_are_flat_texts_where_a_model_has_no_template():
 
 
 def test_a_models_own_template_is_its_way_to_know_chats(causal, tmp_path):
-    model = LocalModel(str(causal), 1)
+    model = local(causal, 1)
     model.tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -171,7 +178,7 @@ def test_a_models_own_template_is_its_way_to_know_chats(causal, tmp_path):
 
 
 def test_a_base_model_does_not_speak_for_the_other_side(causal):
-    model = LocalModel(str(causal), 1)
+    model = local(causal, 1)
     reply = model._reply(model.tokenizer(" an answer\n\nHuman: and more").input_ids, 3)
     assert (reply.text, reply.finished) == (" an answer", True)
 
