@@ -214,6 +214,15 @@ def test_new_scored_rows_from_a_few(serve, command, tmp_path):
     assert len(read_judgements(tmp_path / "r_scored.json")) == 16
 
 
+def test_a_model_that_repeats_itself_augments_less_and_says_so(serve, command, tmp_path, capsys):
+    rows = [{"user_input": f"how do I do number {i}?", "completion": f"like {i}", "score": float(i)} for i in range(4)]
+    path = save(tmp_path / "r.json", rows)
+    server = serve(lambda body, before: "3" if "Score:" in told(body)[-10:] else "always the same request")
+    assert command("generate_rewards", server, path, "--augment", 5) == 1
+    assert len(written(tmp_path / "r_scored.json")) == 5
+    assert "1 of 5 prompts: the model repeats itself" in capsys.readouterr().out
+
+
 def test_too_few_to_augment_and_nothing_to_do(serve, command, tmp_path, capsys):
     path = save(tmp_path / "r.json", [{"user_input": "a", "completion": "x", "score": 1.0}])
     server = serve(by_text)
