@@ -183,7 +183,7 @@ def run_actor(this: Run) -> dict[str, Any]:
     from chatrlhf.trainers.sft import train_actor
 
     config, rows = this.config.actor_config, _given(this.inputs.actor)
-    model, tokenizer = load_actor(config, corpus(this.config), this.device, in_few_bits=config.is_quantized)
+    model, tokenizer = load_actor(config, corpus(this.config), this.device, in_few_bits=True)
     encoder = _encoder(this.config, model, tokenizer)
     this.log.note(
         f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -81,6 +82,15 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, read a part at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class JsonLines(Sequence[Row]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections import Counter
@@ -16,6 +15,7 @@ from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Conversation
 from chatrlhf.data import views
 from chatrlhf.data.epochs import Epochs
+from chatrlhf.data.files import sha256_of
 from chatrlhf.data.ingredients import ingredient
 from chatrlhf.data.mixing import Ingredient, mix
 from chatrlhf.data.records import ADVISED_ROWS, StageRows, actor_rows, prompt_rows, read_stage, reward_rows
@@ -174,7 +174,7 @@ def _rows(config: Config, inputs: Inputs, reader: Reader) -> Rows:
         read, groups = _read(config, reader, path)
         fraction = 0.0 if held_out_file else section.validation_fraction
         train, held_out = split_by_group(read, groups, fraction, MOST_HELD_OUT[reader.kind])
-        rows = Rows(train, held_out, {str(path): _hash(path)}, Epochs.of_all(len(train)))
+        rows = Rows(train, held_out, {str(path): sha256_of(path)}, Epochs.of_all(len(train)))
         if len(read) < ADVISED_ROWS[reader.kind]:
             inputs.warnings.append(
                 f"{path}: {len(read)} rows, fewer than the {ADVISED_ROWS[reader.kind]} that are advised for this stage"
@@ -182,7 +182,7 @@ def _rows(config: Config, inputs: Inputs, reader: Reader) -> Rows:
     if held_out_file is not None:
         path = resolve_path(config, f"{reader.section}.{reader.held_out_key}", held_out_file)
         held_out, _ = _read(config, reader, path)
-        rows = replace(rows, held_out=held_out, files=rows.files | {str(path): _hash(path)})
+        rows = replace(rows, held_out=held_out, files=rows.files | {str(path): sha256_of(path)})
     return rows
 
 
@@ -208,7 +208,7 @@ def _mixed(config: Config, inputs: Inputs, reader: Reader) -> Rows:
     mixture = mix([each for each, _ in made], section.mixing_seed, section.deduplicate, draws)
     first, *rest = mixture.lines()
     inputs.notes += [f"{reader.stage}: {first}", *rest]
-    files = {str(file): _hash(file) for _, files in made for file in files}
+    files = {str(file): sha256_of(file) for _, files in made for file in files}
     if len(mixture.train) <= MOST_IN_MEMORY:
         return Rows(list(mixture.train), list(mixture.held_out), files, mixture.epochs)
     return Rows(mixture.train, mixture.held_out, files, mixture.epochs)
@@ -252,11 +252,3 @@ def _judgements(config: Config, reader: Reader) -> Callable[[Conversation], list
     if loss == "pairwise":
         return views.preferences
     return lambda record: list(views.scored_completions(record)) if record.scored else []
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -15,7 +15,6 @@ from chatrlhf.models.adapters import base_of, config_of
 from chatrlhf.trainers.checkpoint import publish_folder
 
 ROWS, LENGTH = 4, 32  # of random tokens, on which the logits of both are compared
-FILES = ("chat_template.jinja", "generation_config.json")
 MOST_OF_SPREAD = 0.05  # difference of logits, in deviations of the logits: what rounding to 16 bits may do
 
 
@@ -63,9 +62,6 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> 
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(adapters).save_pretrained(folder)
-        for name in FILES:
-            if (adapters / name).exists():
-                (folder / name).write_bytes((adapters / name).read_bytes())
 
     publish_folder(output, write)
     return compared

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ class Weights:
             )
         self.files: dict[Path, list[str]] = {path: _names(path) for path in files}
         self._file_of = {name: path for path, names in self.files.items() for name in names}
+        # The last file stays open: one of PyTorch's is read whole, and neighbours are asked for one after the other.
+        self._reader = lru_cache(maxsize=1)(self.reader)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -48,7 +51,7 @@ class Weights:
 
     def get(self, name: str) -> Tensor:
         """One of them."""
-        return self.reader(self._file_of[name])(name)
+        return self._reader(self._file_of[name])(name)
 
     @staticmethod
     def reader(path: Path) -> Callable[[str], Tensor]:

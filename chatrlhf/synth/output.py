@@ -8,13 +8,12 @@ NAME.journal.jsonl     every answer; with it the same command asks nothing twice
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatrlhf.data.files import write_rows
+from chatrlhf.data.files import sha256_of, write_rows
 from chatrlhf.errors import DataError
 
 
@@ -59,7 +58,7 @@ class Output:
             write_rows(self.path, rows)
             if aside or self.quarantine.exists():
                 write_rows(self.quarantine, aside)
-            about = {**about, "rows": len(rows), "quarantined": len(aside), "sha256": _hash(self.path)}
+            about = {**about, "rows": len(rows), "quarantined": len(aside), "sha256": sha256_of(self.path)}
             text = json.dumps(about, indent=2, ensure_ascii=False)
             self.meta.write_text(f"{text}\n", encoding="utf-8", newline="\n")
         except OSError as error:
@@ -68,13 +67,9 @@ class Output:
     def _is_unfinished(self) -> bool:
         try:
             about = json.loads(self.meta.read_text(encoding="utf-8"))
-            return about["complete"] is False and about["sha256"] == _hash(self.path)
+            return about["complete"] is False and about["sha256"] == sha256_of(self.path)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def _beside(self, end: str) -> Path:
         return self.path.with_name(f"{self.path.stem}.{end}")
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

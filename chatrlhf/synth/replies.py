@@ -38,12 +38,7 @@ def in_the_manner_of(
     shown = random.Random(f"{seed}/{number}").sample(examples, min(SHOWN, len(examples)))
     told = [part for each in shown for part in (Message("user", each.prompt), Message("assistant", each.completion))]
     request = Request((*told, Message("user", prompt)), temperature, max_tokens)
-
-    async def make(asker: Asker) -> Conversation:
-        completion = message(await asker.ask(request), "the reply")
-        return Conversation(Prompt.of(prompt), completion=completion, provenance=written_by(asker.generator.model))
-
-    return make
+    return _answered(prompt, request)
 
 
 def of_quality(
@@ -66,7 +61,10 @@ def of_quality(
     texts = [f"Request:\n{each.prompt}\nReply:\n{each.completion}\nScore: {each.score:g}" for each in shown]
     values = {"score": f"{score:g}", "high": f"{scale[1]:g}", "examples": "\n\n".join(texts), "user_input": prompt}
     request = Request((Message("user", fill(OF_QUALITY, {"reward": rules, **values})),), temperature, max_tokens)
+    return _answered(prompt, request)
 
+
+def _answered(prompt: str, request: Request) -> RowMaker[Conversation]:
     async def make(asker: Asker) -> Conversation:
         completion = message(await asker.ask(request), "the reply")
         return Conversation(Prompt.of(prompt), completion=completion, provenance=written_by(asker.generator.model))

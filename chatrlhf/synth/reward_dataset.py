@@ -116,10 +116,10 @@ async def _augment(
     )
     low, high = judge.scale
     steps = [low + (high - low) * step / 5 for step in range(6)]
+    rules = judge.templates["reward"].partition("{user_input}")[0].rpartition("\n\n")[0]
     makers = []
     for i, prompt in enumerate(new.there):
         wanted = random.Random(f"{options.seed}/quality/{i}").choice(steps)
-        rules = judge.templates["reward"].partition("{user_input}")[0].rpartition("\n\n")[0]
         makers.append(
             of_quality(
                 i, prompt, wanted, judge.scale, rules, examples, options.seed, WRITING_TEMPERATURE, options.max_tokens

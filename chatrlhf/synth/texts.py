@@ -7,7 +7,7 @@ import re
 from chatrlhf.conversation import Provenance
 from chatrlhf.generation.text import Reply
 from chatrlhf.synth.rows import PutAside
-from chatrlhf.synth.verdicts import THINKING
+from chatrlhf.synth.verdicts import STILL_THINKING, after_thinking
 
 SENTENCE_END = re.compile(r".*[.!?。！？…][\"'”’)\]]*", re.DOTALL)
 # What models put before a message although they were asked for the message alone.
@@ -27,9 +27,9 @@ def message(reply: Reply, what: str, whole: bool = True) -> str:
     """
     if reply.refusal is not None:
         raise PutAside(f"{what}: declined ({reply.refusal})")
-    text = THINKING.sub("", reply.text)
-    if text.lstrip().startswith("<think>"):
-        raise PutAside(f"{what}: it was cut while the model was still thinking; allow more --max_tokens")
+    text = after_thinking(reply.text)
+    if text is None:
+        raise PutAside(f"{what}: {STILL_THINKING}")
     text = LABEL.sub("", text).strip()
     if text[:1] + text[-1:] in QUOTES and len(text) > 1 and text[0] not in text[1:-1]:
         text = text[1:-1].strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # what reasoning models say to themselves
+STILL_THINKING = "it was cut while the model was still thinking; allow more --max_tokens"
 MARKUP = r"[\s*_`\"'#()\[\]]*"
 NUMBER = r"(?<![\w.,])[-+−]?[0-9]+(?:[.,][0-9]+)?(?!\w|[.,][0-9]|\s*%)"
 BETWEEN = r"\s*(?:-|–|—|to|or|and)\s*"
@@ -82,11 +83,16 @@ def read_letter(reply: str) -> str:
     raise NoVerdict("neither A nor B in it")
 
 
-def _said(reply: str) -> str:
-    """A reply without what was thought before it."""
+def after_thinking(reply: str) -> str | None:
+    """A reply without what was thought before it; None where it was cut before anything was said."""
     text = THINKING.sub("", reply)
-    if text.lstrip().startswith("<think>"):
-        raise NoVerdict("it was cut while the model was still thinking; allow more --max_tokens")
+    return None if text.lstrip().startswith("<think>") else text
+
+
+def _said(reply: str) -> str:
+    text = after_thinking(reply)
+    if text is None:
+        raise NoVerdict(STILL_THINKING)
     return text
 
 

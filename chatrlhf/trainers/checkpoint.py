@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from chatrlhf.data.files import sha256_of
 from chatrlhf.distributed import barrier, is_main
 from chatrlhf.errors import CheckpointError
 
@@ -143,17 +143,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _describe(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _digest(file: object) -> object:
-    """hashlib.file_digest for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _files(folder: Path) -> list[Path]:

@@ -60,7 +60,6 @@ class TextGenerator(Protocol):
     """A model that answers requests; many may be asked at once."""
 
     model: str
-    lanes: int | None  # requests it can work on side by side, None for as many as are sent
 
     async def reply(self, request: Request) -> Reply:
         """Raises TryAgain, NoAnswer, or GenerationError, after which asking on is of no use."""

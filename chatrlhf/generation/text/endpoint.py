@@ -32,8 +32,6 @@ class Endpoint:
     Each request is sent once: tries, waits and limits are `synth/asking.py`'s, for whom every one counts.
     """
 
-    lanes = None
-
     def __init__(
         self, model: str, base_url: str | None = None, key_name: str = "OPENAI_API_KEY", timeout: float = 60.0
     ) -> None:
