@@ -5,11 +5,10 @@ from chatrlhf.config.schema import (
     ActorConfig,
     Config,
     CriticConfig,
-    GenKwargs,
     RewardConfig,
     TinyConfig,
-    TrainerConfig,
 )
+from chatrlhf.config.trainer import GenKwargs, TrainerConfig
 
 __all__ = [
     "ActorConfig",

@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
-from chatrlhf.config.schema import Config, PeftConfig
+from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.schema import Config
 from chatrlhf.errors import ConfigError
 
 LOW_TEMPERATURE = 0.5

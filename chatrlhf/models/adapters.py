@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatrlhf.config.schema import PeftConfig
+from chatrlhf.config.peft import PeftConfig
 from chatrlhf.errors import ConfigError
 
 ADAPTER_CONFIG, MODEL_CARD = "adapter_config.json", "README.md"

@@ -25,7 +25,7 @@ from vllm_standin import (
     without_vllm,
 )
 
-from chatrlhf.config.schema import PeftConfig
+from chatrlhf.config.peft import PeftConfig
 from chatrlhf.errors import ConfigError, DivergedError, RolloutError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation import vllm_sampler

@@ -21,7 +21,7 @@ from tiny import (
 )
 from transformers import AutoModel, AutoModelForCausalLM
 
-from chatrlhf.config.schema import PeftConfig
+from chatrlhf.config.peft import PeftConfig
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_plain, without_adapters

@@ -7,7 +7,8 @@ import torch
 from tiny import llama
 from torch import nn
 
-from chatrlhf.config.schema import ActorConfig, PeftConfig
+from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.schema import ActorConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import with_adapters
 from chatrlhf.models.factory import load_actor

@@ -1,0 +1,31 @@
+"""How weights are stepped and in which precision: keys that all three stages have."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from chatrlhf.config.section import Section
+
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class OptimizerKeys(Section):
+    """AdamW, its schedule and gradient clipping; the same keys in all three stages."""
+
+    lr_scheduler: Scheduler = "linear"
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_unit_interval(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"each must lie in [0, 1), got {list(betas)}")
+        return betas
