@@ -17,7 +17,7 @@ from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
 from chatrlhf.generation.sampler import Sampler
 from chatrlhf.generation.vllm_sampler import VllmSampler
-from chatrlhf.models.adapters import has_adapters
+from chatrlhf.models.recomputation import recompute_activations
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.progress import RunLog
@@ -72,8 +72,11 @@ def assemble_ppo(
     if isinstance(reward, ModelReward):
         frozen.append(reward.scorer.model.backbone)
     precision = resolve_rl_precision(trainer.precision, device)
-    # Adapters are saved without what they were added to, so only they need float32.
-    masters = prepare_models(topology.backbones(), frozen, precision, device, not has_adapters(topology.policy))
+    own_attention = config.actor_config.attn_implementation is None
+    masters = prepare_models(topology.backbones(), frozen, precision, device, own_attention)
+    if trainer.gradient_checkpointing:
+        for model in topology.backbones():
+            recompute_activations(model, "trainer_config.gradient_checkpointing")
     groups = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr)
     if masters is not None:
         groups = masters.groups(groups)

@@ -16,24 +16,26 @@ from chatrlhf.config.schema import Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
 from chatrlhf.data.templates import get_template
-from chatrlhf.device import pick_device
+from chatrlhf.device import pick_device, resolve_rl_precision
 from chatrlhf.distributed import broadcast, rank, start
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
-from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_policy, with_adapters
+from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_model, with_adapters
+from chatrlhf.models.critics import make_topology
 from chatrlhf.models.factory import (
     context_length,
     load_actor,
     load_policy,
-    make_topology,
     new_reward_model,
     parameter_count,
     trained_count,
     trained_reward_model,
+    where,
 )
 from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
+from chatrlhf.models.sharing import Base
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
 from chatrlhf.rl.experience import ALGORITHMS
@@ -183,7 +185,7 @@ def run_actor(this: Run) -> dict[str, Any]:
     from chatrlhf.trainers.sft import train_actor
 
     config, rows = this.config.actor_config, _given(this.inputs.actor)
-    model, tokenizer = load_actor(config, corpus(this.config), this.device, in_few_bits=True)
+    model, tokenizer = load_actor(config, corpus(this.config), this.device, config.precision)
     encoder = _encoder(this.config, model, tokenizer)
     this.log.note(
         f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "
@@ -191,7 +193,7 @@ def run_actor(this: Run) -> dict[str, Any]:
     )
     if config.peft_enable:
         model = ready_for_adapters(model, config.gradient_checkpointing)
-        model = with_adapters(model, load_peft_config(this.config), _place(config.model), config.revision)
+        model = with_adapters(model, load_peft_config(this.config), where(config.model), config.revision)
         this.log.note(f"ACTOR: trains adapters alone, {trained_count(model):,} parameters")
     files, seed = this.files("ACTOR", config.n_checkpoints_to_keep), this.seed("ACTOR")
     train_actor(model, encoder, rows, config, files, this.log, this.device, seed)
@@ -207,11 +209,14 @@ def run_reward(this: Run) -> dict[str, Any]:
     actor = this.trained("ACTOR", "actor", this.config.actor_config.model)
     if config.model == "actor" and actor is None:
         this.log.warn("REWARD: no fine-tuned actor here, so the reward model starts from actor_config.model as it is")
-    scorer = new_reward_model(this.config, actor, corpus(this.config), this.device)
+    adapters = load_peft_config(this.config, "reward_config") if config.peft_enable else None
+    scorer = new_reward_model(this.config, actor, corpus(this.config), this.device, adapters)
     this.log.note(
         f"REWARD: {config.model}, {parameter_count(scorer.model):,} parameters, {loss_for(rows.train, config)} on "
         f"{rows.epochs.size} rows, {len(rows.held_out)} held out"
     )
+    if adapters is not None:
+        this.log.note(f"REWARD: trains adapters and a head alone, {trained_count(scorer.model):,} parameters")
     files, seed = this.files("REWARD", config.n_checkpoints_to_keep), this.seed("REWARD")
     train_reward_model(scorer, rows, config, files, this.log, this.device, seed)
     publish_folder(this.dir / "reward", scorer.save)
@@ -222,8 +227,9 @@ def run_rl(this: Run) -> dict[str, Any]:
     """RL: improve the actor against the reward; leaves ``actor_rl/`` and ``critic/``."""
     config, trainer_config, rows = this.config, this.config.trainer_config, _given(this.inputs.prompts)
     policy, encoder, base = _starting_policy(this)
+    upon = Base(policy, base) if has_adapters(policy) else None
     reward_scorer = (
-        None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device)
+        None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device, upon)
     )
     reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
     distribution = sampling_distribution(config, encoder)
@@ -237,14 +243,14 @@ def run_rl(this: Run) -> dict[str, Any]:
         algorithm.needs_critic,
         config.reward_config.model,
         trainer_config.num_layers_unfrozen,
+        load_peft_config(config, "critic_config") if config.critic_config.peft_enable else None,
+        base,
     )
     topology.to(this.device)
-    if has_adapters(policy):
-        critic_line += "; the policy goes on with its adapters, and is its own reference with those it has now"
-    elif config.actor_config.peft_enable:
-        # Only now: a critic that is a copy of the policy is trained whole, as one that starts from a reward model.
-        add_adapters(policy, load_peft_config(config), base, config.actor_config.revision)
-        critic_line += "; the policy is trained by adapters, and is its own reference without them"
+    if upon is not None:
+        critic_line += "; the policy is trained by adapters, its reference stands upon the same weights"
+    if reward_scorer is not None and has_adapters(reward_scorer.model.backbone):
+        critic_line += ", and so does the reward model"
     broadcast(topology.parameters())
     reference = topology.reference()
     this.log.note(f"RL: {trainer_config.algorithm}, {trained_count(topology):,} parameters in training; {critic_line}")
@@ -268,24 +274,32 @@ def run_rl(this: Run) -> dict[str, Any]:
 
 
 def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder, str]:
-    """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run; and its name."""
+    """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run.
+
+    Returns:
+        The policy, with the adapters that it is trained by; its encoder; where its weights are, or those that its
+        adapters stand upon.
+    """
     settings = this.config.actor_config
+    precision = resolve_rl_precision(this.config.trainer_config.precision, this.device)
     folder = this.trained("ACTOR", "actor", settings.model)
+    apart = settings.peft_enable
+    if folder is None:
+        this.log.warn("RL: no fine-tuned actor in this folder, so the policy starts from actor_config.model as it is")
+        torch.manual_seed(this.seed("RL"))  # a resumed run's policy and reference start from the same random weights
+        if apart and base_of(settings.model) is not None:
+            folder = Path(settings.model)
+    template = None
     if folder is not None:
-        model, tokenizer, template = load_policy(folder, this.device, apart=settings.peft_enable)
-        return model, _encoder(this.config, model, tokenizer, template), str(folder.resolve())
-    this.log.warn("RL: no fine-tuned actor in this folder, so the policy starts from actor_config.model as it is")
-    torch.manual_seed(this.seed("RL"))  # a resumed run's policy and reference start from the same random weights
-    if settings.peft_enable and base_of(settings.model) is not None:
-        model, tokenizer, _ = load_policy(Path(settings.model), this.device, apart=True)
+        model, tokenizer, template = load_policy(folder, this.device, apart, settings, precision)
+        place = base_of(str(folder)) or where(str(folder))
     else:
-        model, tokenizer = load_actor(settings, corpus(this.config), this.device)
-    return model, _encoder(this.config, model, tokenizer), _place(settings.model)
-
-
-def _place(model: str) -> str:
-    """Where a model's weights are, wherever this is read from."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+        model, tokenizer = load_actor(settings, corpus(this.config), this.device, precision)
+        place = where(settings.model)
+    if apart and not has_adapters(model):
+        model = ready_for_adapters(model)
+        add_adapters(model, load_peft_config(this.config), place, settings.revision)
+    return model, _encoder(this.config, model, tokenizer, template), place
 
 
 def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
@@ -296,7 +310,7 @@ def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: A
 
 def _publish_policy(target: Path, model: torch.nn.Module, encoder: Encoder) -> None:
     def write(folder: Path) -> None:
-        save_policy(model, folder)
+        save_model(model, folder)
         encoder.save(folder)
 
     publish_folder(target, write)

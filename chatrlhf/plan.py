@@ -13,7 +13,8 @@ from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.inputs import Inputs, corpus, read_inputs
 from chatrlhf.device import pick_device, resolve_rl_precision
 from chatrlhf.distributed import world_size
-from chatrlhf.models.factory import ALL_BLOCKS, TINY, block_count, meta_model, parameter_count, tiny_model
+from chatrlhf.models.critics import ALL_BLOCKS
+from chatrlhf.models.factory import TINY, block_count, meta_model, parameter_count, tiny_model
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import quiet_libraries

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers.utils import is_flash_attn_2_available
+
 from chatrlhf.config.load import load_peft_config
-from chatrlhf.config.schema import Config
+from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.collate import Encoder, fitting
 from chatrlhf.data.inputs import Inputs, Rows, corpus
 from chatrlhf.data.templates import OWN, get_template
 from chatrlhf.data.views import Preference, ScoredCompletion
+from chatrlhf.device import pick_device, resolve_precision, resolve_rl_precision
 from chatrlhf.errors import ConfigError
 from chatrlhf.generation.vllm_sampler import require_vllm
 from chatrlhf.models.adapters import base_of
@@ -23,6 +26,7 @@ from chatrlhf.models.factory import (
 from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.models.rope import positions, refuse_rotations_by_length
+from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import load_function
 from chatrlhf.trainers.global_batches import rows_a_backward
 
@@ -50,8 +54,8 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
     _check_models(config, stages, has_reward_fn)
     if "RL" in stages:
         refuse_more_than(trainer.num_layers_unfrozen, block_count(actor))
-    if actor.peft_enable:
-        _check_adapters(config, stages, run_dir)
+    _check_adapters(config, stages, has_reward_fn, run_dir)
+    _check_attention(config, stages)
     tokenizer, settings = tokenizer_and_settings(actor, corpus(config))
     longest = min(actor.max_sequence_length, positions(settings))
     if "RL" in stages:
@@ -74,25 +78,72 @@ def _check_models(config: Config, stages: list[str], has_reward_fn: bool) -> Non
         read_model_config(critic, "critic_config.model", config.actor_config)
 
 
-def _check_adapters(config: Config, stages: list[str], run_dir: Path) -> None:
-    """Adapters belong to weights that lie somewhere."""
-    load_peft_config(config)
-    model, folder = config.actor_config.model, run_dir / "actor"
-    if model == TINY and ("ACTOR" in stages or ("RL" in stages and not folder.exists())):
+def _check_adapters(config: Config, stages: list[str], has_reward_fn: bool, run_dir: Path) -> None:
+    """Adapters belong to weights that lie somewhere, and have the size they had."""
+    actor, reward, critic = config.actor_config, config.reward_config, config.critic_config
+    has_actor = "ACTOR" in stages or (run_dir / "actor").exists()
+    if actor.peft_enable and ("ACTOR" in stages or "RL" in stages):
+        load_peft_config(config)
+        _refuse_resizing(actor, "actor_config")
+        if actor.model == TINY and ("ACTOR" in stages or not has_actor):
+            raise ConfigError(_made_on_the_spot("actor_config"))
+        if "ACTOR" in stages and base_of(actor.model) is not None:
+            raise ConfigError(
+                f"actor_config.peft_enable: {actor.model} holds adapters itself, and adapters upon adapters could not "
+                "be loaded again; merge them first (chatrlhf export merge), or set peft_enable to False"
+            )
+    if reward.peft_enable and "REWARD" in stages and not has_reward_fn:
+        load_peft_config(config, "reward_config")
+        _refuse_resizing(reward, "reward_config")
+        start = actor.model if reward.model == "actor" and not has_actor else reward.model
+        if start == TINY:
+            raise ConfigError(_made_on_the_spot("reward_config"))
+    if critic.peft_enable and "RL" in stages and ALGORITHMS[config.trainer_config.algorithm].needs_critic:
+        load_peft_config(config, "critic_config")
+        if critic.model == "shared":
+            raise ConfigError(
+                "critic_config.peft_enable: a critic that is a head on the policy's trunk has no weights to add to; "
+                "set peft_enable to False, or critic_config.model to null"
+            )
+        if critic.model == TINY or (actor.model == TINY and not has_actor):
+            raise ConfigError(_made_on_the_spot("critic_config"))
+
+
+def _made_on_the_spot(section: str) -> str:
+    return (
+        f"{section}.peft_enable: adapters are saved without the weights they belong to, and those of 'tiny' are made "
+        "on the spot; name a model, or run --type ACTOR with peft_enable: False before"
+    )
+
+
+def _refuse_resizing(section: ActorConfig | RewardConfig, name: str) -> None:
+    if section.resize_embeddings:
         raise ConfigError(
-            "actor_config.peft_enable: adapters are saved without the weights they belong to, and those of 'tiny' are "
-            "made on the spot; name a model, or run --type ACTOR with peft_enable: False before --type RL"
+            f"{name}.resize_embeddings: adapters are saved without the embeddings, so rows that are added would be "
+            "lost; set it or peft_enable to False, or save a model with the rows first and name that"
         )
-    if config.actor_config.is_quantized and "RL" in stages:
-        raise ConfigError(
-            "actor_config.load_in_4bit, load_in_8bit: this version has weights in few bits in the ACTOR stage alone; "
-            "run --type ACTOR with them and --type RL without: it goes on with the adapters, upon whole weights"
-        )
-    if "ACTOR" in stages and base_of(model) is not None:
-        raise ConfigError(
-            f"actor_config.peft_enable: {model} holds adapters itself, and adapters upon adapters could not be loaded "
-            "again; merge them first (chatrlhf export merge), or set peft_enable to False"
-        )
+
+
+def _check_attention(config: Config, stages: list[str]) -> None:
+    """flash-attn is installed, on a GPU, where it is asked for."""
+    for stage, name in (("ACTOR", "actor_config"), ("REWARD", "reward_config"), ("RL", "actor_config")):
+        if stage not in stages or getattr(config, name).attn_implementation != "flash_attention_2":
+            continue
+        key, precision = f"{name}.attn_implementation", _precision(config, stage)
+        if not is_flash_attn_2_available():
+            raise ConfigError(
+                f"{key}: flash_attention_2 needs an NVIDIA GPU and the package flash-attn, which is not usable here; "
+                "install it, or set the key to null or sdpa"
+            )
+        if precision != "bf16":
+            raise ConfigError(f"{key}: flash_attention_2 computes in bf16 alone, but {stage} is to run in {precision}")
+
+
+def _precision(config: Config, stage: str) -> str:
+    if stage == "RL":
+        return resolve_rl_precision(config.trainer_config.precision, pick_device())
+    section = config.actor_config if stage == "ACTOR" else config.reward_config
+    return resolve_precision(section.precision, pick_device())
 
 
 def _check_lengths(config: Config, inputs: Inputs, encoder: Encoder) -> None:

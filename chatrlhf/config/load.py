@@ -113,15 +113,18 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
     raise ConfigError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
 
 
-def load_peft_config(config: Config) -> PeftConfig:
-    """The adapters that `actor_config.peft_config_path` describes, peft's usual ones where it names no file.
+def load_peft_config(config: Config, section: str = "actor_config") -> PeftConfig:
+    """The adapters that a section's `peft_config_path` describes, peft's usual ones where no file is named.
+
+    Args:
+        section: `reward_config` and `critic_config` have the actor's where they name none.
 
     Raises:
         ConfigError: the file is missing, or holds something that is not supported.
     """
-    key, value = "actor_config.peft_config_path", config.actor_config.peft_config_path
+    key, value = f"{section}.peft_config_path", getattr(config, section).peft_config_path
     if value is None:
-        return PeftConfig()
+        return PeftConfig() if section == "actor_config" else load_peft_config(config)
     path = resolve_path(config, key, value)
     try:
         return PeftConfig.model_validate(_none_strings_to_null(_read_yaml(path)))

@@ -10,7 +10,7 @@ from chatrlhf.config.section import Section
 
 
 class QuantizationKeys(Section):
-    """Keys of the ACTOR stage; the weights that they make small are frozen, and adapters are trained upon them."""
+    """The weights that these keys make small are frozen, and adapters are trained upon them."""
 
     load_in_4bit: bool = False
     load_in_8bit: bool = False

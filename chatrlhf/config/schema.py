@@ -14,6 +14,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from chatrlhf.config.checks import check_micro_batch, refuse_checkpoint_name
 from chatrlhf.config.datasets import DataKeys
 from chatrlhf.config.launch import NotBuiltYet
+from chatrlhf.config.models import ModelKeys
 from chatrlhf.config.optimizer import OptimizerKeys, Precision
 from chatrlhf.config.quantization import QuantizationKeys
 from chatrlhf.config.rope import RopeScaling
@@ -43,7 +44,7 @@ class TinyConfig(Section):
         return self
 
 
-class ActorConfig(OptimizerKeys, DataKeys, QuantizationKeys, NotBuiltYet):
+class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, NotBuiltYet):
     """The ACTOR stage, and how text is rendered and bounded in every stage."""
 
     built: ClassVar[tuple[str, ...]] = ("peft_enable",)
@@ -51,8 +52,6 @@ class ActorConfig(OptimizerKeys, DataKeys, QuantizationKeys, NotBuiltYet):
     tiny: TinyConfig = Field(default_factory=TinyConfig, description="read when model is 'tiny'")
     tokenizer_path: str | None = None
     model_folder: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
     rope_scaling: RopeScaling | None = Field(None, description="stretches rotary positions; null: as the model has it")
     train_dataset_path: str | None = None
     validation_dataset_path: str | None = None
@@ -68,12 +67,10 @@ class ActorConfig(OptimizerKeys, DataKeys, QuantizationKeys, NotBuiltYet):
     over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their end cut off")
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="share of each label spread over all tokens")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on embeddings in training; null: none")
-    gradient_checkpointing: bool = Field(False, description="ACTOR: activations are computed again, not kept")
     max_tokens: int | None = Field(None, ge=1, description="response limit; gen_kwargs.max_new_tokens wins")
     min_tokens: int | None = Field(None, ge=0, description="EOS is forbidden before; gen_kwargs wins")
     additonal_prompt_tokens: int = Field(20, ge=0, description="ChatLLaMA's room beside a prompt; not needed here")
     temperature: float | None = Field(None, gt=0, description="of rollouts; gen_kwargs.temperature wins")
-    froze_embeddings: bool = False
     use_fairscale: bool = False
     precision: Precision = "auto"
     iteration_per_print: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
@@ -100,14 +97,13 @@ class ActorConfig(OptimizerKeys, DataKeys, QuantizationKeys, NotBuiltYet):
         return self
 
 
-class RewardConfig(OptimizerKeys, DataKeys, NotBuiltYet):
+class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, NotBuiltYet):
     """The REWARD stage, or what stands in its place."""
 
+    built: ClassVar[tuple[str, ...]] = ("peft_enable",)
     model: str | None = Field("actor", description="'actor': start from the fine-tuned actor; or a model")
     tokenizer_path: str | None = None
     model_folder: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
     rope_scaling: RopeScaling | None = Field(None, description="of a model of its own; the actor's has the actor's")
     model_head_hidden_size: int | None = Field(None, ge=1, description="null: a linear head; else an MLP")
     train_dataset_path: str | None = None
@@ -123,6 +119,7 @@ class RewardConfig(OptimizerKeys, DataKeys, NotBuiltYet):
     sort_by_length: bool = Field(False, description="batches are of rows of similar length, so that less is padding")
     max_sequence_length: int = Field(2048, ge=4)
     over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their start cut off")
+    neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on embeddings in training; null: none")
     precision: Precision = "auto"
     iteration_per_print: int = Field(10, ge=1)
     eval_interval: int | None = Field(None, ge=1)
@@ -146,6 +143,7 @@ class RewardConfig(OptimizerKeys, DataKeys, NotBuiltYet):
 class CriticConfig(NotBuiltYet):
     """Where PPO's value function comes from."""
 
+    built: ClassVar[tuple[str, ...]] = ("peft_enable",)
     model: str | None = Field(None, description="null: the reward model; 'shared': on the actor's trunk; or a model")
     model_head_hidden_size: int | None = Field(None, ge=1)
     model_folder: str | None = None

@@ -89,6 +89,9 @@ class TrainerConfig(OptimizerKeys, DataKeys):
         description="a token that vLLM sampled counts by its probability here over the one there, at most this much; "
         "null: no cap",
     )
+    gradient_checkpointing: bool = Field(
+        False, description="the update computes activations of policy and critic again, and does not keep them"
+    )
     precision: Precision = "auto"
     eval_interval: int | None = Field(None, ge=1, description="steps; null: only before and after")
     eval_fn: str | None = Field(None, description="'package.module:function': criteria of a completion, for the table")

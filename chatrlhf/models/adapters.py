@@ -1,15 +1,13 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA") that are trained in the place of a policy's own weights.
+"""Low-rank adapters (Hu et al. 2021, "LoRA") that are trained in the place of a model's own weights.
 
 The adapters lie inside the model's linear layers, and the model stays what it was: what samples, scores or saves it
-calls it as it calls any other. Where RL goes on with the adapters of the fine-tuned actor they lie there twice, to be
-trained and as they were: switching them off would give the base, which is not what RL is held to.
+calls it as it calls any other.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,25 +22,26 @@ from chatrlhf.errors import ConfigError
 ADAPTER_CONFIG, MODEL_CARD = "adapter_config.json", "README.md"
 # What the configuration of their base was. Not "config.json": transformers would look for whole weights beside it.
 BASE_CONFIG = "base_config.json"
-POLICY, REFERENCE = "default", "reference"  # names of adapters; peft knows the first one
+BACKBONE = "FEATURE_EXTRACTION"  # what peft calls a model without a head
+TRAINED = "default"  # the name that peft gives
 KEY = "actor_config.peft_config_path"
 
 
-def add_adapters(policy: nn.Module, settings: PeftConfig, base: str, revision: str | None = None) -> None:
-    """Freeze a policy and add adapters that change nothing yet (their second factor is 0).
+def add_adapters(model: nn.Module, settings: PeftConfig, base: str, revision: str | None = None) -> None:
+    """Freeze a model and add adapters that change nothing yet (their second factor is 0).
 
     Args:
-        base: folder or hub id of the policy's weights as they are now; written beside the adapters when they are saved.
+        base: folder or hub id of the model's weights as they are now; written beside the adapters when they are saved.
 
     Raises:
         ConfigError: there are no layers of the names that the settings give.
     """
-    config = _lora_config(policy, settings, revision)
-    training = policy.training
+    config = _lora_config(model, settings, revision)
+    training = model.training
     with _explained(settings):
-        policy.add_adapter(config)  # which freezes all else
+        model.add_adapter(config)  # which freezes all else
     config.base_model_name_or_path = base
-    policy.train(training)
+    model.train(training)
 
 
 def with_adapters(model: nn.Module, settings: PeftConfig, base: str, revision: str | None = None) -> nn.Module:
@@ -60,51 +59,36 @@ def with_adapters(model: nn.Module, settings: PeftConfig, base: str, revision: s
     return wrapped
 
 
-def go_on_with_adapters(base: nn.Module, folder: Path) -> None:
-    """Give a model the adapters of a folder twice, to be trained, and as they are, for its reference."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are to be two
-        for name in (POLICY, REFERENCE):
-            base.load_adapter(str(folder), adapter_name=name)
-    base.set_adapter(POLICY)
-    for name, weight in base.named_parameters():
-        weight.requires_grad_(".lora_" in name and f".{POLICY}." in name)
+def go_on_with_adapters(model: nn.Module, folder: Path) -> None:
+    """Give a model the adapters of a folder, to be trained on."""
+    model.load_adapter(str(folder), adapter_name=TRAINED)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(is_adapter(name))
+
+
+def backbone_with_adapters(policy: nn.Module) -> nn.Module:
+    """A policy's backbone; where there are adapters inside, one that knows of them and saves them by itself."""
+    backbone = policy.base_model
+    if getattr(policy, "peft_config", None):
+        backbone.peft_config = copy.deepcopy(policy.peft_config)
+        for config in backbone.peft_config.values():
+            config.task_type = BACKBONE
+        backbone._hf_peft_config_loaded = True  # by which transformers tells
+    return backbone
 
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model has adapters inside."""
-    return bool(getattr(model, "peft_config", None))
+    return bool(adapted_layers(model))
 
 
-@contextmanager
-def as_reference(model: nn.Module) -> Iterator[None]:
-    """Inside, a policy with adapters computes as it did before RL: with those it started from, or with none."""
-    if REFERENCE not in model.peft_config:
-        with without_adapters(model):
-            yield
-        return
-    model.set_adapter(REFERENCE)
-    try:
-        yield
-    finally:
-        model.set_adapter(POLICY)
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return ".lora_" in name
 
 
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes as if it had none."""
-    layers = _adapted(model)
-    for layer in layers.values():
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.enable_adapters(True)
-
-
-def save_policy(model: nn.Module, folder: Path) -> None:
-    """Save a policy whole, or its adapters in peft's format, with the configuration that their base is to have."""
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Save a model whole, or its adapters in peft's format, with the configuration that their base is to have."""
     model.save_pretrained(folder)
     if has_adapters(model):
         settings = copy.deepcopy(model.config)
@@ -112,26 +96,6 @@ def save_policy(model: nn.Module, folder: Path) -> None:
             del settings.quantization_config
         settings.to_json_file(folder / BASE_CONFIG)
         (folder / MODEL_CARD).unlink(missing_ok=True)  # an empty form
-
-
-@torch.no_grad()
-def whole_copy(model: nn.Module) -> nn.Module:
-    """A copy with what adapters add to its weights, and none left."""
-    copied = copy.deepcopy(model)
-    for name, layer in _adapted(copied).items():
-        layer.merge(adapter_names=[POLICY])
-        parent, _, child = name.rpartition(".")
-        setattr(copied.get_submodule(parent), child, layer.get_base_layer())
-    return copied.requires_grad_(True)
-
-
-@torch.no_grad()
-def save_plain(model: nn.Module, folder: Path) -> None:
-    """Save a model's weights with what its adapters add to them; one without adapters as it is."""
-    if _adapted(model):
-        model.save_pretrained(folder, state_dict=dict(_merged(model, model.state_dict().items())))
-    else:
-        model.save_pretrained(folder)
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -170,13 +134,13 @@ def merged(model: nn.Module, folder: str) -> nn.Module:
 
 @torch.no_grad()
 def _merged(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    layers = _adapted(model)
+    layers = adapted_layers(model)
     for name, value in weights:
         owner, _, rest = name.partition(".base_layer.")
         if rest:
-            added = layers[owner].get_delta_weight(POLICY) if rest == "weight" else 0
+            added = layers[owner].get_delta_weight(TRAINED) if rest == "weight" else 0
             yield f"{owner}.{rest}", value + added
-        elif ".lora_" not in name:
+        elif not is_adapter(name):
             yield name, value
 
 
@@ -186,7 +150,7 @@ def _lora_config(model: nn.Module, settings: PeftConfig, revision: str | None) -
     from transformers.pytorch_utils import Conv1D
 
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=BACKBONE if model.get_output_embeddings() is None else settings.task_type,
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -205,7 +169,7 @@ def _explained(settings: PeftConfig) -> Iterator[None]:
         raise ConfigError(f"{KEY}: no adapters for target_modules {settings.target_modules!r} ({reason})") from None
 
 
-def _adapted(model: nn.Module) -> dict[str, Any]:
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """The layers with adapters, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

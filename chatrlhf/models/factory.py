@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -13,34 +12,40 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.rope import RopeScaling
-from chatrlhf.config.schema import ActorConfig, Config, CriticConfig, RewardConfig, TinyConfig
+from chatrlhf.config.schema import ActorConfig, Config, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import base_of, config_of, go_on_with_adapters, has_adapters, merged, whole_copy
-from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
-from chatrlhf.models.quantization import quantization_of
-from chatrlhf.models.reference import copy_of_trained
+from chatrlhf.models.adapters import (
+    add_adapters,
+    backbone_with_adapters,
+    base_of,
+    config_of,
+    go_on_with_adapters,
+    has_adapters,
+    merged,
+)
+from chatrlhf.models.quantization import how_quantized, never_repack, quantization_of, ready_for_adapters
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.rope import positions, stretch_positions
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
-from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer, train_tokenizer
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.sharing import Base
+from chatrlhf.models.tokenizer import load_tokenizer, train_tokenizer
 
 TINY = "tiny"
-ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
 
 
 def load_actor(
-    config: ActorConfig, texts: list[str], device: torch.device, in_few_bits: bool = False
+    config: ActorConfig, texts: list[str], device: torch.device, precision: str | None = None
 ) -> tuple[nn.Module, Any]:
-    """The model that `actor_config.model` names, in float32, and its tokenizer.
+    """The model that `actor_config.model` names, in float32 or in few bits, and its tokenizer.
 
     Args:
         texts: what the tokenizer of `model: tiny` is trained on.
-        in_few_bits: load it as `load_in_4bit` and `load_in_8bit` say.
+        precision: that the stage computes in; None: the weights are to be whole, whatever the configuration says.
 
     Raises:
         ConfigError: it cannot be loaded; the reason is given.
@@ -49,12 +54,10 @@ def load_actor(
     if config.model == TINY:
         model = tiny_model(config.tiny, tokenizer, config.rope_scaling)
     else:
-        model = _language_model(config.model, "actor_config.model", config, in_few_bits)
-        _check_vocabulary(model, tokenizer, "actor_config")
-    if config.froze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
-    # What lies in few bits was put in its place when it was loaded, and cannot be moved.
-    return model if getattr(model, "is_quantized", False) else model.to(device), tokenizer
+        bits = quantization_of(config, precision, "actor_config") if precision else {}
+        model = _language_model(config.model, "actor_config.model", config, bits)
+        _match_vocabulary(model, tokenizer, config, "actor_config")
+    return placed(_freeze_as_asked(model, config), device), tokenizer
 
 
 def tokenizer_and_settings(config: ActorConfig, texts: list[str]) -> tuple[Any, Any]:
@@ -78,21 +81,40 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     return settings
 
 
-def load_policy(folder: Path, device: torch.device, apart: bool = False) -> tuple[nn.Module, Any, Template | None]:
+def load_policy(
+    folder: Path,
+    device: torch.device,
+    apart: bool = False,
+    section: ActorConfig | None = None,
+    precision: str | None = None,
+) -> tuple[nn.Module, Any, Template | None]:
     """A policy that a stage left behind: model in float32, tokenizer, template.
 
     Args:
         apart: adapters stay adapters, and are trained on; otherwise they are merged into the weights.
+        section: how it is to be held, where it is not made anew: attention, frozen embeddings, and with a
+            ``precision`` weights in few bits under adapters.
     """
+    key = "actor_config.model"
     if apart and base_of(str(folder)) is not None:
-        model = _base_model(str(folder), "actor_config.model")
+        bits = quantization_of(section, precision, "actor_config") if section and precision else {}
+        model = ready_for_adapters(_base_model(str(folder), key, _as_held(section), bits))
         go_on_with_adapters(model, folder)
     else:
-        model = _language_model(str(folder), "actor_config.model")
-    return model.to(device), load_tokenizer(str(folder), "actor_config.model"), Template.load(folder)
+        model = _language_model(str(folder), key, _as_held(section))
+        if section is not None:
+            _freeze_as_asked(model, section)
+    return placed(model, device), load_tokenizer(str(folder), key), Template.load(folder)
 
 
-def new_reward_model(whole: Config, actor_folder: Path | None, texts: list[str], device: torch.device) -> RewardScorer:
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model on a device. What lies in few bits was put in its place when it was loaded, and cannot be moved."""
+    return model if how_quantized(model) else model.to(device)
+
+
+def new_reward_model(
+    whole: Config, actor_folder: Path | None, texts: list[str], device: torch.device, adapters: PeftConfig | None = None
+) -> RewardScorer:
     """A reward model ready to be trained: the backbone of `reward_config.model` under a fresh head.
 
     Args:
@@ -100,25 +122,36 @@ def new_reward_model(whole: Config, actor_folder: Path | None, texts: list[str],
         actor_folder: the fine-tuned actor, for `model: actor`; None where there is none, and then the actor's
             own starting point is taken.
         texts: what the tokenizer of `model: tiny` is trained on.
+        adapters: trained in the place of the backbone's weights; those that the fine-tuned actor has go on.
     """
     config, actor = whole.reward_config, whole.actor_config
     name, key = config.model, "reward_config.model"
     template = None
+    bits = quantization_of(config, config.precision, "reward_config")
     if name == "actor" and actor_folder is not None:
-        backbone, tokenizer = _backbone(str(actor_folder), key), load_tokenizer(str(actor_folder), key)
+        place = str(actor_folder)
+        backbone, tokenizer = _actor_backbone(place, config, bits, adapters), load_tokenizer(place, key)
         if config.template is None:
             template = Template.load(actor_folder)
-    elif name in ("actor", TINY):
+    elif name == TINY or (name == "actor" and (adapters is None or actor.model == TINY)):
         start = actor if name == "actor" else actor.model_copy(update={"model": TINY})
         policy, tokenizer = load_actor(start, texts, device)
-        backbone = policy.base_model
+        place, backbone = start.model, policy.base_model
+    elif name == "actor":
+        place, tokenizer = actor.model, _actor_tokenizer(actor, texts)
+        backbone = _actor_backbone(place, actor, bits, adapters)
     else:
-        backbone = _backbone(name, key, config)
+        place, backbone = name, load_backbone(name, key, config, bits)
         tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **_hub_kwargs(config))
-        _check_vocabulary(backbone, tokenizer, "reward_config")
+        _match_vocabulary(backbone, tokenizer, config, "reward_config")
     pooling = "last" if is_causal(backbone) else "first"
     head = ScalarHead(state_size(backbone), config.model_head_hidden_size)
     max_length = min(config.max_sequence_length, context_length(backbone))
+    if adapters is None:
+        _freeze_as_asked(backbone, config)
+    elif not has_adapters(backbone):
+        backbone = ready_for_adapters(backbone, config.gradient_checkpointing)
+        add_adapters(backbone, adapters, where(place), config.revision)
     model = RewardModel(backbone, head, pooling).to(device)
     if template is None:
         name = config.template or actor.template
@@ -126,9 +159,22 @@ def new_reward_model(whole: Config, actor_folder: Path | None, texts: list[str],
     return RewardScorer(model, Encoder.of(tokenizer, template, max_length))
 
 
-def trained_reward_model(folder: Path, config: RewardConfig, device: torch.device) -> RewardScorer:
-    """The reward model of an earlier REWARD stage, or the folder that `reward_config.model` names."""
-    return load_reward_model(require_reward_model(folder, config), device)
+def where(model: str) -> str:
+    """Where a model's weights are, wherever this is read from."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def trained_reward_model(
+    folder: Path, config: RewardConfig, device: torch.device, base: Base | None = None
+) -> RewardScorer:
+    """The reward model of an earlier REWARD stage, or the folder that `reward_config.model` names; nobody trains it.
+
+    Args:
+        base: weights in memory that its adapters may stand upon.
+    """
+    scorer = load_reward_model(require_reward_model(folder, config), device, base)
+    scorer.model.requires_grad_(False)
+    return scorer
 
 
 def require_reward_model(folder: Path, config: RewardConfig) -> Path:
@@ -141,85 +187,6 @@ def require_reward_model(folder: Path, config: RewardConfig) -> Path:
         f"no reward model in {folder} and none in reward_config.model ({config.model}); run --type REWARD first, "
         "or set reward_config.reward_fn"
     )
-
-
-def make_topology(
-    policy: nn.Module,
-    tokenizer: Any,
-    reward: RewardScorer | None,
-    config: CriticConfig,
-    distribution: Any,
-    needs_critic: bool,
-    reward_name: str | None = None,
-    unfrozen: int = ALL_BLOCKS,
-) -> tuple[PolicyOnly, str]:
-    """The topology that the configuration asks for, and one line that says where the critic starts from.
-
-    A critic starts from the reward model only where that is causal, of the policy's kind and has its
-    tokenizer: then it already knows what a good prefix looks like. Otherwise it starts from a copy of the
-    policy under a head that predicts 0.
-
-    Args:
-        reward: the trained reward model, None where a function gives the reward.
-        reward_name: `reward_config.model`. A critic of that name means the trained reward model, as in ChatLLaMA.
-        unfrozen: `trainer_config.num_layers_unfrozen`, blocks of the policy that are trained.
-
-    Raises:
-        ConfigError: a critic that is named cannot be one, or the policy's blocks cannot be parted like that.
-    """
-    if unfrozen == ALL_BLOCKS:
-        return _with_critic(policy, tokenizer, reward, config, distribution, needs_critic, reward_name)
-    freeze_trunk(policy, unfrozen)
-    inner, line = _with_critic(policy, tokenizer, reward, config, distribution, needs_critic, reward_name)
-    return FrozenTrunk(inner, unfrozen), f"{line}; all but the top {unfrozen} blocks are frozen and shared"
-
-
-def _with_critic(
-    policy: nn.Module,
-    tokenizer: Any,
-    reward: RewardScorer | None,
-    config: CriticConfig,
-    distribution: Any,
-    needs_critic: bool,
-    reward_name: str | None,
-) -> tuple[PolicyOnly, str]:
-    """The policy and its value function, and where that starts from."""
-    if not needs_critic:
-        return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
-    device = next(policy.parameters()).device
-    mlp = config.model_head_hidden_size
-    hidden = state_size(policy)
-    if config.model == "shared":
-        head = ScalarHead(hidden, mlp).zero_().to(device)
-        return SharedTrunk(policy, head, distribution), "critic: a value head on the policy's trunk, starting at 0"
-    if config.model is None or (config.model == reward_name and reward is not None):
-        reason = _why_not_from(reward, policy, tokenizer)
-        if reason is not None and config.model is not None:
-            raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
-        if reason is None:
-            head = copy.deepcopy(reward.model.head).fold_(reward.model.scale, reward.model.shift)
-            backbone = copy.deepcopy(reward.model.backbone).requires_grad_(True)
-            return SeparateCritic(policy, backbone, head, distribution), "critic: starts from the reward model"
-        head = ScalarHead(hidden, mlp).zero_().to(device)
-        start = whole_copy(policy.base_model) if has_adapters(policy) else copy_of_trained(policy.base_model)
-        critic = SeparateCritic(policy, start, head, distribution)
-        return critic, f"critic: a copy of the policy under a zero head ({reason})"
-    folder = Path(config.model)
-    if (folder / SETTINGS).exists():
-        named = load_reward_model(folder, device)
-        reason = _why_not_from(named, policy, tokenizer)
-        if reason is not None:
-            raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
-        head = named.model.head.fold_(named.model.scale, named.model.shift)
-        backbone = named.model.backbone
-    else:
-        backbone = _backbone(config.model, "critic_config.model").to(device)
-        if not is_causal(backbone):
-            raise ConfigError(f"critic_config.model: {config.model!r} is not causal, so it has no value before a token")
-        if not same_tokenizer(tokenizer, load_tokenizer(config.model, "critic_config.model")):
-            raise ConfigError(f"critic_config.model: {config.model!r} has another tokenizer than the actor")
-        head = ScalarHead(state_size(backbone), mlp).zero_().to(device)
-    return SeparateCritic(policy, backbone, head, distribution), f"critic: {config.model}"
 
 
 def context_length(model: nn.Module) -> int:
@@ -290,18 +257,6 @@ def _tiny_config(config: TinyConfig, tokenizer: Any, scaling: RopeScaling | None
     return settings
 
 
-def _why_not_from(reward: RewardScorer | None, policy: nn.Module, tokenizer: Any) -> str | None:
-    if reward is None:
-        return "the reward is not a model"
-    if reward.model.pooling != "last":
-        return "the reward model is not causal"
-    if reward.model.config.model_type != policy.config.model_type:
-        return f"the reward model is a {reward.model.config.model_type}, the policy a {policy.config.model_type}"
-    if not same_tokenizer(tokenizer, reward.tokenizer):
-        return "the reward model has another tokenizer"
-    return None
-
-
 def _actor_tokenizer(config: ActorConfig, texts: list[str]) -> Any:
     key = "actor_config.tokenizer_path"
     if config.model == TINY and config.tokenizer_path is None:
@@ -317,28 +272,42 @@ def _hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:
     return kwargs | ({"revision": config.revision} if config.revision else {})
 
 
-def _backbone(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> nn.Module:
+def load_backbone(
+    name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
+) -> nn.Module:
     if base_of(name) is not None:
         return _language_model(name, key, section).base_model
-    return _from_pretrained(AutoModel, name, key, read_model_config(name, key, section), section)
+    return _from_pretrained(AutoModel, name, key, read_model_config(name, key, section), section, bits)
+
+
+def _actor_backbone(
+    place: str, section: ActorConfig | RewardConfig, bits: dict[str, Any], adapters: PeftConfig | None
+) -> nn.Module:
+    """A reward model's start from the actor: whole, or with the adapters that the actor has, to be trained on."""
+    key, held = "reward_config.model", _as_held(section)
+    if adapters is None or base_of(place) is None:
+        return load_backbone(place, key, held, bits)
+    policy = ready_for_adapters(_base_model(place, key, held, bits), section.gradient_checkpointing)
+    go_on_with_adapters(policy, Path(place))
+    return backbone_with_adapters(policy)
 
 
 def _language_model(
-    name: str, key: str, section: ActorConfig | RewardConfig | None = None, in_few_bits: bool = False
+    name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
 ) -> nn.Module:
     if base_of(name) is not None:
         return merged(_base_model(name, key, section), name)
-    quantization = quantization_of(section, section.precision) if in_few_bits else {}
-    settings = read_model_config(name, key, section)
-    return _from_pretrained(AutoModelForCausalLM, name, key, settings, section, quantization)
+    return _from_pretrained(AutoModelForCausalLM, name, key, read_model_config(name, key, section), section, bits)
 
 
-def _base_model(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> nn.Module:
+def _base_model(
+    name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
+) -> nn.Module:
     """What the adapters in a folder belong to, with the positions that it had then."""
     base = str(base_of(name))
     if base_of(base) is not None:
         return _language_model(base, key, section)
-    return _from_pretrained(AutoModelForCausalLM, base, key, read_model_config(name, key, section), section)
+    return _from_pretrained(AutoModelForCausalLM, base, key, read_model_config(name, key, section), section, bits)
 
 
 def _from_pretrained(
@@ -347,18 +316,32 @@ def _from_pretrained(
     key: str,
     settings: Any,
     section: ActorConfig | RewardConfig | None,
-    quantization: dict[str, Any] | None = None,
+    bits: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A model made by the given configuration, in float32 but for what lies in few bits."""
-    kwargs = {"config": settings, **_hub_kwargs(section), **(quantization or {})}
-    return _explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs))
+    kwargs = {"config": settings, **_hub_kwargs(section), **(bits or {})}
+    if section is not None and section.attn_implementation is not None:
+        kwargs["attn_implementation"] = section.attn_implementation
+    return never_repack(_explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs)))
+
+
+def _as_held(section: Any) -> Any:
+    """A section for a folder that this package wrote: what says how to fetch and stretch a model was done."""
+    done = {"revision": None, "rope_scaling": None}
+    return section.model_copy(update=done) if section is not None else None
+
+
+def _freeze_as_asked(model: nn.Module, section: ActorConfig | RewardConfig) -> nn.Module:
+    if section.froze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    return model
 
 
 def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
     """What ``load`` gives, or an error that names the key."""
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         if (Path(name) / "consolidated.00.pth").exists():
             raise ConfigError(
                 f"{key}: {name!r} holds Meta's original LLaMA files; convert them first with transformers' "
@@ -369,10 +352,19 @@ def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
         raise ConfigError(f"{key}: {name!r} cannot be loaded, it is {kind} ({reason})") from None
 
 
-def _check_vocabulary(model: nn.Module, tokenizer: Any, section: str) -> None:
+def _match_vocabulary(model: nn.Module, tokenizer: Any, section: ActorConfig | RewardConfig, name: str) -> None:
+    """Rows for tokens that a model has no embeddings of, where they are asked for.
+
+    Raises:
+        ConfigError: there are such tokens, and nobody asked.
+    """
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    if len(tokenizer) <= rows:
+        return
+    if not section.resize_embeddings:
         raise ConfigError(
-            f"{section}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings; "
-            "name the tokenizer that belongs to the model"
+            f"{name}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings; name the "
+            "tokenizer that belongs to the model, or set resize_embeddings to True, and the model gets the rest"
         )
+    # Each new row is drawn around the mean of the old ones (Hewitt 2021), transformers' usual way.
+    model.resize_token_embeddings(len(tokenizer))

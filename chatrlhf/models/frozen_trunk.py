@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.reference import Reference, copy_of_trained
+from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, head_is_plain, laid_out
+from chatrlhf.models.sharing import sharing_copy
 from chatrlhf.models.topology import Evaluation, PolicyOnly
 
 KEY = "trainer_config.num_layers_unfrozen"
@@ -161,7 +162,7 @@ class BranchReference(Reference):
 
     def __init__(self, policy: nn.Module, distribution: SamplingDistribution, unfrozen: int) -> None:
         head_is_plain(policy)
-        super().__init__(copy_of_trained(policy), distribution)
+        super().__init__(sharing_copy(policy), distribution)
         self.cut = Cut(self.model, unfrozen)
 
     @torch.no_grad()

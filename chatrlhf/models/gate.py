@@ -27,13 +27,21 @@ def prefer_lean_gates(model: nn.Module, device: torch.device) -> None:
             continue
         lean, width = _LeanForward(module), getattr(module.up_proj, "in_features", None)
         # Not the same with another activation, for instance.
-        if width is not None and gives_the_same(module.forward, lean, width, module.up_proj.weight):
+        if width is not None and gives_the_same(module.forward, lean, width, _states_like(module)):
             module.forward = lean
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, "GLU Variants Improve Transformer", eq. 6), all of one shape."""
     return _SwiGLU.apply(gate, up)
+
+
+def _states_like(module: nn.Module) -> Tensor:
+    """Something of the device and precision of a module's states, which weights in few bits do not have."""
+    for weight in module.parameters():
+        if weight.is_floating_point():
+            return weight
+    return torch.empty(0, device=module.up_proj.weight.device)
 
 
 class _LeanForward:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-import torch
 from torch import nn
 
 from chatrlhf.config.quantization import QuantizationKeys
@@ -16,43 +15,107 @@ from chatrlhf.errors import ConfigError
 # product that has no backward. From then on no gradient would come through the layer, and nothing would say so.
 REPACKS = "support_avx512bf16_for_cpu"
 
+# What a run says of its weights: names of `BitsAndBytesConfig`.
+WRITTEN = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+)
 
-def quantization_of(keys: QuantizationKeys, precision: str) -> dict[str, Any]:
+
+def quantization_of(keys: QuantizationKeys, precision: str, section: str) -> dict[str, Any]:
     """What `from_pretrained` is told; nothing where weights are to be whole.
+
+    Args:
+        precision: of the products, where `bnb_4bit_compute_dtype` leaves it open.
+        section: of the keys, for messages.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
     if not keys.is_quantized:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            'actor_config: load_in_4bit and load_in_8bit need bitsandbytes; pip install "chatrlhf[quantize]"'
-        )
-    from transformers import BitsAndBytesConfig
-
     computes = keys.bnb_4bit_compute_dtype
     if computes is None:
         computes = "bfloat16" if resolve_precision(precision, pick_device()) == "bf16" else "float32"
-    config = BitsAndBytesConfig(
-        load_in_4bit=keys.load_in_4bit,
-        load_in_8bit=keys.load_in_8bit,
-        bnb_4bit_quant_type=keys.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=keys.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, computes),
-    )
-    return {"quantization_config": config}
+    how = {
+        "load_in_4bit": keys.load_in_4bit,
+        "load_in_8bit": keys.load_in_8bit,
+        "bnb_4bit_quant_type": keys.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": keys.bnb_4bit_use_double_quant,
+        "bnb_4bit_compute_dtype": computes,
+    }
+    return quantization_from(how, section)
 
 
-def ready_for_adapters(model: nn.Module, gradient_checkpointing: bool) -> nn.Module:
+def quantization_from(how: dict[str, Any] | None, section: str) -> dict[str, Any]:
+    """What `from_pretrained` is told so that weights lie as `how_quantized` said.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if how is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f'{section}: weights in 4 or 8 bits need bitsandbytes; pip install "chatrlhf[quantize]"')
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(**how)}
+
+
+def how_quantized(model: nn.Module) -> dict[str, Any] | None:
+    """How a model's weights lie in few bits, as it can be written down; None where they are whole."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    written = config.to_dict()
+    return {name: written[name] for name in WRITTEN}
+
+
+def ready_for_adapters(model: nn.Module, gradient_checkpointing: bool = False) -> nn.Module:
     """A model with weights in few bits, frozen, through which gradients flow; any other as it is."""
-    if not getattr(model, "is_quantized", False):
+    if how_quantized(model) is None:
         return model
     from peft import prepare_model_for_kbit_training
 
-    for module in model.modules():
-        if hasattr(module, REPACKS):
-            setattr(module, REPACKS, False)
     return prepare_model_for_kbit_training(
         model, gradient_checkpointing, {"use_reentrant": False} if gradient_checkpointing else None
     )
+
+
+def never_repack(model: nn.Module) -> nn.Module:
+    """Keep weights in few bits as they are, whatever is asked of them first; see `REPACKS`."""
+    for module in model.modules():
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
+    return model
+
+
+def states_beside_weights(model: nn.Module) -> list[Any]:
+    """What bitsandbytes keeps beside weights in few bits in order to read them."""
+    states = [getattr(module, name, None) for module in model.modules() for name in ("quant_state", "state")]
+    return [each for each in states if each is not None and not callable(each)]
+
+
+def in_whole_weights(model: nn.Module) -> nn.Module:
+    """Read all weights in few bits back into float32, in place."""
+    if how_quantized(model) is None:
+        return model
+    from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if not hasattr(module, "source_cls"):  # what transformers notes on bitsandbytes' layers: what they were
+            continue
+        weight = dequantize_module_weight(module).float()
+        if issubclass(module.source_cls, Conv1D):  # GPT-2's lie transposed
+            whole, weight = Conv1D(module.out_features, module.in_features), weight.T.contiguous()
+        else:
+            whole = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        whole.weight = nn.Parameter(weight)
+        whole.bias = module.bias
+        model.set_submodule(name, whole)
+    del model.config.quantization_config
+    return model

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.errors import CheckpointError
-from chatrlhf.models.adapters import save_plain
+from chatrlhf.models.adapters import base_of, config_of, has_adapters, is_adapter, merged, save_model
 from chatrlhf.models.packing import pack, packs
+from chatrlhf.models.quantization import how_quantized, never_repack, quantization_from
 from chatrlhf.models.scalar_head import ScalarHead, state_size
+from chatrlhf.models.sharing import Base
 from chatrlhf.models.tokenizer import load_tokenizer
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
@@ -43,6 +45,8 @@ class RewardModel(nn.Module):
         self.pooling, self.scale, self.shift = pooling, scale, shift
         self.backbone.config.use_cache = False
         self.backbone.config.num_labels = 1  # TRL's trainer asks for it
+        if has_adapters(backbone):
+            self.register_state_dict_post_hook(_without_base)
 
     @property
     def config(self) -> Any:
@@ -51,6 +55,18 @@ class RewardModel(nn.Module):
 
     def add_model_tags(self, tags: Any) -> None:
         """TRL tags models for the hub; nothing is published from here."""
+
+    # What a Trainer asks of a model.
+
+    _keys_to_ignore_on_save = None
+
+    def get_input_embeddings(self) -> nn.Module:
+        """For noise on embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """For activations that are computed again."""
+        self.backbone.gradient_checkpointing_enable(**kwargs)
 
     def raw(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The head's output before normalisation, [B], for ids [B, T] padded on either side."""
@@ -83,6 +99,7 @@ class RewardScorer:
 
     model: RewardModel
     encoder: Encoder
+    place: str | None = None  # the folder its weights are from, or that its adapters' base is in
 
     @property
     def tokenizer(self) -> Any:
@@ -118,8 +135,8 @@ class RewardScorer:
     __call__ = score
 
     def save(self, folder: Path) -> None:
-        """Backbone (for AutoModel), tokenizer, template, head and settings."""
-        save_plain(self.model.backbone, folder)
+        """Backbone or its adapters (for AutoModel), tokenizer, template, head and settings."""
+        save_model(self.model.backbone, folder)
         self.encoder.save(folder)
         save_file({name: t.contiguous() for name, t in self.model.head.state_dict().items()}, folder / HEAD)
         settings = {
@@ -128,12 +145,19 @@ class RewardScorer:
             "scale": self.model.scale,
             "shift": self.model.shift,
             "max_length": self.encoder.max_length,
+            "quantization": how_quantized(self.model.backbone),
         }
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def load_reward_model(path: str | Path, device: str | torch.device = "cpu", **kwargs: Any) -> RewardScorer:
+def load_reward_model(
+    path: str | Path, device: str | torch.device = "cpu", base: Base | None = None, **kwargs: Any
+) -> RewardScorer:
     """A trained reward model; calling it with (prompts, completions) scores exactly as in training.
+
+    Args:
+        base: weights in memory that its adapters stand upon where they were trained upon the same.
+        kwargs: for `from_pretrained`.
 
     Raises:
         CheckpointError: the folder holds none.
@@ -142,12 +166,40 @@ def load_reward_model(path: str | Path, device: str | torch.device = "cpu", **kw
     if not (folder / SETTINGS).exists():
         raise CheckpointError(f"{folder}: no reward model here ({SETTINGS} is missing); train one with --type REWARD")
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    # float32 unless asked otherwise: that is what was trained.
-    kwargs.setdefault("dtype", torch.float32)
-    backbone = AutoModel.from_pretrained(folder, **kwargs)
+    backbone, place = _backbone(folder, settings.get("quantization"), base, kwargs)
     head = ScalarHead(state_size(backbone), settings["mlp_size"])
     head.load_state_dict(load_file(folder / HEAD))
     model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
     tokenizer = load_tokenizer(str(folder), key="reward_config.model")
     template = Template.load(folder) or FORMATS["raw"]
-    return RewardScorer(model, Encoder(tokenizer, template, settings["max_length"]))
+    return RewardScorer(model, Encoder(tokenizer, template, settings["max_length"]), place)
+
+
+def _backbone(
+    folder: Path, how: dict[str, Any] | None, base: Base | None, kwargs: dict[str, Any]
+) -> tuple[nn.Module, str]:
+    """A reward model's backbone, and where its weights are.
+
+    Adapters upon whole weights are merged into them, unless others stand upon these; upon few bits they stay apart,
+    or what they add would be rounded away.
+    """
+    # float32 unless asked otherwise: that is what was trained.
+    kwargs = {"dtype": torch.float32, **kwargs}
+    place = base_of(str(folder))
+    if place is None:
+        return AutoModel.from_pretrained(folder, **kwargs), str(folder.resolve())
+    config = AutoConfig.from_pretrained(config_of(str(folder)))
+    if base is not None and base.carries(folder, config, how):
+        return base.backbone(folder), place
+    bits = quantization_from(how, "reward_config")
+    backbone = never_repack(AutoModel.from_pretrained(place, config=config, **bits, **kwargs))
+    if not bits:
+        return merged(backbone, str(folder)), place
+    backbone.load_adapter(str(folder))
+    return backbone, place
+
+
+def _without_base(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) -> None:
+    """Of a reward model with adapters these and the head are its state: a checkpoint leaves the base out."""
+    for name in [name for name in state if name.startswith(f"{prefix}backbone.") and not is_adapter(name)]:
+        del state[name]

@@ -61,6 +61,11 @@ def positions(config: Any) -> int:
     return max(bound, int(original * parameters["factor"]))
 
 
+def same_positions(first: Any, second: Any) -> bool:
+    """Whether two configurations turn positions alike."""
+    return _parameters(first.get_text_config()) == _parameters(second.get_text_config())
+
+
 def refuse_rotations_by_length(config: Any, longest: int) -> None:
     """RL scores a token again among other rows than those it was sampled with, and has to find what it was then.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.lanes import side_by_side
+from chatrlhf.models.adapters import backbone_with_adapters
 from chatrlhf.models.packing import packs
 from chatrlhf.models.reference import Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
@@ -160,7 +161,7 @@ class SharedTrunk(PolicyOnly):
         return Evaluation(logprobs, sequences.spread(self.value_head(states)), entropy)
 
     def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
-        return self.policy.base_model, self.value_head
+        return backbone_with_adapters(self.policy), self.value_head
 
     def parameter_groups(self, actor_lr: float, critic_lr: float) -> list[dict[str, Any]]:
         groups = super().parameter_groups(actor_lr, critic_lr)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from chatrlhf.heap import keep_freed_memory
+from chatrlhf.models.adapters import has_adapters
 from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.gate import prefer_lean_gates
 from chatrlhf.models.norm import prefer_fast_norms
@@ -24,10 +25,16 @@ class MasterWeights:
     reads it stays valid. Unlike autocast nothing is converted inside a forward.
     """
 
-    def __init__(self, *modules: nn.Module, frozen: bool = True) -> None:
-        parameters = {id(each): each for module in modules for each in module.parameters()}
-        # Frozen weights too, unless they are not saved: what is saved has to have the bytes that were loaded.
-        self._working = [each for each in parameters.values() if frozen or each.requires_grad]
+    def __init__(self, *modules: nn.Module) -> None:
+        # Frozen weights too, or what is saved would not have the bytes that were loaded. Those that adapters stand
+        # upon are not saved.
+        kept = {
+            id(each): each
+            for module, is_base in [(module, has_adapters(module)) for module in modules]
+            for each in module.parameters()
+            if each.requires_grad or not is_base
+        }
+        self._working = list(kept.values())
         self._masters = [nn.Parameter(each.detach().float(), each.requires_grad) for each in self._working]
         self._master_of = {id(a): b for a, b in zip(self._working, self._masters, strict=True)}
         to_bfloat16(*modules)
@@ -65,14 +72,14 @@ def prepare_models(
     frozen: list[nn.Module],
     precision: str,
     device: torch.device,
-    masters_of_frozen: bool = True,
+    own_attention: bool = True,
 ) -> MasterWeights | None:
     """Have models, and this process, compute as fast as they can on this device; in place.
 
     Args:
         trained, frozen: transformers models on ``device``; frozen ones may share weights with trained ones.
         precision: ``bf16`` or ``fp32``.
-        masters_of_frozen: whether the trained models' frozen weights are to be saved again, in their own bytes.
+        own_attention: whether this package's may take the place of PyTorch's.
 
     Returns:
         The masters of the trained models' weights, which are what an optimizer has to improve; None in float32,
@@ -81,19 +88,21 @@ def prepare_models(
     if device.type == "cpu":
         keep_freed_memory()
     for model in (*trained, *frozen):
-        prefer_fast_attention(model, device)
+        if own_attention:
+            prefer_fast_attention(model, device)
         prefer_fast_norms(model, device)
         prefer_lean_gates(model, device)
     if precision != "bf16":
         return None
     # First, because it takes what it keeps in float32 from the models.
-    masters = MasterWeights(*trained, frozen=masters_of_frozen)
+    masters = MasterWeights(*trained)
     to_bfloat16(*frozen)
     return masters
 
 
 def to_bfloat16(*modules: nn.Module) -> None:
-    """Make all weights bfloat16; buffers, such as the frequencies of rotary positions, stay as they are."""
+    """Make weights bfloat16; what lies in few bits, and buffers such as rotary frequencies, stay as they are."""
     for module in modules:
         for parameter in module.parameters():
-            parameter.data = parameter.data.bfloat16()
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()

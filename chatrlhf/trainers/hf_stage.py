@@ -81,7 +81,8 @@ def common_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "seed": seed,
-        "gradient_checkpointing": False,  # which is on where nothing is said
+        "gradient_checkpointing": config.gradient_checkpointing,  # which is on where nothing is said
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         "prediction_loss_only": True,
         "max_length": None,
     }

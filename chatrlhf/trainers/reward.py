@@ -81,7 +81,11 @@ def train_reward_model(
         arguments = common_arguments(
             config, "reward_config", files.scratch, len(order), len(held_out_rows), device, seed
         )
-        arguments |= {"eval_on_start": from_the_beginning and held_out is not None, "remove_unused_columns": False}
+        arguments |= {
+            "eval_on_start": from_the_beginning and held_out is not None,
+            "remove_unused_columns": False,
+            "neftune_noise_alpha": config.neftune_noise_alpha,
+        }
         pad_id = scorer.tokenizer.pad_token_id
         return _trainer_class(pairwise)(
             model=model,

@@ -57,8 +57,6 @@ def train_actor(
         arguments |= {
             "label_smoothing_factor": config.label_smoothing_factor,
             "neftune_noise_alpha": config.neftune_noise_alpha,
-            "gradient_checkpointing": config.gradient_checkpointing,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         }
         return Trainer(
             model=model,

@@ -425,8 +425,7 @@ def test_the_values_it_names_do_work():
 LAUNCHERS = [
     (section, key)
     for section in ("actor_config", "reward_config", "critic_config")
-    for key in ("deepspeed_enable", "accelerate_enable", "peft_enable")
-    if (section, key) != ("actor_config", "peft_enable")
+    for key in ("deepspeed_enable", "accelerate_enable")
 ]
 
 
@@ -446,6 +445,8 @@ def test_adapters_by_the_usual_file_and_without_one(tmp_path):
         config = load_config({"actor_config": {"peft_enable": True, "peft_config_path": path}})
         adapters = load_peft_config(config)
         assert (adapters.r, adapters.lora_alpha, adapters.lora_dropout) == (8, 32, 0.1)
+        # The other sections have the actor's where they name none.
+        assert load_peft_config(config, "critic_config") == adapters
         assert adapters.target_modules is None
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_run import length, settings
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import BASE_CONFIG, as_reference, base_of
-from chatrlhf.rl.update import Updater
+from chatrlhf.models.adapters import BASE_CONFIG, base_of
+from chatrlhf.models.quantization import never_repack
 from chatrlhf.trainers.hf_stage import StageCallback
+from chatrlhf.trainers.ppo import PPOTrainer
 
 IDS = torch.arange(2, 30)[None]
 
@@ -50,12 +51,20 @@ def config(files, base, tmp_path):
 
 
 @pytest.fixture
-def policies(monkeypatch) -> list:
-    """The policies that are updated."""
+def trainers(monkeypatch) -> list[PPOTrainer]:
+    """The trainers of the RL stages that run."""
     seen = []
-    step = Updater.step
-    monkeypatch.setattr(Updater, "step", lambda self, *args: seen.append(self.topology.policy) or step(self, *args))
+    train = PPOTrainer.train
+    monkeypatch.setattr(PPOTrainer, "train", lambda self, *args: seen.append(self) or train(self, *args))
     return seen
+
+
+def policy_of(trainer: PPOTrainer):
+    return trainer.updater.topology.policy
+
+
+def reference_of(trainer: PPOTrainer):
+    return trainer.scorer.reference.model
 
 
 def logits(model) -> torch.Tensor:
@@ -76,11 +85,11 @@ def loaded(folder: Path) -> torch.Tensor:
     ],
     ids=lambda changes: ",".join(map(str, changes.values())) or "separate critic",
 )
-def test_rl_goes_on_with_the_actors_adapters_and_is_held_to_them(config, base, tmp_path, policies, changes, capsys):
+def test_rl_goes_on_with_the_actors_adapters_and_is_held_to_them(config, base, tmp_path, trainers, changes, capsys):
     result = run(config("run", **changes), reward_fn=length)
     out = capsys.readouterr().out
     assert "ACTOR: trains adapters alone" in out
-    assert "is its own reference with those it has now" in out
+    assert "its reference stands upon the same weights" in out
     for folder in ("actor", "actor_rl"):
         path = tmp_path / "run" / folder
         assert [each.name for each in path.glob("*.safetensors")] == ["adapter_model.safetensors"]
@@ -89,10 +98,11 @@ def test_rl_goes_on_with_the_actors_adapters_and_is_held_to_them(config, base, t
         assert not (path / "README.md").exists()
     start, sft, improved = loaded(base), loaded(tmp_path / "run" / "actor"), loaded(tmp_path / "run" / "actor_rl")
     assert (sft - start).abs().max() > 0.1 and (improved - sft).abs().max() > 0.01
-    policy = policies[-1]
+    policy, reference = policy_of(trainers[-1]), reference_of(trainers[-1])
     torch.testing.assert_close(logits(policy), improved, rtol=0, atol=1e-5)
-    with torch.no_grad(), as_reference(policy):
-        torch.testing.assert_close(policy(input_ids=IDS).logits, sft, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(reference), sft, rtol=0, atol=1e-5)
+    both = {id(weight) for weight in policy.parameters()} & {id(weight) for weight in reference.parameters()}
+    assert {id(weight) for name, weight in policy.named_parameters() if ".lora_" not in name} == both
     trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
     assert trained and all(".lora_" in name and ".default." in name for name in trained)
     metrics = result.stages["RL"].metrics
@@ -101,7 +111,7 @@ def test_rl_goes_on_with_the_actors_adapters_and_is_held_to_them(config, base, t
     assert any(".lora_A.default" in name for name in names) and not any(".reference." in name for name in names)
 
 
-def test_a_fresh_policy_is_its_reference(config, tmp_path, policies):
+def test_a_fresh_policy_is_its_reference(config, tmp_path, trainers):
     result = run(config("run", trainer_config__actor_lr=0), reward_fn=length)
     assert abs(result.stages["RL"].metrics["kl/ref"]) < 1e-4
     torch.testing.assert_close(loaded(tmp_path / "run" / "actor_rl"), loaded(tmp_path / "run" / "actor"))
@@ -133,13 +143,12 @@ def test_without_peft_rl_trains_what_base_and_adapters_are_together(config, tmp_
     torch.testing.assert_close(loaded(stage.checkpoint), loaded(tmp_path / "run" / "actor"), rtol=0, atol=1e-5)
 
 
-def test_rl_goes_on_with_adapters_that_somebody_names(config, tmp_path, policies):
+def test_rl_goes_on_with_adapters_that_somebody_names(config, tmp_path, trainers):
     run(config("first"), type="ACTOR")
     here = str(tmp_path / "first" / "actor")
     stage = run(config("second", actor_config__model=here), type="RL", reward_fn=length).stages["RL"]
-    with torch.no_grad(), as_reference(policies[-1]):
-        torch.testing.assert_close(policies[-1](input_ids=IDS).logits, loaded(Path(here)), rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(policies[-1]), loaded(stage.checkpoint), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(reference_of(trainers[-1])), loaded(Path(here)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(policy_of(trainers[-1])), loaded(stage.checkpoint), rtol=0, atol=1e-5)
 
 
 def test_the_actor_stage_is_resumed_with_its_adapters(config, tmp_path, monkeypatch):
@@ -162,26 +171,177 @@ def test_the_actor_stage_is_resumed_with_its_adapters(config, tmp_path, monkeypa
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_stretched_positions_are_kept_beside_the_adapters(config, tmp_path, policies):
+def test_stretched_positions_are_kept_beside_the_adapters(config, tmp_path, trainers):
     run(config("run", actor_config__rope_scaling={"type": "linear", "factor": 2}), reward_fn=length)
     for folder in ("actor", "actor_rl"):
         saved = json.loads((tmp_path / "run" / folder / BASE_CONFIG).read_text())
         assert saved["rope_parameters"]["factor"] == 2.0
-    assert policies[-1].config.rope_parameters["factor"] == 2.0
+    assert policy_of(trainers[-1]).config.rope_parameters["factor"] == 2.0
 
 
-def test_adapters_upon_four_bits_learn_and_rl_goes_on_upon_whole_weights(config, base, tmp_path, policies):
-    bits = {"actor_config__load_in_4bit": True, "actor_config__bnb_4bit_use_double_quant": True}
-    with pytest.raises(ConfigError, match="in the ACTOR stage alone"):
-        run(config("run", **bits), reward_fn=length)
-    assert not (tmp_path / "run").exists()
-    result = run(config("run", **bits, actor_config__epochs=4, actor_config__lr=5e-3), type="ACTOR").stages["ACTOR"]
+# ----- weights in few bits
+
+FOUR_BITS = {"actor_config__load_in_4bit": True, "actor_config__bnb_4bit_use_double_quant": True}
+
+
+def test_adapters_upon_four_bits_learn_and_rl_goes_on_upon_whole_weights(config, base, tmp_path, trainers):
+    changes = FOUR_BITS | {"actor_config__epochs": 4, "actor_config__lr": 5e-3}
+    result = run(config("run", **changes), type="ACTOR").stages["ACTOR"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["loss/eval"] for line in lines if "loss/eval" in line]
     assert held_out[-1] < held_out[0] - 0.01  # the base is too small to learn much
     assert [each.name for each in result.checkpoint.glob("*.safetensors")] == ["adapter_model.safetensors"]
     assert base_of(str(result.checkpoint)) == str(base.resolve())
     run(config("run"), type="RL", reward_fn=length)
-    with torch.no_grad(), as_reference(policies[-1]):
-        reference = policies[-1](input_ids=IDS).logits
-    torch.testing.assert_close(reference, loaded(result.checkpoint), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(reference_of(trainers[-1])), loaded(result.checkpoint), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("critic", [{}, {"critic_config__model": "shared"}, {"critic_config__peft_enable": True}])
+def test_rl_upon_four_bits_is_held_to_what_sft_made_of_them(config, tmp_path, trainers, critic):
+    changes = FOUR_BITS | critic | {"actor_config__bnb_4bit_compute_dtype": "float32"}
+    stage = run(config("run", **changes), reward_fn=length).stages["RL"]
+    policy, reference = policy_of(trainers[-1]), reference_of(trainers[-1])
+
+    def in_four_bits(folder: Path) -> torch.Tensor:
+        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4")
+        made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=bits)
+        return logits(never_repack(made))  # bitsandbytes cannot repack a model as narrow as this
+
+    packed = {name for name, weight in policy.named_parameters() if weight.dtype == torch.uint8}
+    assert len(packed) == 14  # seven a block
+    assert {id(w) for w in policy.parameters() if w.dtype == torch.uint8} <= {id(w) for w in reference.parameters()}
+    torch.testing.assert_close(logits(reference), in_four_bits(tmp_path / "run" / "actor"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(policy), in_four_bits(stage.checkpoint), rtol=0, atol=1e-4)
+    assert (logits(policy) - logits(reference)).abs().max() > 0.01
+    assert stage.metrics["ppo/first_ratio_error"] < 1e-4
+    critic_folder = tmp_path / "run" / "critic"
+    assert (critic_folder / "adapter_model.safetensors").exists() == bool(critic)
+    scorer = load_reward_model(critic_folder)
+    backbone, head = trainers[-1].updater.topology.value_function()
+    with torch.no_grad():
+        want = backbone.eval()(input_ids=IDS).last_hidden_state
+        got = scorer.model.backbone(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+# ----- reward model and critic upon the policy's weights
+
+
+@pytest.mark.parametrize("bits", [False, True], ids=["whole", "four bits"])
+@pytest.mark.parametrize("start", ["adapters", "weights"])
+def test_one_base_carries_policy_reference_critic_and_reward_model(
+    config, files, base, tmp_path, trainers, start, bits, capsys
+):
+    """``start``: whether the actor is adapters upon the base, whose reward model goes on with them, or the base."""
+    changes = {
+        "reward_config__peft_enable": True,
+        "critic_config__peft_enable": True,
+        "reward_config__lr": 1e-2,
+        "trainer_config__critic_lr": 1e-2,
+    }
+    if bits:
+        changes |= {
+            f"{section}__{key}": value
+            for section in ("actor_config", "reward_config")
+            for key, value in {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}.items()
+        }
+    made = config("run", **changes)
+    for stage in ("ACTOR", "REWARD", "RL") if start == "adapters" else ("REWARD", "RL"):
+        run(made, type=stage)
+    out = capsys.readouterr().out
+    assert "trains adapters and a head alone" in out and "critic: starts from the reward model, trained by" in out
+    assert "stands upon the same weights, and so does the reward model" in out
+    trainer, reward = trainers[-1], tmp_path / "run" / "reward"
+    scorer = trainer.scorer.reward.scorer
+    topology = trainer.updater.topology
+    models = [policy_of(trainer).base_model, reference_of(trainer).base_model, topology.critic, scorer.model.backbone]
+    frozen = [{id(w) for name, w in model.named_parameters() if ".lora_" not in name} for model in models]
+    assert frozen[0] and all(each == frozen[0] for each in frozen)
+    own = [{id(w) for name, w in model.named_parameters() if ".lora_" in name} for model in models]
+    assert all(own) and len(set.union(*own)) == sum(map(len, own))
+    # Each computes what is on disk, and they differ.
+    for name in ("reward", "critic"):
+        folder = tmp_path / "run" / name
+        assert sorted(each.name for each in folder.glob("adapter_model*")) == ["adapter_model.safetensors"]
+        assert not (folder / "model.safetensors").exists() and base_of(str(folder)) == str(base.resolve())
+    prompts, replies = ["hello there 1", "who is it 2"], ["well hello", "no 3"]
+    alone = load_reward_model(reward)(prompts, replies)
+    assert alone == pytest.approx(scorer(prompts, replies), abs=1e-4)
+    value = load_reward_model(tmp_path / "run" / "critic")
+    with torch.no_grad():
+        want = topology.critic.eval()(input_ids=IDS).last_hidden_state
+        got = value.model.backbone(input_ids=IDS).last_hidden_state
+        first = scorer.model.backbone(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    assert (want - first).abs().max() > 1e-3
+
+
+def test_a_critic_by_adapters_stands_upon_a_reward_model_in_whole_weights(config, tmp_path, trainers):
+    run(config("run", critic_config__peft_enable=True, actor_config__peft_enable=False))
+    scorer, topology = trainers[-1].scorer.reward.scorer, trainers[-1].updater.topology
+    assert {id(w) for n, w in topology.critic.named_parameters() if ".lora_" not in n} == {
+        id(w) for w in scorer.model.backbone.parameters()
+    }
+    critic = tmp_path / "run" / "critic"
+    assert base_of(str(critic)) == str((tmp_path / "run" / "reward").resolve())
+    with torch.no_grad():
+        want = topology.critic.eval()(input_ids=IDS).last_hidden_state
+        got = load_reward_model(critic).model.backbone(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_the_reward_stage_is_resumed_with_its_adapters(config, tmp_path, monkeypatch):
+    changes = {"reward_config__peft_enable": True}
+    run(config("whole", **changes), type="REWARD")
+    step_end = StageCallback.on_step_end
+
+    def dies(self, args, state, control, **rest):
+        if state.global_step == 5:
+            raise MemoryError("no more")
+        return step_end(self, args, state, control, **rest)
+
+    monkeypatch.setattr(StageCallback, "on_step_end", dies)
+    with pytest.raises(MemoryError):
+        run(config("parts", **changes), type="REWARD")
+    newest = sorted((tmp_path / "parts" / "checkpoints" / "REWARD").glob("step-*"))[-1]
+    assert all("lora_" in name or name.startswith("head.") for name in load_file(newest / "model.safetensors"))
+    monkeypatch.setattr(StageCallback, "on_step_end", step_end)
+    run(config("parts", **changes), type="REWARD", resume=True)
+    for name in ("adapter_model.safetensors", "reward_head.safetensors"):
+        whole, parts = (load_file(tmp_path / which / "reward" / name) for which in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_rl_is_resumed_with_the_actors_adapters_and_the_critics(config, tmp_path, monkeypatch):
+    changes = {"critic_config__peft_enable": True, "trainer_config__total_episodes": 32}
+    run(config("whole", **changes), reward_fn=length)
+    record = PPOTrainer._record
+
+    def dies(self, step, *args):
+        if step == 3:
+            raise MemoryError("no more")
+        record(self, step, *args)
+
+    monkeypatch.setattr(PPOTrainer, "_record", dies)
+    with pytest.raises(MemoryError):
+        run(config("parts", **changes), reward_fn=length)
+    monkeypatch.setattr(PPOTrainer, "_record", record)
+    run(config("parts", **changes), resume=True, reward_fn=length)
+    for folder in ("actor_rl", "critic"):
+        whole, parts = (load_file(tmp_path / w / folder / "adapter_model.safetensors") for w in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"critic_config__peft_enable": True, "critic_config__model": "shared"}, "no weights to add to"),
+        ({"actor_config__resize_embeddings": True}, "rows that are added would be lost"),
+        ({"reward_config__peft_enable": True, "reward_config__model": "tiny"}, "reward_config.peft_enable: .*'tiny'"),
+        ({"actor_config__attn_implementation": "flash_attention_2"}, "needs an NVIDIA GPU"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(config, tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        run(config("run", **changes))
+    assert not (tmp_path / "run").exists()

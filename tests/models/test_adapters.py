@@ -24,11 +24,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_plain, without_adapters
+from chatrlhf.models.adapters import add_adapters, backbone_with_adapters, base_of, has_adapters, save_model
 from chatrlhf.models.factory import load_policy
-from chatrlhf.models.reference import AdaptersAside, Reference, reference_of
+from chatrlhf.models.reference import Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
+from chatrlhf.models.sharing import bare_copy
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
@@ -72,14 +73,13 @@ def logits(model) -> torch.Tensor:
 def test_without_adapters_every_logit_is_the_sft_models(family, precision):
     sft, policy = FAMILIES[family]().eval(), adapted(family).eval()
     if precision == "bf16":
-        MasterWeights(policy, frozen=False)
+        MasterWeights(policy)
         to_bfloat16(sft)
     want = logits(sft)
     assert torch.equal(logits(policy), want)  # fresh adapters add nothing
     perturb(policy)
     assert (logits(policy) - want).abs().max() > 0.05
-    with without_adapters(policy):
-        assert torch.equal(logits(policy), want)
+    assert torch.equal(logits(bare_copy(policy)), want)
     assert not torch.equal(logits(policy), want)
 
 
@@ -88,7 +88,9 @@ def test_the_references_logprobs_are_the_sft_models(family):
     separate = Reference(FAMILIES[family](), PLAIN)
     made = PolicyOnly(adapted(family), PLAIN)
     reference = made.reference()
-    assert isinstance(reference, AdaptersAside) and reference.model is made.policy
+    own, others = ({id(p) for p in model.parameters()} for model in (reference.model, made.policy))
+    names = {name for name, p in reference.model.named_parameters() if id(p) not in others}
+    assert names and all(".lora_" in name for name in names) and own & others
     for _ in range(2):
         torch.testing.assert_close(reference.logprobs(joined()), separate.logprobs(joined()), rtol=0, atol=1e-6)
         perturb(made.policy)
@@ -101,15 +103,6 @@ def test_asking_the_reference_leaves_the_policy_trainable():
     before = {name for name, p in made.named_parameters() if p.requires_grad}
     made.reference().logprobs(joined())
     assert before == {name for name, p in made.named_parameters() if p.requires_grad} != set()
-
-
-def test_an_error_inside_does_not_leave_the_adapters_off():
-    policy = adapted()
-    perturb(policy)
-    before = logits(policy)
-    with pytest.raises(ZeroDivisionError), without_adapters(policy):
-        1 / 0  # noqa: B018
-    assert torch.equal(logits(policy), before)
 
 
 def test_a_policy_without_adapters_has_a_reference_of_its_own():
@@ -173,8 +166,8 @@ def test_a_trunk_with_adapters_carries_the_value_head():
     with torch.no_grad():
         values = made.evaluate(joined()).values
         assert (values - plain.evaluate(joined()).values).abs().max() > 0.05
-        with without_adapters(made.policy):
-            torch.testing.assert_close(made.evaluate(joined()).values, plain.evaluate(joined()).values)
+        bare = SharedTrunk(bare_copy(made.policy), made.value_head, PLAIN)
+        torch.testing.assert_close(bare.evaluate(joined()).values, plain.evaluate(joined()).values)
     made.evaluate(joined()).values.sum().backward()
     moved = gradients(made)
     assert {name for name in moved if "lora_" in name} and all("lora_" in n or "value_head" in n for n in moved)
@@ -214,7 +207,7 @@ def test_an_update_moves_adapters_and_critic_and_nothing_else(kind, precision):
     add_adapters(policy, PeftConfig(), "nowhere")
     reference, masters = made.reference(), None
     if precision == "bf16":
-        masters = MasterWeights(*made.backbones(), frozen=False)
+        masters = MasterWeights(*made.backbones())
         to_bfloat16(reference.model)
     before = copy.deepcopy(made.state_dict())
     sampled = engine(policy, PLAIN, min_new_tokens=2).generate(prompts([3, 1, 6, 4], samples=2), seed=0)
@@ -241,7 +234,7 @@ def test_an_update_moves_adapters_and_critic_and_nothing_else(kind, precision):
 
 def test_bf16_keeps_float32_of_adapters_and_not_of_the_base():
     policy = adapted()
-    masters = MasterWeights(policy, frozen=False)
+    masters = MasterWeights(policy)
     assert all(p.dtype == torch.bfloat16 for p in policy.parameters())
     with masters.exposed():
         dtypes = {("lora_" in name): p.dtype for name, p in policy.named_parameters()}
@@ -308,10 +301,12 @@ def test_adapters_without_their_base_are_an_error_that_names_it(saved):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_trunk_is_saved_plain_with_what_its_adapters_add(tmp_path, family):
-    policy = adapted(family).eval()
+def test_a_trunk_saves_its_adapters_by_itself(tmp_path, family):
+    plain = FAMILIES[family]()
+    plain.base_model.save_pretrained(tmp_path / "base")
+    policy = adapted(family, str(tmp_path / "base")).eval()
     perturb(policy)
-    save_plain(policy.base_model, tmp_path)
+    save_model(backbone_with_adapters(policy), tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         want = policy.base_model(input_ids=joined().input_ids).last_hidden_state
@@ -320,7 +315,7 @@ def test_a_trunk_is_saved_plain_with_what_its_adapters_add(tmp_path, family):
 
 
 def test_a_plain_model_is_saved_as_it_is(tmp_path):
-    save_plain(llama().base_model, tmp_path / "ours")
+    save_model(llama().base_model, tmp_path / "ours")
     llama().base_model.save_pretrained(tmp_path / "theirs")
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs"))
     assert ours == theirs

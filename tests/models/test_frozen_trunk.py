@@ -23,11 +23,12 @@ from tiny import (
 from chatrlhf.config.schema import CriticConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models import frozen_trunk
-from chatrlhf.models.factory import make_topology
+from chatrlhf.models.critics import make_topology
 from chatrlhf.models.frozen_trunk import Cut, FrozenTrunk, freeze_trunk
-from chatrlhf.models.reference import Reference, copy_of_trained
+from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
+from chatrlhf.models.sharing import sharing_copy
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
@@ -61,7 +62,7 @@ def trunk(policy, unfrozen: int, kind: str = "shared") -> FrozenTrunk:
         return FrozenTrunk(PolicyOnly(policy, PLAIN), unfrozen)
     if kind == "shared":
         return FrozenTrunk(SharedTrunk(policy, head(), PLAIN), unfrozen)
-    backbone = copy_of_trained(policy.base_model) if kind == "copy" else llama(seed=3).base_model
+    backbone = sharing_copy(policy.base_model) if kind == "copy" else llama(seed=3).base_model
     return FrozenTrunk(SeparateCritic(policy, backbone, head(), PLAIN), unfrozen)
 
 

@@ -9,7 +9,7 @@ from chatrlhf.config.schema import CriticConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.factory import make_topology
+from chatrlhf.models.critics import make_topology
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join

@@ -25,9 +25,9 @@ from chatrlhf.models import packing
 from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.packing import pack, packs
-from chatrlhf.models.reference import copy_of_trained
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join, response_logits, response_logprobs
+from chatrlhf.models.sharing import sharing_copy
 from chatrlhf.models.topology import SeparateCritic, SharedTrunk
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_a_frozen_trunk_takes_packed_rows(kind):
     policy = llama(num_hidden_layers=3)
     freeze_trunk(policy, 1)
     head = ScalarHead(16)
-    critic = () if kind is SharedTrunk else (copy_of_trained(policy.base_model),)
+    critic = () if kind is SharedTrunk else (sharing_copy(policy.base_model),)
     made = FrozenTrunk(kind(policy, *critic, head, PLAIN), 1)
     reference = made.reference()
     want, want_reference = made.evaluate(ragged()), reference.logprobs(ragged())

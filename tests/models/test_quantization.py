@@ -32,7 +32,7 @@ def loaded(tmp_path):
         llama(vocab=258, width=64, intermediate_size=128).save_pretrained(tmp_path)
         train_tokenizer(["a"], 258).save_pretrained(tmp_path)
         config = ActorConfig(model=str(tmp_path), peft_enable=True, precision="fp32", **keys)
-        model, _ = load_actor(config, [], CPU, in_few_bits=True)
+        model, _ = load_actor(config, [], CPU, "fp32")
         model = ready_for_adapters(model, config.gradient_checkpointing)
         model = with_adapters(model, PeftConfig(r=4, lora_alpha=12, lora_dropout=0, target_modules="all-linear"), "x")
         torch.manual_seed(1)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny import PLAIN, gpt2, llama, opt, prompts, rollout, updater
 
+from chatrlhf.config.peft import PeftConfig
 from chatrlhf.models import attention
+from chatrlhf.models.adapters import add_adapters
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
@@ -149,8 +151,11 @@ def test_weights_shared_with_a_frozen_model_have_masters_of_their_own_bytes():
 @pytest.mark.parametrize("wanted", [True, False])
 def test_frozen_weights_have_masters_only_where_they_are_saved(wanted):
     trained = llama()
+    if not wanted:
+        add_adapters(trained, PeftConfig(), "nowhere")
     trained.model.embed_tokens.weight.requires_grad_(False)
-    masters = prepare_models([trained], [], "bf16", torch.device("cpu"), masters_of_frozen=wanted)
+    masters = prepare_models([trained], [], "bf16", torch.device("cpu"))
     with masters.exposed():
         assert (trained.model.embed_tokens.weight.dtype == torch.float32) == wanted
-        assert trained.model.norm.weight.dtype == torch.float32
+        own = [weight for weight in trained.parameters() if weight.requires_grad]
+        assert own and all(weight.dtype == torch.float32 for weight in own)

@@ -1,0 +1,132 @@
+"""Where PPO's value function comes from, and the topology that puts it beside the policy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.schema import CriticConfig
+from chatrlhf.errors import ConfigError
+from chatrlhf.models.adapters import backbone_with_adapters, has_adapters
+from chatrlhf.models.factory import load_backbone, where
+from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
+from chatrlhf.models.reward_model import SETTINGS, RewardScorer, load_reward_model
+from chatrlhf.models.scalar_head import ScalarHead, state_size
+from chatrlhf.models.sequences import is_causal
+from chatrlhf.models.sharing import sharing_copy, trained_by_adapters, whole_copy
+from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer
+from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
+
+ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
+
+
+def make_topology(
+    policy: nn.Module,
+    tokenizer: Any,
+    reward: RewardScorer | None,
+    config: CriticConfig,
+    distribution: Any,
+    needs_critic: bool,
+    reward_name: str | None = None,
+    unfrozen: int = ALL_BLOCKS,
+    adapters: PeftConfig | None = None,
+    base: str = "",
+) -> tuple[PolicyOnly, str]:
+    """The topology that the configuration asks for, and one line that says where the critic starts from.
+
+    A critic starts from the reward model only where that is causal, of the policy's kind and has its
+    tokenizer: then it already knows what a good prefix looks like. Otherwise it starts from a copy of the
+    policy under a head that predicts 0.
+
+    Args:
+        reward: the trained reward model, None where a function gives the reward.
+        reward_name: `reward_config.model`. A critic of that name means the trained reward model, as in ChatLLaMA.
+        unfrozen: `trainer_config.num_layers_unfrozen`, blocks of the policy that are trained.
+        adapters: trained in the place of a critic's own weights, which then are those of what it starts from.
+        base: where the policy's weights are, or those that its adapters stand upon.
+
+    Raises:
+        ConfigError: a critic that is named cannot be one, or the policy's blocks cannot be parted like that.
+    """
+    if unfrozen != ALL_BLOCKS:
+        freeze_trunk(policy, unfrozen)
+    inner, line = _with_critic(
+        policy, tokenizer, reward, config, distribution, needs_critic, reward_name, adapters, base
+    )
+    if unfrozen == ALL_BLOCKS:
+        return inner, line
+    return FrozenTrunk(inner, unfrozen), f"{line}; all but the top {unfrozen} blocks are frozen and shared"
+
+
+def _with_critic(
+    policy: nn.Module,
+    tokenizer: Any,
+    reward: RewardScorer | None,
+    config: CriticConfig,
+    distribution: Any,
+    needs_critic: bool,
+    reward_name: str | None,
+    adapters: PeftConfig | None,
+    base: str,
+) -> tuple[PolicyOnly, str]:
+    """The policy and its value function, and where that starts from."""
+    if not needs_critic:
+        return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
+    device = next(policy.parameters()).device
+    mlp = config.model_head_hidden_size
+    hidden = state_size(policy)
+    if config.model == "shared":
+        head = ScalarHead(hidden, mlp).zero_().to(device)
+        return SharedTrunk(policy, head, distribution), "critic: a value head on the policy's trunk, starting at 0"
+    starts_from_reward = config.model is None or (config.model == reward_name and reward is not None)
+    if starts_from_reward:
+        reason = _why_not_from(reward, policy, tokenizer)
+        if reason is not None and config.model is not None:
+            raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
+        if reason is None:
+            start, base, line = reward, reward.place or base, "starts from the reward model"
+        else:
+            start, line = None, f"a copy of the policy under a zero head ({reason})"
+    elif (Path(config.model) / SETTINGS).exists():
+        start, base, line = load_reward_model(config.model, device), where(config.model), config.model
+        reason = _why_not_from(start, policy, tokenizer)
+        if reason is not None:
+            raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
+    else:
+        start, base, line = None, where(config.model), config.model
+    if start is not None:
+        backbone = start.model.backbone
+        head = copy.deepcopy(start.model.head).requires_grad_(True).fold_(start.model.scale, start.model.shift)
+    elif starts_from_reward:
+        backbone, head = backbone_with_adapters(policy), ScalarHead(hidden, mlp).zero_().to(device)
+    else:
+        backbone = load_backbone(config.model, "critic_config.model").to(device)
+        if not is_causal(backbone):
+            raise ConfigError(f"critic_config.model: {config.model!r} is not causal, so it has no value before a token")
+        if not same_tokenizer(tokenizer, load_tokenizer(config.model, "critic_config.model")):
+            raise ConfigError(f"critic_config.model: {config.model!r} has another tokenizer than the actor")
+        head = ScalarHead(state_size(backbone), mlp).zero_().to(device)
+    if adapters is not None:
+        critic = trained_by_adapters(backbone, adapters, base)
+        line += ", trained by adapters"
+    elif backbone is policy.base_model and not has_adapters(policy):
+        critic = sharing_copy(backbone)
+    else:
+        critic = whole_copy(backbone)
+    return SeparateCritic(policy, critic, head, distribution), f"critic: {line}"
+
+
+def _why_not_from(reward: RewardScorer | None, policy: nn.Module, tokenizer: Any) -> str | None:
+    if reward is None:
+        return "the reward is not a model"
+    if reward.model.pooling != "last":
+        return "the reward model is not causal"
+    if reward.model.config.model_type != policy.config.model_type:
+        return f"the reward model is a {reward.model.config.model_type}, the policy a {policy.config.model_type}"
+    if not same_tokenizer(tokenizer, reward.tokenizer):
+        return "the reward model has another tokenizer"
+    return None
