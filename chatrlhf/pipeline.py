@@ -22,6 +22,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
 from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_model, with_adapters
+from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.models.critics import make_topology
 from chatrlhf.models.factory import (
     context_length,
@@ -132,7 +133,7 @@ def run(
     start()
     stages = list(STAGES) if type == "ALL" else [type]
     # Checks come first: nothing is written before everything that will be read has been read once.
-    reward = _reward_function(config, reward_fn)
+    reward = _reward_function(config, reward_fn, stages)
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
     preflight(config, stages, inputs, reward is not None, config.run_dir)
@@ -326,10 +327,16 @@ def _record(this: Run, stage: str, output: str, model: str | None, rows: Rows) -
     }
 
 
-def _reward_function(config: Config, reward_fn: Callable[..., Any] | None) -> FunctionReward | None:
+def _reward_function(config: Config, reward_fn: Callable[..., Any] | None, stages: list[str]) -> FunctionReward | None:
+    """What scores texts where no reward model of this package does."""
+    keys = config.reward_config
     if reward_fn is not None:
         return FunctionReward(reward_fn, getattr(reward_fn, "__name__", "reward_fn"))
-    return resolve_reward_fn(config.reward_config.reward_fn) if config.reward_config.reward_fn else None
+    if keys.reward_fn is not None:
+        return resolve_reward_fn(keys.reward_fn)
+    if is_used_as_it_is(keys, stages, config.run_dir / "reward"):
+        return FunctionReward(LazyClassifier(keys), str(keys.model))
+    return None
 
 
 def _given(rows: Rows | None) -> Rows:

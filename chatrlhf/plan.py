@@ -13,6 +13,7 @@ from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.inputs import Inputs, corpus, read_inputs
 from chatrlhf.device import pick_device, resolve_rl_precision
 from chatrlhf.distributed import world_size
+from chatrlhf.models.classifier import is_used_as_it_is
 from chatrlhf.models.critics import ALL_BLOCKS
 from chatrlhf.models.factory import TINY, block_count, meta_model, parameter_count, tiny_model
 from chatrlhf.models.tokenizer import train_tokenizer
@@ -25,7 +26,8 @@ from chatrlhf.trainers.global_batches import rows_a_backward
 def show_plan(config: Config, type: str) -> None:
     """Print what a run of ``type`` would do. Raises UserError where that run would refuse to start."""
     stages = ["ACTOR", "REWARD", "RL"] if type == "ALL" else [type]
-    has_function = config.reward_config.reward_fn is not None
+    keys = config.reward_config
+    has_function = keys.reward_fn is not None or is_used_as_it_is(keys, stages, config.run_dir / "reward")
     inputs = read_inputs(config, stages, needs_judgements=not has_function)
     quiet_libraries()
     preflight(config, stages, inputs, has_function, config.run_dir)
@@ -47,7 +49,7 @@ def _batch_lines(config: Config, stages: list[str], inputs: Inputs) -> list[str]
         if stage in stages and rows is not None:
             lines.append(f"{stage}: {_epochs(config, name, rows.epochs.size)}; {len(rows.held_out)} rows held out")
     if "REWARD" in stages and inputs.reward is None:
-        lines.append(f"REWARD: skipped, the reward is {config.reward_config.reward_fn}")
+        lines.append(f"REWARD: skipped, the reward is {config.reward_config.reward_fn or config.reward_config.model}")
     if "RL" in stages and inputs.prompts is not None:
         t = config.trainer_config
         minibatches = t.num_rollouts // t.batch_size

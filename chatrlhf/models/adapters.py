@@ -73,6 +73,9 @@ def backbone_with_adapters(policy: nn.Module) -> nn.Module:
         backbone.peft_config = copy.deepcopy(policy.peft_config)
         for config in backbone.peft_config.values():
             config.task_type = BACKBONE
+            if not isinstance(config.target_modules, str):  # 'all-linear' has become whole paths
+                prefix = f"{policy.base_model_prefix}."
+                config.target_modules = {name.removeprefix(prefix) for name in config.target_modules}
         backbone._hf_peft_config_loaded = True  # by which transformers tells
     return backbone
 

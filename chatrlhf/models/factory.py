@@ -75,7 +75,7 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
         ConfigError: there is none, or nothing in it to stretch; it names the key.
     """
     place = config_of(name)
-    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **_hub_kwargs(section)))
+    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **hub_kwargs(section)))
     if section is not None and section.rope_scaling is not None:
         stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
     return settings
@@ -142,7 +142,7 @@ def new_reward_model(
         backbone = _actor_backbone(place, actor, bits, adapters)
     else:
         place, backbone = name, load_backbone(name, key, config, bits)
-        tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **_hub_kwargs(config))
+        tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **hub_kwargs(config))
         _match_vocabulary(backbone, tokenizer, config, "reward_config")
     pooling = "last" if is_causal(backbone) else "first"
     head = ScalarHead(state_size(backbone), config.model_head_hidden_size)
@@ -261,11 +261,12 @@ def _actor_tokenizer(config: ActorConfig, texts: list[str]) -> Any:
     key = "actor_config.tokenizer_path"
     if config.model == TINY and config.tokenizer_path is None:
         return train_tokenizer(texts, config.tiny.vocab_size)
-    name, kwargs = config.tokenizer_path or config.model, _hub_kwargs(config)
+    name, kwargs = config.tokenizer_path or config.model, hub_kwargs(config)
     return load_tokenizer(name, key, **kwargs)
 
 
-def _hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:
+def hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:
+    """How a section's model is to be fetched."""
     if config is None:
         return {}
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -319,7 +320,7 @@ def _from_pretrained(
     bits: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A model made by the given configuration, in float32 but for what lies in few bits."""
-    kwargs = {"config": settings, **_hub_kwargs(section), **(bits or {})}
+    kwargs = {"config": settings, **hub_kwargs(section), **(bits or {})}
     if section is not None and section.attn_implementation is not None:
         kwargs["attn_implementation"] = section.attn_implementation
     return never_repack(_explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs)))

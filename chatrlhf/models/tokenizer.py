@@ -34,6 +34,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_tokenizer(name: str, key: str, **kwargs: Any) -> Any:
     """A tokenizer from a folder or the hub, with a pad token (EOS where it has none of its own).
 
+    Encoders' tokenizers may close a text by a separator and have no EOS; it is theirs then.
+
     Raises:
         ConfigError: it cannot be loaded, or it has no EOS token.
     """
@@ -42,6 +44,8 @@ def load_tokenizer(name: str, key: str, **kwargs: Any) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{key}: no tokenizer could be loaded from {name!r} ({reason})") from None
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: the tokenizer of {name!r} has no EOS token, so no reply could ever end")
     if tokenizer.pad_token_id is None:

@@ -172,6 +172,10 @@ def run_trainer(
         callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate)
         trainer = make_trainer(callback, path is None)
         trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
+        for weight in model.parameters():
+            # TRL makes adapters upon few bits bfloat16, in which small steps would be lost.
+            if weight.requires_grad:
+                weight.data = weight.data.float()
         with log.stage(stage, _total_steps(trainer), done, every):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
     barrier()
