@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from chatrlhf.config.quantization import QuantizationKeys
 from chatrlhf.device import pick_device, resolve_precision
@@ -99,10 +99,18 @@ def states_beside_weights(model: nn.Module) -> list[Any]:
     return [each for each in states if each is not None and not callable(each)]
 
 
-def in_whole_weights(model: nn.Module) -> nn.Module:
-    """Read all weights in few bits back into float32, in place."""
+def in_whole_weights(model: nn.Module, added: dict[str, Tensor]) -> set[str]:
+    """Read all weights in few bits back into float32, in place.
+
+    Args:
+        added: what is to be added to them, by the name of the layer.
+
+    Returns:
+        The names of the layers whose weights lay in few bits.
+    """
+    read_back: set[str] = set()
     if how_quantized(model) is None:
-        return model
+        return read_back
     from peft.utils.integrations import dequantize_module_weight
     from transformers.pytorch_utils import Conv1D
 
@@ -110,6 +118,8 @@ def in_whole_weights(model: nn.Module) -> nn.Module:
         if not hasattr(module, "source_cls"):  # what transformers notes on bitsandbytes' layers: what they were
             continue
         weight = dequantize_module_weight(module).float()
+        if name in added:
+            weight = weight + added[name].float()
         if issubclass(module.source_cls, Conv1D):  # GPT-2's lie transposed
             whole, weight = Conv1D(module.out_features, module.in_features), weight.T.contiguous()
         else:
@@ -117,5 +127,6 @@ def in_whole_weights(model: nn.Module) -> nn.Module:
         whole.weight = nn.Parameter(weight)
         whole.bias = module.bias
         model.set_submodule(name, whole)
+        read_back.add(name)
     del model.config.quantization_config
-    return model
+    return read_back

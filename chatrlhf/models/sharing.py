@@ -82,10 +82,12 @@ def bare_copy(model: nn.Module) -> nn.Module:
 def whole_copy(model: nn.Module) -> nn.Module:
     """A copy in weights of its own, all trained: with what adapters add to them, and in float32 if in few bits."""
     added = {name: layer.get_delta_weight(TRAINED) for name, layer in adapted_layers(model).items()}
-    copied = copy.deepcopy(in_whole_weights(bare_copy(model)))
-    for name, delta in added.items():
+    bare = bare_copy(model)
+    read_back = in_whole_weights(bare, added)
+    copied = copy.deepcopy(bare)
+    for name in added.keys() - read_back:
         weight = copied.get_submodule(name).weight
-        weight += (delta if delta.shape == weight.shape else delta.T).to(weight.dtype)
+        weight += added[name].to(weight.dtype)
     return copied.requires_grad_(True)
 
 
