@@ -17,7 +17,7 @@ completions), RL (PPO with KL control), or ALL three."""
 EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR;
 `chatrlhf data stats|check|show FILE` looks into a file of rows;
 `chatrlhf eval perplexity TEXT` compares models over contexts of several lengths;
-`chatrlhf export merge|delta|apply-delta` does what is done with finished weights."""
+`chatrlhf export merge|delta|apply-delta|quantize|push` does what is done with finished weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,7 @@ ONLY_IN = {
     "openai": {"generation/text/endpoint.py"},
     "matplotlib": {"inspection/report.py", "evaluation/picture.py"},
     "vllm": set(),
+    "llmcompressor": {"export/gptq.py"},
 }
 
 

@@ -1,4 +1,4 @@
-"""ChatLLaMA's and trlX's names, translated into this project's.
+"""ChatLLaMA's, trlX's and Hugging Face's names, translated into this project's.
 
 Facts from ChatLLaMA's published config.yaml and trlX's PPO method config. What a key meant is kept.
 """
@@ -21,14 +21,17 @@ RENAMED: dict[str, dict[str, str]] = {
         "epochs": "ppo_epochs",
         "generation_kwargs": "gen_kwargs",
         "minibatch_size": "micro_batch_size",
+        "save_total_limit": "n_checkpoints_to_keep",
     },
     "actor_config": {
         "additional_prompt_tokens": "additonal_prompt_tokens",
         "freeze_embeddings": "froze_embeddings",
         "label_smoothing": "label_smoothing_factor",
         "noisy_embedding_alpha": "neftune_noise_alpha",
+        "save_total_limit": "n_checkpoints_to_keep",
         "use_gradient_checkpointing": "gradient_checkpointing",
     },
+    "reward_config": {"save_total_limit": "n_checkpoints_to_keep"},
 }
 
 # StableVicuna's table lists these below "generation_kwargs" without indenting them.

@@ -91,8 +91,8 @@ class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, NotBuilt
         self.refuse_two_ways("train_dataset_path")
         if self.use_fairscale:
             raise ValueError(
-                "use_fairscale: True means Meta's original LLaMA files; convert them to the Hugging Face format "
-                "(transformers' convert_llama_weights_to_hf.py), set model to that folder and use_fairscale to False"
+                "use_fairscale: True means Meta's original LLaMA files; convert them to the Hugging Face format: set "
+                "use_fairscale to False, and the command for the folder that model names is printed"
             )
         return self
 

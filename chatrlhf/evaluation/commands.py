@@ -28,12 +28,18 @@ def main(words: Sequence[str]) -> int:
         )
     from rich.console import Console
 
+    from chatrlhf.evaluation.ladder_table import show_ladders
     from chatrlhf.progress import quiet_libraries
 
     quiet_libraries()
     console = Console(highlight=False, soft_wrap=True)
     ladders, targets = _climb_all(options, console)
-    _show(console, ladders, options, targets)
+    show_ladders(console, ladders, f"perplexity of {options.text.name}")
+    console.print(
+        f"the same {targets:,} tokens in every row, each predicted from at most context - 1 and at least context - "
+        f"{options.stride} tokens; * beyond the positions of the model's configuration, - it has none there",
+        markup=False,
+    )
     if options.json is not None:
         rows = [{"name": each.name, "positions": each.positions, "perplexity": each.perplexity} for each in ladders]
         about = {"text": str(options.text), "stride": options.stride, "targets": targets, "models": rows}
@@ -81,28 +87,6 @@ def _scaled(spec: str) -> tuple[str, dict[str, str] | None]:
         return spec, None
     kind, _, factor = scaling.partition(":")
     return name, {"type": kind, "factor": factor}
-
-
-def _show(console: Console, ladders: Sequence[Ladder], options: argparse.Namespace, targets: int) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"perplexity of {options.text.name}")
-    table.add_column("context", justify="right")
-    for ladder in ladders:
-        table.add_column(ladder.name, justify="right")
-    for context in sorted(options.contexts):
-        cells = []
-        for ladder in ladders:
-            value = ladder.perplexity[context]
-            beyond = "*" if context > ladder.positions else ""
-            cells.append("-" if value is None else f"{value:.2f}{beyond}")
-        table.add_row(f"{context:,}", *cells)
-    console.print(table)
-    console.print(
-        f"the same {targets:,} tokens in every row, each predicted from at most context - 1 and at least context - "
-        f"{options.stride} tokens; * beyond the positions of the model's configuration, - it has none there",
-        markup=False,
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,1 +1,1 @@
-"""What is done with finished weights: adapters merged, differences to a base made and applied."""
+"""What is done with finished weights: merged, taken apart and put together, in few bits, on the hub."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chatrlhf.errors import CheckpointError, ConfigError
+from chatrlhf.export.origin import write_origin
 from chatrlhf.export.weights import Weights, copy_other_files, tensor_sha256, write_index
 from chatrlhf.trainers.checkpoint import publish_folder
 
@@ -54,6 +55,7 @@ def make_delta(base: Path, target: Path, output: Path) -> dict[str, Any]:
         if corrections:
             save_file(corrections, folder / CORRECTIONS)
         (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_origin(folder, target, f"as the difference to {base.name}", base_sha256=about["base_sha256"])
 
     publish_folder(output, write)
     return about
@@ -96,6 +98,7 @@ def apply_delta(base: Path, delta: Path, output: Path, warn: Callable[[str], Non
         for file in (ABOUT, CORRECTIONS):
             (folder / file).unlink(missing_ok=True)
         _write_each(ours, added, folder)
+        write_origin(folder, delta, f"put together with {base.name}")
 
     publish_folder(output, write)
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.export.delta import refuse_existing
+from chatrlhf.export.origin import public_name, write_origin
 from chatrlhf.models.adapters import base_of, config_of
 from chatrlhf.trainers.checkpoint import publish_folder
 
@@ -62,6 +63,7 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> 
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(adapters).save_pretrained(folder)
+        write_origin(folder, adapters, f"adapters merged into {public_name(base)}, {str(dtype).removeprefix('torch.')}")
 
     publish_folder(output, write)
     return compared

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from chatrlhf.errors import ConfigError
+from chatrlhf.trainers.checkpoint import CONTENTS
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".index.json")
@@ -82,7 +83,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 def copy_other_files(source: Path, target: Path) -> None:
     """Configuration, tokenizer, template and whatever else lies beside weights."""
     for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(WEIGHTS):
+        if path.is_file() and not path.name.endswith(WEIGHTS) and path.name != CONTENTS:
             shutil.copy2(path, target / path.name)
 
 

@@ -27,6 +27,7 @@ from chatrlhf.models.adapters import (
     has_adapters,
     merged,
 )
+from chatrlhf.models.meta_files import how_to_convert
 from chatrlhf.models.quantization import how_quantized, never_repack, quantization_of, ready_for_adapters
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.rope import positions, stretch_positions
@@ -343,10 +344,9 @@ def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if (Path(name) / "consolidated.00.pth").exists():
+        if (command := how_to_convert(name)) is not None:
             raise ConfigError(
-                f"{key}: {name!r} holds Meta's original LLaMA files; convert them first with transformers' "
-                "convert_llama_weights_to_hf.py"
+                f"{key}: {name!r} holds Meta's original LLaMA files; convert them first: {command}"
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = "a folder without a usable model" if Path(name).is_dir() else "no folder here and not on the hub"
