@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 # Its package holds the script; those of 4.57 and 5 do not.
@@ -21,14 +22,14 @@ def how_to_convert(name: str) -> str | None:
     if not parts or not (folder / "params.json").exists():
         return None
     target = folder.with_name(f"{folder.name}-hf")
+    here, there = shlex.quote(str(folder)), shlex.quote(str(target))
     fetch = ""
     if not (folder / "tokenizer.model").exists():  # Meta's download has it a folder above
-        fetch = f"cp {folder.parent / 'tokenizer.model'} {folder} && "
+        fetch = f"cp {shlex.quote(str(folder.parent / 'tokenizer.model'))} {here} && "
     return (
         f'pip install "{WITH_THE_SCRIPT}" torch sentencepiece tiktoken accelerate (in an environment of its own), then '
-        f"{fetch}python -m {SCRIPT} --input_dir {folder} --output_dir {target} --num_shards {len(parts)} "
-        f"--llama_version {_version(folder / 'params.json')}, and name {target} (--llama_version is 1, 2, 3 or 3.1 and sets the "
-        "context: see that it is the right one)"
+        f"{fetch}python -m {SCRIPT} --input_dir {here} --output_dir {there} --num_shards {len(parts)} --llama_version "
+        f"{_version(folder / 'params.json')}, and name {target} (1, 2, 3 or 3.1: the version sets the context)"
     )
 
 

@@ -49,7 +49,7 @@ def test_the_version_is_read_from_the_dimensions(meta, params, version):
     (meta / "params.json").write_text(json.dumps(params))
     (meta / "tokenizer.model").write_bytes(b"")
     command = how_to_convert(str(meta))
-    assert f"--llama_version {version}, " in command and "cp " not in command
+    assert f"--llama_version {version}, and" in command and "cp " not in command
 
 
 def test_other_folders_are_none(meta, tmp_path):
