@@ -47,7 +47,7 @@ def recipe(tmp_path, one_thread):
     return train
 
 
-def test_getting_started_trains_opt_on_what_the_download_writes(tmp_path, one_thread, capsys):
+def test_getting_started_trains_opt_on_what_the_download_writes(tmp_path, one_thread, capsys, monkeypatch):
     transcripts = write_datasets(tmp_path / "rows", "ARLHF")["ARLHF"]
     download = [sys.executable, str(RECIPES.parent / "download_dataset.py"), "ARLHF", "--path", "datasets"]
     words = [*download, "--number_of_samples", "20", "--source", str(transcripts)]
@@ -65,17 +65,17 @@ def test_getting_started_trains_opt_on_what_the_download_writes(tmp_path, one_th
     changes |= {"trainer_config.update_timesteps": 8, "trainer_config.precision": "fp32"}
     given = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     words = [str(RECIPES / "config.yaml"), "--type", "ALL", "-a", "actor", "-r", "reward", "--output-dir", "run"]
-    done = subprocess.run(
-        [sys.executable, str(RECIPES.parent / "main.py"), *words, *given], cwd=tmp_path, text=True, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, *given]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len([line for line in lines if "kl/ref" in line]) == 2
-    assert "starts from the reward model" in done.stdout  # one model for both, as published
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("actor", "run/actor_rl"))
+    assert "starts from the reward model" in capsys.readouterr().out  # one model for both, as published
+    folders = ("actor", "run/actor", "run/actor_rl")
+    before, tuned, after = (load_file(tmp_path / name / "model.safetensors") for name in folders)
     frozen = "model.decoder.embed_tokens.weight"
-    assert torch.equal(before[frozen], after[frozen])  # froze_embeddings
-    assert any(not torch.equal(before[name], after[name]) for name in after)
+    assert torch.equal(before[frozen], tuned[frozen])  # froze_embeddings
+    for first, second in ((before, tuned), (tuned, after)):
+        assert any(not torch.equal(first[name], second[name]) for name in second)
 
 
 def logits(folder: Path, text: str = "What is 3 of rain in OASST1?") -> torch.Tensor:
