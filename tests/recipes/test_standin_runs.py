@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chatrlhf import load_config
 from chatrlhf.cli import main
 from chatrlhf.data.templates import FORMATS
+from chatrlhf.models.adapters import base_of
 
 pytestmark = pytest.mark.slow
 
@@ -165,3 +166,41 @@ def test_stable_vicuna_is_put_together_again_of_its_delta(recipe, tmp_path):
     wrong = ["--base", str(vicuna), "--delta", str(delta), "--output", str(tmp_path / "wrong")]
     assert main(["export", "apply-delta", *wrong]) == 2
     assert FORMATS["stable_vicuna"].source == (again / "chat_template.jinja").read_text()
+
+
+def test_airoboros_is_stretched_tuned_merged_and_quantized(recipe, tmp_path, capsys):
+    base = write_standin(tmp_path / "base", positions=32)
+    changes = SHORT | {"actor_config.max_sequence_length": 256, "actor_config.lr": 5e-3}
+    run = recipe("airoboros_33b_16k", "ACTOR", base, changes)
+    lines = steps(run, "ACTOR")
+    assert lines[-1]["loss/train"] < lines[0]["loss/train"] - 0.3
+    assert base_of(str(run / "actor")) == str(base.resolve())
+    merged, small = tmp_path / "merged", tmp_path / "gptq"
+    assert main(["export", "merge", "--model", str(run / "actor"), "--output", str(merged)]) == 0
+    rows = write_datasets(tmp_path / "rows", "airoboros")["airoboros"]
+    calibration = tmp_path / "rows.json"  # in this project's shape, as a user would download them
+    shown = [json.loads(line) for line in rows.read_text().splitlines()]
+    asked = [{"user_input": row["instruction"], "completion": row["response"]} for row in shown]
+    calibration.write_text(json.dumps(asked))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(json.loads(line)["text"] for line in write_text(tmp_path).read_text().splitlines()))
+    words = ["--calibration", str(calibration), "--text", str(text), "--length", "128", "--context", "256"]
+    assert main(["export", "quantize", "--model", str(merged), "--output", str(small), *words]) == 0
+    assert "after (gptq)" in capsys.readouterr().out
+    for folder in (merged, small):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["rope_parameters"]["factor"] == 8 and config["max_position_embeddings"] == 32
+    (scheme,) = json.loads((small / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert (scheme["weights"]["num_bits"], scheme["weights"]["group_size"]) == (4, 128)
+    whole, few, plain = logits(merged), logits(small), logits(base)
+    assert 0 < (few - whole).square().mean().sqrt() < 0.3 * whole.std()
+    assert (whole - plain).square().mean().sqrt() > 0.5 * whole.std()
+    assert FORMATS["airoboros"].source == (small / "chat_template.jinja").read_text()
+    models = [str(folder) for folder in (base, merged, small)]
+    ladder = ["eval", "perplexity", str(text), "--models", *models, "--contexts", "64,128,256", "--windows", "4"]
+    assert main(ladder) == 0
+
+
+def write_text(tmp_path: Path) -> Path:
+    """Long plain text."""
+    return write_datasets(tmp_path / "rows", "pile")["pile"]
