@@ -22,7 +22,12 @@ TOLD = {
     "load_in_8bit", "rope_scaling", "label_smoothing_factor", "algorithm", "total_episodes", "num_rollouts",
     "ppo_epochs", "actor_lr", "critic_lr", "init_kl_coef", "target", "steps",
 }  # fmt: skip
-SECTIONS = {"ACTOR": "actor_config", "REWARD": "reward_config", "RL": "trainer_config"}
+SECTIONS = {
+    "PRETRAIN": "pretrain_config",
+    "ACTOR": "actor_config",
+    "REWARD": "reward_config",
+    "RL": "trainer_config",
+}
 
 
 def origin_of(folder: Path) -> dict[str, Any]:

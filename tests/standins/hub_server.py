@@ -51,7 +51,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         self.hub.requests.append(f"{self.command} {self.path}")
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
-            return self._send(401, {"error": f"who is {self.headers.get('Authorization')}?"})
+            # As a proxy on the way might: what it answers must not end on the user's terminal as it is.
+            told = f"who is {self.headers.get('Authorization')}?"
+            return self._send(401, {"error": told}, {"X-Error-Message": told})
         if self.path == "/api/whoami-v2":
             return self._send(200, {"name": "me", "type": "user"})
         if self.path == "/api/validate-yaml":
