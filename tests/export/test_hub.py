@@ -107,6 +107,11 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(hub, run_dir, t
     assert main(words) == 2
     said = capsys.readouterr()
     assert "--push-to-hub: me/mine" in said.err and "hf_wrong_one" not in said.err + said.out
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.read_only = True
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "*** may not write" in said.err and TOKEN not in said.err + said.out
     monkeypatch.delenv("HF_TOKEN")
     (tmp_path / "token").write_text(TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))

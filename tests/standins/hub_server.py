@@ -18,6 +18,7 @@ class Hub:
 
     token: str
     url: str = ""
+    read_only: bool = False
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
@@ -51,13 +52,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         self.hub.requests.append(f"{self.command} {self.path}")
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
-            # As a proxy on the way might: what it answers must not end on the user's terminal as it is.
-            told = f"who is {self.headers.get('Authorization')}?"
-            return self._send(401, {"error": told}, {"X-Error-Message": told})
+            return self._send(401, {"error": "who is this?"})
         if self.path == "/api/whoami-v2":
             return self._send(200, {"name": "me", "type": "user"})
         if self.path == "/api/validate-yaml":
             return self._send(200, {"errors": [], "warnings": []})
+        if self.hub.read_only and "repos/create" in self.path:
+            # With what was sent, as a proxy on the way might: it must not end on the user's terminal.
+            told = f"{self.headers.get('Authorization')} may not write"
+            return self._send(403, {"error": told}, {"X-Error-Message": told})
         if self.path == "/api/repos/create":
             return self._create(json.loads(body))
         name = "/".join(self.path.split("/")[3:5])
