@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from chatrlhf.config.quantization import QuantizationKeys
 from chatrlhf.device import pick_device
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.perplexity import Ladder, climb, window_ends
@@ -26,7 +25,7 @@ from chatrlhf.export.gptq import bars_on_a_terminal_only, quantize_gptq, refuse_
 from chatrlhf.export.origin import write_origin
 from chatrlhf.export.weights import copy_other_files
 from chatrlhf.models.adapters import base_of
-from chatrlhf.models.quantization import quantization_of
+from chatrlhf.models.quantization import quantization_from
 from chatrlhf.models.rope import positions
 from chatrlhf.models.tokenizer import load_tokenizer
 from chatrlhf.trainers.checkpoint import publish_folder
@@ -152,13 +151,11 @@ def _tokens(asked: Asked, tokenizer: Any, length: int) -> tuple[list[list[int]],
 
 
 def _in_few_bits(asked: Asked, config: Any) -> nn.Module:
-    keys = QuantizationKeys(
-        load_in_4bit=asked.method == NF4,
-        load_in_8bit=asked.method == INT8,
-        bnb_4bit_use_double_quant=asked.method == NF4,
-        bnb_4bit_compute_dtype=str(asked.dtype).removeprefix("torch."),
-    )
-    kwargs = quantization_of(keys, "auto")
+    how: dict[str, Any] = {"load_in_8bit": True}
+    if asked.method == NF4:
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": NF4, "bnb_4bit_use_double_quant": True}
+        how["bnb_4bit_compute_dtype"] = asked.dtype
+    kwargs = quantization_from(how, "--method")
     return AutoModelForCausalLM.from_pretrained(asked.model, config=config, dtype=asked.dtype, **kwargs)
 
 

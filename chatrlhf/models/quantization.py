@@ -66,9 +66,9 @@ def quantization_from(how: dict[str, Any] | None, section: str) -> dict[str, Any
 
 
 def how_quantized(model: nn.Module) -> dict[str, Any] | None:
-    """How a model's weights lie in few bits, as it can be written down; None where they are whole."""
+    """How a model's weights lie in bitsandbytes' few bits, as it can be written down; None where they do not."""
     config = getattr(model.config, "quantization_config", None)
-    if config is None:
+    if getattr(config, "quant_method", None) != "bitsandbytes":  # GPTQ's lie as llmcompressor wrote them
         return None
     written = config.to_dict()
     return {name: written[name] for name in WRITTEN}

@@ -73,6 +73,7 @@ def test_shurale():
         "load_in_4bit": actor.load_in_4bit,
         "bnb_4bit_use_double_quant": actor.bnb_4bit_use_double_quant,
         "bnb_4bit_quant_type": actor.bnb_4bit_quant_type,
+        "use_flash_attention_2": actor.attn_implementation == "flash_attention_2",
         "apply_lora": actor.peft_enable,
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
@@ -108,6 +109,7 @@ def test_orca():
         "num_train_epochs": actor.epochs,
         "save_total_limit": actor.n_checkpoints_to_keep,
         "peft_model": actor.peft_enable,
+        "use_flash_attention": actor.attn_implementation == "flash_attention_2",
     }.items() <= {key: value for key, value in written.items() if not isinstance(value, (dict, list))}.items()
     assert actor.lr == float(written["learning_rate"])
     assert (actor.rope_scaling.type, actor.rope_scaling.factor) == ("linear", written["superhot_config"]["scale"])
