@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,18 @@ def quantize(asked: Asked) -> Compared:
     tokenizer = load_tokenizer(str(asked.model), "--model")
     rows, targets = _tokens(asked, tokenizer, min(asked.length, positions(config)))
     context = min(asked.context, positions(config))
-    ends = window_ends(len(targets), context, min(STRIDE, context - 1), asked.windows)
+    stride = min(STRIDE, context - 1)
+    ends = window_ends(len(targets), context, stride, asked.windows)
 
     def measure(model: nn.Module, name: str) -> Ladder:
-        return climb(model, targets, [context], min(STRIDE, context - 1), ends, name)
+        return climb(model, targets, [context], stride, ends, name)
 
     model = AutoModelForCausalLM.from_pretrained(asked.model, config=config, dtype=asked.dtype)
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     before = measure(model.to(pick_device()), f"before ({str(asked.dtype).removeprefix('torch.')})")
     if asked.method == GPTQ:
         quantize_gptq(model.to("cpu"), tokenizer, rows, asked.group_size)
-        save: Callable[[Path], None] = lambda folder: save_gptq(model, folder)  # noqa: E731
+        save: Callable[[Path], None] = partial(save_gptq, model)
     else:
         del model
         # Written before its first forward, in which bitsandbytes may lay the weights out anew.
@@ -106,7 +108,7 @@ def quantize(asked: Asked) -> Compared:
         write_origin(folder, asked.model, f"quantized by {PACKAGES[asked.method]}: {_words(asked)}", perplexity=figures)
 
     publish_folder(asked.output, write)
-    return Compared(before, found["after"], len(ends) * min(STRIDE, context - 1), size, found["bytes"])
+    return Compared(before, found["after"], len(ends) * stride, size, found["bytes"])
 
 
 def _check(asked: Asked) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import gpt2, llama
+from tiny import bloom, gpt2, gpt_neox, llama, opt, qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatrlhf.cli import main
@@ -110,6 +110,24 @@ def test_gptq_is_nearer_than_rounding_on_what_it_was_shown(folder):
         nearest = ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
         wrong = [(inputs @ (weight - each).T).norm() for each in (after.model.layers[0].mlp.up_proj.weight, nearest)]
     assert wrong[0] < 0.7 * wrong[1]
+
+
+WIDE = {
+    opt: dict(hidden_size=64, ffn_dim=128, word_embed_proj_dim=64, vocab_size=280),
+    bloom: dict(hidden_size=64, vocab_size=280),
+    gpt_neox: dict(hidden_size=64, intermediate_size=128, vocab_size=280),
+    qwen2: dict(hidden_size=64, intermediate_size=128, vocab_size=280),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", WIDE, ids=lambda make: make.__name__)
+def test_gptq_of_other_families(folder, make):
+    make(**WIDE[make]).save_pretrained(folder / "model")
+    quantize(asked(folder, group_size=32, context=32))
+    ids = torch.arange(2, 40)[None]
+    before, after = logits(folder / "model", ids), logits(folder / "out", ids)
+    assert 0 < (after - before).square().mean().sqrt() < 0.5 * before.std()
 
 
 @pytest.mark.slow
