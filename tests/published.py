@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tiny import llama
-from transformers import LlamaForCausalLM
+from torch import nn
 
 from chatrlhf.models.tokenizer import train_tokenizer
 
@@ -62,11 +62,12 @@ def write_standin(folder: Path, seed: int = 0, width: int = 128, positions: int 
 
 
 @torch.no_grad()
-def shrink(model: LlamaForCausalLM) -> None:
-    """To the usual width: drawn as `tiny` does, a model of 128 channels is certain of everything."""
+def shrink(model: nn.Module) -> nn.Module:
+    """To weights of the usual size: drawn as `tiny` does, a model of 128 channels is certain of everything."""
     for weight in model.parameters():
         if weight.dim() == 2:
             weight *= 0.15
+    return model
 
 
 def _asked(i: int, where: str = "OASST1") -> str:

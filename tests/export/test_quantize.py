@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from published import shrink
 from safetensors import safe_open
 from tiny import bloom, gpt2, gpt_neox, llama, opt, qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,11 +29,7 @@ def folder(tmp_path):
     tokenizer = train_tokenizer([TEXT], 280)
     sizes = dict(width=128, intermediate_size=256, num_attention_heads=4)
     model = llama(vocab=len(tokenizer), rope_parameters=dict(STRETCHED), **sizes)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight *= 0.3  # of its width it would be certain of everything
-    model.save_pretrained(tmp_path / "model")
+    shrink(model).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     FORMATS["chatllama"].save(tmp_path / "model")
     return tmp_path
@@ -123,7 +120,7 @@ WIDE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("make", WIDE, ids=lambda make: make.__name__)
 def test_gptq_of_other_families(folder, make):
-    make(**WIDE[make]).save_pretrained(folder / "model")
+    shrink(make(**WIDE[make])).save_pretrained(folder / "model")
     quantize(asked(folder, group_size=32, context=32))
     ids = torch.arange(2, 40)[None]
     before, after = logits(folder / "model", ids), logits(folder / "out", ids)
