@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from chatrlhf.errors import ConfigError
 
 if TYPE_CHECKING:  # what is asked for help needs nothing behind it
     from chatrlhf.export.hub import Repository
@@ -84,6 +86,11 @@ def _push(options: argparse.Namespace) -> Path:
 
 def _repository(options: argparse.Namespace) -> Repository | None:
     if options.push_to_hub is None:
+        for flag in ("public", "update"):
+            if getattr(options, flag):
+                raise ConfigError(
+                    f"--{flag}: it goes with --push-to-hub, which says where to; add that or leave it out"
+                )
         return None
     from chatrlhf.export.hub import Repository
 
@@ -122,9 +129,26 @@ def _add_quantize(quantize: argparse.ArgumentParser) -> None:
     add("--method", choices=("gptq", "nf4", "int8"), default="gptq", help="(%(default)s)")
     add("--calibration", type=Path, metavar="FILE", help="gptq: rows or a text, like what the model will read")
     add("--text", type=Path, metavar="FILE", help="for the perplexity (the last tenth of --calibration)")
-    add("--group-size", type=int, default=128, metavar="N", help="gptq: inputs that share a scale (%(default)s)")
-    add("--samples", type=int, default=128, metavar="N", help="gptq: pieces to calibrate upon (%(default)s)")
-    add("--length", type=int, default=2048, metavar="N", help="gptq: tokens of a piece (%(default)s)")
-    add("--context", type=int, default=512, metavar="N", help="tokens that perplexity is measured with (%(default)s)")
-    add("--windows", type=int, default=64, metavar="N", help="of the text, at most (%(default)s)")
+    add("--group-size", type=_count(1), default=128, metavar="N", help="gptq: inputs that share a scale (%(default)s)")
+    add("--samples", type=_count(1), default=128, metavar="N", help="gptq: pieces to calibrate upon (%(default)s)")
+    add("--length", type=_count(2), default=2048, metavar="N", help="gptq: tokens of a piece (%(default)s)")
+    add(
+        "--context",
+        type=_count(2),
+        default=512,
+        metavar="N",
+        help="tokens that perplexity is measured with (%(default)s)",
+    )
+    add("--windows", type=_count(1), default=64, metavar="N", help="of the text, at most (%(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of what stays whole (%(default)s)")
+
+
+def _count(least: int) -> Callable[[str], int]:
+    """A whole number, not below ``least``."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        return int(text)
+
+    return read

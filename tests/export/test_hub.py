@@ -67,9 +67,11 @@ def test_a_run_is_pushed_private_and_whole_with_a_card_of_its_manifest(hub, run_
     assert origin_of(run_dir / "actor")["run"]["stages"].keys() == {"ACTOR"}
 
 
-def test_an_export_is_pushed_where_the_flag_is_given_and_knows_its_run(hub, run_dir, tmp_path):
+def test_an_export_is_pushed_where_the_flag_is_given_and_knows_its_run(hub, run_dir, tmp_path, capsys):
     llama(seed=1, vocab=258).save_pretrained(tmp_path / "base")
     words = ["export", "delta", "--base", str(tmp_path / "base"), "--target", str(run_dir / "actor_rl"), "--output"]
+    assert main([*words, str(tmp_path / "quiet"), "--public"]) == 2
+    assert "--public: it goes with --push-to-hub" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "quiet")]) == 0
     assert hub.requests == []
     assert main([*words, str(tmp_path / "told"), "--push-to-hub", "me/delta", "--public"]) == 0

@@ -189,6 +189,21 @@ def test_too_little_to_look_at(folder):
         quantize(asked(folder, text=folder / "short.txt"))
 
 
+@pytest.mark.parametrize("option", ["--group-size=0", "--samples=-1", "--context=1", "--windows=none"])
+def test_numbers_that_are_none(folder, option, capsys):
+    words = [
+        "--model",
+        str(folder / "model"),
+        "--output",
+        str(folder / "out"),
+        "--calibration",
+        str(folder / "text.txt"),
+    ]
+    with pytest.raises(SystemExit):
+        main(["export", "quantize", *words, option])
+    assert "is not a whole number from" in capsys.readouterr().err
+
+
 def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs llmcompressor; pip install \"chatrlhf\[quantize\]\""):
