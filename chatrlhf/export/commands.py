@@ -88,9 +88,7 @@ def _repository(options: argparse.Namespace) -> Repository | None:
     if options.push_to_hub is None:
         for flag in ("public", "update"):
             if getattr(options, flag):
-                raise ConfigError(
-                    f"--{flag}: it goes with --push-to-hub, which says where to; add that or leave it out"
-                )
+                raise ConfigError(f"--{flag}: it goes with --push-to-hub; add that or leave it out")
         return None
     from chatrlhf.export.hub import Repository
 
@@ -137,7 +135,7 @@ def _add_quantize(quantize: argparse.ArgumentParser) -> None:
         type=_count(2),
         default=512,
         metavar="N",
-        help="tokens that perplexity is measured with (%(default)s)",
+        help="tokens of a window for perplexity (%(default)s)",
     )
     add("--windows", type=_count(1), default=64, metavar="N", help="of the text, at most (%(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of what stays whole (%(default)s)")
