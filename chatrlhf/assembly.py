@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, prompt_batch
 from chatrlhf.data.inputs import Rows
-from chatrlhf.device import resolve_rl_precision
+from chatrlhf.device import DTYPES, resolve_rl_precision
+from chatrlhf.distributed import is_main, world_size
 from chatrlhf.errors import DataError
 from chatrlhf.evaluation.heldout import HeldOut
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits, RolloutEngine
 from chatrlhf.generation.sampler import Sampler
 from chatrlhf.generation.vllm_sampler import VllmSampler
+from chatrlhf.models.adapters import has_adapters
 from chatrlhf.models.recomputation import recompute_activations
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.topology import PolicyOnly
@@ -28,8 +32,11 @@ from chatrlhf.rl.prompts import PromptSchedule, step_seed
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import ModelReward, RewardSource, load_function
 from chatrlhf.rl.scoring import Scorer
+from chatrlhf.rl.sharded_update import ShardedUpdater, deal_out
 from chatrlhf.rl.update import Updater, UpdateSettings
+from chatrlhf.sharding.environment import Sharding, deals_out_weights
 from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.trainers.launch import engine_of
 from chatrlhf.trainers.ppo import PPOTrainer
 
 DEFAULT_NEW_TOKENS = 128
@@ -45,11 +52,14 @@ def assemble_ppo(
     device: torch.device,
     log: RunLog,
     checkpoints: CheckpointStore,
+    sharding: Sharding = None,
 ) -> PPOTrainer:
     """The trainer that the configuration describes.
 
     Args:
-        topology, reference: on ``device``, with one sampling distribution.
+        topology, reference: with one sampling distribution; on ``device``, or, where weights are dealt out, in the
+            CPU's memory.
+        sharding: who deals out what is trained; None: every process has all of it.
         reward: a reward model of its own: what else was made from its weights has a copy.
         rows: prompts, and held-out prompts where there are any.
 
@@ -62,7 +72,7 @@ def assemble_ppo(
     source = trainer.reads_from("trainer_config", "examples_path")
     prompt_ids, prompts, kept = _encoded_prompts(rows.train, encoder, limits, log, source)
     epochs = rows.epochs.only(kept, source)
-    engine = _sampler(config, topology, encoder, limits, log)
+    engine = _sampler(config, topology, encoder, limits, log, sharding)
     scaling = RewardScaling(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
     )
@@ -71,21 +81,6 @@ def assemble_ppo(
     frozen = [reference.model]
     if isinstance(reward, ModelReward):
         frozen.append(reward.scorer.model.backbone)
-    precision = resolve_rl_precision(trainer.precision, device)
-    own_attention = config.actor_config.attn_implementation is None
-    masters = prepare_models(topology.backbones(), frozen, precision, device, own_attention)
-    if trainer.gradient_checkpointing:
-        for model in topology.backbones():
-            recompute_activations(model, "trainer_config.gradient_checkpointing")
-    groups = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr)
-    if masters is not None:
-        groups = masters.groups(groups)
-    optimizer = torch.optim.AdamW(
-        groups,
-        betas=trainer.betas,
-        weight_decay=trainer.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
     settings = UpdateSettings(
         epochs=trainer.ppo_epochs,
         batch_size=trainer.batch_size,
@@ -98,7 +93,7 @@ def assemble_ppo(
         foreign_sampler=isinstance(engine, VllmSampler),
         importance_cap=trainer.importance_cap,
     )
-    updater = Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, masters)
+    updater = _updater(config, topology, frozen, settings, device, sharding, log)
     held_out = None
     if rows.held_out:
         held_ids, held_prompts, _ = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
@@ -122,7 +117,61 @@ def assemble_ppo(
         checkpoint_steps=trainer.checkpoint_steps,
         held_out=held_out,
         eval_interval=trainer.eval_interval,
+        sharding=sharding,
     )
+
+
+def _updater(
+    config: Config,
+    topology: PolicyOnly,
+    frozen: list[nn.Module],
+    settings: UpdateSettings,
+    device: torch.device,
+    sharding: Sharding,
+    log: RunLog,
+) -> Updater:
+    """What improves the topology, whose models and the frozen ones are made ready for the hot path."""
+    trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
+    precision = resolve_rl_precision(trainer.precision, device)
+    groups = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr)
+    own_attention = config.actor_config.attn_implementation is None
+
+    def recompute(trained: PolicyOnly) -> None:
+        if trainer.gradient_checkpointing:
+            for model in trained.backbones():
+                recompute_activations(model, "trainer_config.gradient_checkpointing")
+
+    if sharding is not None:
+        prepare_models(topology.backbones(), frozen, "fp32", device, own_attention)
+        dealt = deal_out(
+            topology,
+            frozen,
+            recompute,
+            partial(engine_of, sharding, config),
+            groups,
+            deals_out_weights(sharding),
+            DTYPES[precision],
+            device,
+            keep_frozen=is_main() and not has_adapters(topology.policy),
+        )
+        kinds = dict.fromkeys(type(engine.model).__name__ for engine in dealt.engines)
+        log.note(f"RL: trained by {sharding} in {world_size()} processes ({', '.join(kinds)})")
+        schedulers = [_schedule(engine.optimizer, config) for engine in dealt.engines]
+        first, own = dealt.engines[0].optimizer, schedulers[0]
+        return ShardedUpdater(
+            dealt.trained, first, own, algorithm, settings, device, dealt=dealt, schedulers=schedulers
+        )
+    masters = prepare_models(topology.backbones(), frozen, precision, device, own_attention)
+    recompute(topology)
+    if masters is not None:
+        groups = masters.groups(groups)
+    optimizer = torch.optim.AdamW(
+        groups,
+        betas=trainer.betas,
+        weight_decay=trainer.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    return Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, masters)
 
 
 def sampling_distribution(config: Config, encoder: Encoder) -> SamplingDistribution:
@@ -137,15 +186,22 @@ def sampling_distribution(config: Config, encoder: Encoder) -> SamplingDistribut
     return SamplingDistribution(temperature, eos_ids, tuple(sorted(forbidden)))
 
 
-def _sampler(config: Config, topology: PolicyOnly, encoder: Encoder, limits: Limits, log: RunLog) -> Sampler:
+def _sampler(
+    config: Config, topology: PolicyOnly, encoder: Encoder, limits: Limits, log: RunLog, sharding: Sharding
+) -> Sampler:
     """What samples the rollouts, from the policy as it is at any time."""
     trainer, tokenizer = config.trainer_config, encoder.tokenizer
     policy, distribution, stop = topology.policy, topology.distribution, trainer.gen_kwargs.stop
 
     if trainer.rollout_backend == "chatrlhf":
-        return RolloutEngine(
+        engine = RolloutEngine(
             policy, distribution, limits, tokenizer.pad_token_id, encoder.reply, stop, trainer.chunk_size
         )
+        if deals_out_weights(sharding):
+            engine.static = False  # the weights lie elsewhere in each rollout
+        elif sharding is not None:
+            engine.moves_weights = False  # they are parts of DeepSpeed's buffers
+        return engine
     log.note("RL: vLLM samples, with random numbers of its own: a run that is resumed or repeated goes another way")
     return VllmSampler(
         policy,

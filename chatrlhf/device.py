@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def pick_device() -> torch.device:
     """The accelerator of this machine, or the CPU."""

@@ -1,10 +1,10 @@
 """What ranks know of each other and do together; the one place that talks to `torch.distributed`.
 
-A launch of several processes (torchrun, accelerate) is plain data parallelism: every rank holds all weights, works on
-its own rows, and gradients are added up once an optimizer step. In one process each function here is the identity.
+A launch of several processes (torchrun, accelerate, deepspeed) is data parallelism: every rank works on its own rows.
+Where a stage asks for nothing else, each holds all weights and gradients are added up once an optimizer step; how
+DeepSpeed or FSDP2 deal them out is `sharding`. In one process each function here is the identity.
 
-What is agreed upon goes through the CPU (gloo), gradients through the device they are on (nccl on GPUs). A wrapper that
-splits the weights over ranks would have to make them whole once a rollout, where `RolloutEngine.generate` begins.
+What is agreed upon goes through the CPU (gloo), gradients through the device they are on (nccl on GPUs).
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ def start() -> None:
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     dist.init_process_group(backend, timeout=TIMEOUT)
     PartialState(cpu=not torch.cuda.is_available())  # so that TRL's trainers and the trackers see this group
+
+
+def start_alone() -> None:
+    """Make a group of this process alone, where there is none: DeepSpeed wants one."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def end() -> None:

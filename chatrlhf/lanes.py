@@ -6,8 +6,9 @@ on cores of its own. PyTorch lets go of Python's lock inside its operations, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import lru_cache
 from threading import Barrier
 from typing import TypeVar
@@ -15,6 +16,8 @@ from typing import TypeVar
 import torch
 
 A, B = TypeVar("A"), TypeVar("B")
+
+_one_lane = False
 
 
 def side_by_side(first: Callable[[], A], second: Callable[[], B], device: torch.device) -> tuple[A, B]:
@@ -26,7 +29,7 @@ def side_by_side(first: Callable[[], A], second: Callable[[], B], device: torch.
         What the first of them to fail raised, once both have ended.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2:
+    if device.type != "cpu" or threads < 2 or _one_lane:
         return first(), second()
     with_gradients = torch.is_grad_enabled()
 
@@ -38,6 +41,17 @@ def side_by_side(first: Callable[[], A], second: Callable[[], B], device: torch.
     running = [_pool(threads).submit(run, work) for work in (first, second)]
     wait(running)
     return running[0].result(), running[1].result()
+
+
+@contextmanager
+def one_lane() -> Iterator[None]:
+    """Inside, work is done in one order, the same in every process: where it talks to the others on its way."""
+    global _one_lane
+    before, _one_lane = _one_lane, True
+    try:
+        yield
+    finally:
+        _one_lane = before
 
 
 @lru_cache(maxsize=1)

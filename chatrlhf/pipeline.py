@@ -48,7 +48,9 @@ from chatrlhf.rl.rewards import (
     RewardSource,
     resolve_reward_fn,
 )
+from chatrlhf.sharding.environment import Sharding, deals_out_weights, environment_for
 from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, publish_folder
+from chatrlhf.trainers.launch import sharding_of
 
 STAGES = ("ACTOR", "REWARD", "RL")
 DEFAULT_NEW_TOKENS = 128
@@ -197,7 +199,8 @@ def run_actor(this: Run) -> dict[str, Any]:
         model = with_adapters(model, load_peft_config(this.config), where(config.model), config.revision)
         this.log.note(f"ACTOR: trains adapters alone, {trained_count(model):,} parameters")
     files, seed = this.files("ACTOR", config.n_checkpoints_to_keep), this.seed("ACTOR")
-    train_actor(model, encoder, rows, config, files, this.log, this.device, seed)
+    sharding = sharding_of(this.config, "ACTOR")
+    model = train_actor(model, encoder, rows, config, files, this.log, this.device, seed, sharding)
     _publish_policy(this.dir / "actor", model, encoder)
     return _record(this, "ACTOR", "actor", config.model, rows)
 
@@ -219,15 +222,24 @@ def run_reward(this: Run) -> dict[str, Any]:
     if adapters is not None:
         this.log.note(f"REWARD: trains adapters and a head alone, {trained_count(scorer.model):,} parameters")
     files, seed = this.files("REWARD", config.n_checkpoints_to_keep), this.seed("REWARD")
-    train_reward_model(scorer, rows, config, files, this.log, this.device, seed)
+    sharding = sharding_of(this.config, "REWARD")
+    train_reward_model(scorer, rows, config, files, this.log, this.device, seed, sharding)
     publish_folder(this.dir / "reward", scorer.save)
     return _record(this, "REWARD", "reward", config.model, rows)
 
 
 def run_rl(this: Run) -> dict[str, Any]:
     """RL: improve the actor against the reward; leaves ``actor_rl/`` and ``critic/``."""
+    sharding = sharding_of(this.config, "RL")
+    with environment_for(sharding):
+        return _run_rl(this, sharding)
+
+
+def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
     config, trainer_config, rows = this.config, this.config.trainer_config, _given(this.inputs.prompts)
-    policy, encoder, base = _starting_policy(this)
+    # What will be dealt out need not fit on one device first.
+    place = torch.device("cpu") if deals_out_weights(sharding) else this.device
+    policy, encoder, base = _starting_policy(this, place)
     upon = Base(policy, base) if has_adapters(policy) else None
     reward_scorer = (
         None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device, upon)
@@ -247,7 +259,7 @@ def run_rl(this: Run) -> dict[str, Any]:
         load_peft_config(config, "critic_config") if config.critic_config.peft_enable else None,
         base,
     )
-    topology.to(this.device)
+    topology.to(place)
     if upon is not None:
         critic_line += "; the policy is trained by adapters, its reference stands upon the same weights"
     if reward_scorer is not None and has_adapters(reward_scorer.model.backbone):
@@ -256,7 +268,9 @@ def run_rl(this: Run) -> dict[str, Any]:
     reference = topology.reference()
     this.log.note(f"RL: {trainer_config.algorithm}, {trained_count(topology):,} parameters in training; {critic_line}")
     files = this.files("RL", trainer_config.n_checkpoints_to_keep)
-    trainer = assemble_ppo(config, topology, reference, encoder, reward, rows, this.device, this.log, files.store)
+    trainer = assemble_ppo(
+        config, topology, reference, encoder, reward, rows, this.device, this.log, files.store, sharding
+    )
     files.begin()
     if rank() > 0:
         from transformers import set_seed
@@ -269,12 +283,13 @@ def run_rl(this: Run) -> dict[str, Any]:
         if (critic := topology.value_function()) is not None:
             # In the reward model's file format: its score of a text is V behind the text's last token.
             publish_folder(this.dir / "critic", RewardScorer(RewardModel(*critic), encoder).save)
+    trainer.updater.close()
     if trainer.before is not None and trainer.after is not None:
         show_comparison(this.log.console, trainer.before, trainer.after, trainer_config.eval_best)
     return _record(this, "RL", "actor_rl", config.actor_config.model, rows)
 
 
-def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder, str]:
+def _starting_policy(this: Run, device: torch.device) -> tuple[torch.nn.Module, Encoder, str]:
     """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run.
 
     Returns:
@@ -292,10 +307,10 @@ def _starting_policy(this: Run) -> tuple[torch.nn.Module, Encoder, str]:
             folder = Path(settings.model)
     template = None
     if folder is not None:
-        model, tokenizer, template = load_policy(folder, this.device, apart, settings, precision)
+        model, tokenizer, template = load_policy(folder, device, apart, settings, precision)
         place = base_of(str(folder)) or where(str(folder))
     else:
-        model, tokenizer = load_actor(settings, corpus(this.config), this.device, precision)
+        model, tokenizer = load_actor(settings, corpus(this.config), device, precision)
         place = where(settings.model)
     if apart and not has_adapters(model):
         model = ready_for_adapters(model)

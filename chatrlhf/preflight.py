@@ -29,6 +29,7 @@ from chatrlhf.models.rope import positions, refuse_rotations_by_length
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import load_function
 from chatrlhf.trainers.global_batches import rows_a_backward
+from chatrlhf.trainers.launch import check_launch
 
 
 def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: bool, run_dir: Path) -> None:
@@ -51,6 +52,7 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
         rows_a_backward(actor, "actor_config")
     if "REWARD" in stages and not has_reward_fn:
         rows_a_backward(reward, "reward_config")
+    check_launch(config, [stage for stage in stages if stage != "REWARD" or not has_reward_fn])
     _check_models(config, stages, has_reward_fn)
     if "RL" in stages:
         refuse_more_than(trainer.num_layers_unfrozen, block_count(actor))

@@ -66,8 +66,12 @@ def batch(samples: int) -> PromptBatch:
     return prompts(lengths, samples=samples)
 
 
-def ppo_steps(kind: str, algorithm: str, batch_size: int, precision: str, samples: int) -> dict[str, Any]:
+def ppo_steps(
+    kind: str, algorithm: str, batch_size: int, precision: str, samples: int, deal: Any = None, clip: float | None = 1.0
+) -> dict[str, Any]:
     """Two rollouts with their updates: what was sampled, what came of it, the weights at the end.
+
+    ``deal`` makes an updater that deals out what it trains (`zero_ranks.py`), ``clip`` is the norm of gradients.
 
     In bfloat16 it is one rollout and one step: where rows are cut otherwise the products round otherwise, and steps
     carry that on.
@@ -79,22 +83,28 @@ def ppo_steps(kind: str, algorithm: str, batch_size: int, precision: str, sample
     rows = sampled_rows(given.group_ids)
     # In float32 in any case: in bfloat16 a token may depend on what is sampled beside it.
     rollout = sampler.generate(given, seed=0, rows=rows)
-    masters = None
-    if precision == "bf16":
+    masters, mixed = None, precision == "bf16"
+    if mixed and deal is None:
         masters = MasterWeights(*made.backbones())
         to_bfloat16(reference.model)
     reward = FunctionReward(lambda users, replies: [len(set(each)) - len(each) / 8 for each in replies], "variety")
     scorer = Scorer(made, reference, reward, RewardScaling("running", 10.0, 0.5), torch.device("cpu"), 3)
     groups = made.parameter_groups(0.05, 0.05)
-    optimizer = torch.optim.SGD(masters.groups(groups) if masters else groups, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    settings = UpdateSettings(epochs=1 if masters else 2, batch_size=batch_size, micro_batch_size=2, entropy_coef=0.01)
-    updater = Updater(made, optimizer, scheduler, ALGORITHMS[algorithm], settings, torch.device("cpu"), masters)
+    settings = UpdateSettings(1 if mixed else 2, batch_size, 2, entropy_coef=0.01, max_grad_norm=clip)
+    rest = ALGORITHMS[algorithm], settings, torch.device("cpu")
+    if deal is not None:
+        sampler.moves_weights = False
+        updater = deal(made, reference, groups, torch.bfloat16 if mixed else torch.float32, *rest)
+    else:
+        optimizer = torch.optim.SGD(masters.groups(groups) if masters else groups, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        updater = Updater(made, optimizer, scheduler, *rest, masters)
     found: dict[str, Any] = {}
-    for step in range(1 if masters else 2):
-        if step > 0:
-            rollout = sampler.generate(given, seed=step, rows=rows)
-        scored = scorer.score(rollout, rows)
+    for step in range(1 if mixed else 2):
+        with updater.whole():
+            if step > 0:
+                rollout = sampler.generate(given, seed=step, rows=rows)
+            scored = scorer.score(rollout, rows)
         experience = make_experience(scored, ALGORITHMS[algorithm], Estimation(kl_coef=0.1))
         stats = updater.update(experience, 0.1, torch.Generator().manual_seed(step))
         whole = scored.rollout

@@ -15,6 +15,19 @@ ROOT = Path(__file__).parent.parent
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
+# Patches the product so that rank 1 alone does something at a call of a method.
+ON_RANK_1 = """
+import importlib, os, signal
+owner = getattr(importlib.import_module("{module}"), "{owner}")
+original, calls = owner.{method}, [0]
+def patched(self, *args, **kwargs):
+    calls[0] += 1
+    if calls[0] == {call} and os.environ["RANK"] == "1":
+        {act}
+    return original(self, *args, **kwargs)
+owner.{method} = patched
+"""
+
 GREETINGS = ("hello there", "good day", "how are you", "what is new", "who is it", "where to", "see you", "thank you")
 
 
@@ -130,6 +143,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, s
     return process.returncode, out, err
 
 
+def records(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a log, without how long things took."""
+    rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens/s"} for row in rows]
+
+
 def left_behind(run_dir: Path) -> dict[str, Any]:
     """All that must not depend on interruptions: the bytes of every weight and state file, metrics, samples."""
     found: dict[str, Any] = {}
@@ -141,8 +160,7 @@ def left_behind(run_dir: Path) -> dict[str, Any]:
             if path.name == "state.json":
                 found[str(path.relative_to(run_dir))] = json.loads(path.read_text())
     for name in ("metrics.jsonl", "samples.jsonl"):
-        rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-        found[name] = [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens/s"} for row in rows]
+        found[name] = records(run_dir, name)
     return found
 
 

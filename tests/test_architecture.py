@@ -16,7 +16,7 @@ PACKAGE = ROOT / "chatrlhf"
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
     ("errors", "conversation", "types", "functional", "config"),
-    ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples"),
+    ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples", "sharding"),
     ("generation", "inspection"),
     ("rl",),
     ("evaluation", "synth"),
@@ -29,7 +29,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # Which files may import a package, and never while they are imported themselves.
 ONLY_IN = {
     "trl": {"trainers/sft.py", "trainers/reward.py", "generation/vllm_sampler.py"},
-    "deepspeed": set(),
+    "deepspeed": {"sharding/whole.py", "sharding/zero.py"},
     "bitsandbytes": set(),
     "openai": {"generation/text/endpoint.py"},
     "matplotlib": {"inspection/report.py", "evaluation/picture.py"},

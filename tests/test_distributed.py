@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -12,11 +11,13 @@ import ranks
 import torch
 from safetensors.torch import load_file
 from small_run import (
+    ON_RANK_1,
     ROOT,
     TORCHRUN,
     differences,
     finish,
     left_behind,
+    records,
     start,
     start_python,
     write_config,
@@ -76,11 +77,6 @@ def undisturbed(config, tmp_path_factory) -> Path:
     status, out, err = finish(start(str(config), "--output-dir", str(run_dir), ranks=2))
     assert status == 0, err
     return run_dir
-
-
-def records(run_dir: Path, name: str) -> list[dict]:
-    rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens/s"} for row in rows]
 
 
 def assert_close(ours: dict, theirs: dict) -> None:
@@ -152,18 +148,6 @@ def test_pairs_with_accumulation_and_a_last_batch_of_one_row(config, tmp_path):
         assert_close(ours, theirs)
 
 
-# Patches the product so that rank 1 alone does something at a call of a method.
-ON_RANK_1 = """
-import importlib, os, signal
-owner = getattr(importlib.import_module("{module}"), "{owner}")
-original, calls = owner.{method}, [0]
-def patched(self, *args, **kwargs):
-    calls[0] += 1
-    if calls[0] == {call} and os.environ["RANK"] == "1":
-        {act}
-    return original(self, *args, **kwargs)
-owner.{method} = patched
-"""
 AT_UPDATE = dict(module="chatrlhf.rl.update", owner="Updater", method="step", call=14)
 AT_LOG = dict(module="chatrlhf.trainers.hf_stage", owner="StageCallback", method="on_log", call=12)
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from chatrlhf.config.section import Section
 
 
-class NotBuiltYet(Section):
-    """ChatLLaMA's switches for launchers and adapters; a section says which of them it has."""
+class LaunchKeys(Section):
+    """Who deals weights, gradients and optimizer states out over processes (for RL, too, `actor_config` says it), and
+    whether adapters are trained in the place of weights."""
 
-    built: ClassVar[tuple[str, ...]] = ()
+    deepspeed_enable: bool = Field(False, description="train by DeepSpeed, as deepspeed_config_path says")
+    deepspeed_config_path: str | None = Field(
+        None, description="DeepSpeed's JSON; null: ds_config.json beside the YAML file, else the bundled one"
+    )
+    accelerate_enable: bool = Field(
+        False, description="train by what `accelerate launch` was configured for: DDP, FSDP2 or DeepSpeed"
+    )
 
-    deepspeed_enable: bool = False
-    deepspeed_config_path: str | None = None
-    accelerate_enable: bool = False
-    peft_enable: bool = False
+    peft_enable: bool = Field(False, description="train adapters, as peft_config_path says")
     peft_config_path: str | None = None
 
     @model_validator(mode="after")
-    def _refuse_what_is_on(self) -> NotBuiltYet:
-        for key in ("deepspeed_enable", "accelerate_enable", "peft_enable"):
-            if getattr(self, key) and key not in self.built:
-                raise ValueError(f"{key}: True asks for a feature this version does not have yet; set it to False")
+    def _one_launcher(self) -> LaunchKeys:
+        if self.deepspeed_enable and self.accelerate_enable:
+            raise ValueError(
+                "deepspeed_enable: True and accelerate_enable: True both say who deals out the weights; set one to "
+                "False (accelerate, too, can run DeepSpeed: then its own configuration file says so)"
+            )
         return self

@@ -1,19 +1,18 @@
 """Every key a configuration may have, its type, its default and what it means.
 
-Sections carry ChatLLaMA's names, PPO's keys trlX's; `aliases.py` translates the rest. A key whose feature is
-not there yet loads while it is off and is refused, by name, while it is on.
+Sections carry ChatLLaMA's names, PPO's keys trlX's; `aliases.py` translates the rest.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from chatrlhf.config.checks import check_micro_batch, refuse_checkpoint_name
 from chatrlhf.config.datasets import DataKeys
-from chatrlhf.config.launch import NotBuiltYet
+from chatrlhf.config.launch import LaunchKeys
 from chatrlhf.config.models import ModelKeys
 from chatrlhf.config.optimizer import OptimizerKeys, Precision
 from chatrlhf.config.quantization import QuantizationKeys
@@ -44,10 +43,9 @@ class TinyConfig(Section):
         return self
 
 
-class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, NotBuiltYet):
+class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchKeys):
     """The ACTOR stage, and how text is rendered and bounded in every stage."""
 
-    built: ClassVar[tuple[str, ...]] = ("peft_enable",)
     model: str = "tiny"
     tiny: TinyConfig = Field(default_factory=TinyConfig, description="read when model is 'tiny'")
     tokenizer_path: str | None = None
@@ -97,10 +95,9 @@ class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, NotBuilt
         return self
 
 
-class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, NotBuiltYet):
+class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchKeys):
     """The REWARD stage, or what stands in its place."""
 
-    built: ClassVar[tuple[str, ...]] = ("peft_enable",)
     model: str | None = Field("actor", description="'actor': start from the fine-tuned actor; or a model")
     tokenizer_path: str | None = None
     model_folder: str | None = None
@@ -140,10 +137,9 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, NotBuil
         return self
 
 
-class CriticConfig(NotBuiltYet):
+class CriticConfig(LaunchKeys):
     """Where PPO's value function comes from."""
 
-    built: ClassVar[tuple[str, ...]] = ("peft_enable",)
     model: str | None = Field(None, description="null: the reward model; 'shared': on the actor's trunk; or a model")
     model_head_hidden_size: int | None = Field(None, ge=1)
     model_folder: str | None = None

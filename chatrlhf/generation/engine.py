@@ -61,6 +61,7 @@ class RolloutEngine:
     chunk_size: int | None = None
     look_every: int | None = None  # steps between two looks at who has ended; None: as the device likes it
     static: bool | None = None  # decode by recorded steps (`graphs.py`); None: on a GPU
+    moves_weights: bool = True  # may put them elsewhere in memory, for `direct.py`
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.model.forward).parameters
@@ -96,7 +97,7 @@ class RolloutEngine:
         texts: list[str] = [""] * len(prompts)
         static = device.type == "cuda" if self.static is None else self.static
         kind = StaticDecoding if static and self.in_place else Decoding
-        if kind is StaticDecoding or not self.in_place:
+        if kind is StaticDecoding or not self.in_place or not self.moves_weights:
             self.direct = None
         elif self.direct is None or not self.direct.holds:
             self.direct = direct_step(self.model)

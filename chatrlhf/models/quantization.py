@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from chatrlhf.config.quantization import QuantizationKeys
-from chatrlhf.device import pick_device, resolve_precision
+from chatrlhf.device import DTYPES, pick_device, resolve_precision
 from chatrlhf.errors import ConfigError
 
 # Of bitsandbytes' layer: on a CPU with AVX-512 BF16 its first forward without gradients repacks the weights, for a
@@ -39,7 +39,7 @@ def quantization_of(keys: QuantizationKeys, precision: str, section: str) -> dic
         return {}
     computes = keys.bnb_4bit_compute_dtype
     if computes is None:
-        computes = "bfloat16" if resolve_precision(precision, pick_device()) == "bf16" else "float32"
+        computes = str(DTYPES[resolve_precision(precision, pick_device())]).removeprefix("torch.")
     how = {
         "load_in_4bit": keys.load_in_4bit,
         "load_in_8bit": keys.load_in_8bit,

@@ -90,7 +90,8 @@ class RewardModel(nn.Module):
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Normalised scores, [B] float32."""
-        return self.scale * self.raw(input_ids, attention_mask) + self.shift
+        # Not `raw` itself: a model that is dealt out over ranks comes together where it is called.
+        return self.scale * self(input_ids, attention_mask).logits[:, 0] + self.shift
 
 
 @dataclass

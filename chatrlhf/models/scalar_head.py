@@ -14,8 +14,8 @@ class ScalarHead(nn.Module):
     def __init__(self, hidden_size: int, mlp_size: int | None = None) -> None:
         super().__init__()
         self.hidden_size, self.mlp_size = hidden_size, mlp_size
-        self.hidden = nn.Linear(hidden_size, mlp_size) if mlp_size else None
-        self.out = nn.Linear(mlp_size or hidden_size, 1)
+        self.hidden = _Linear(hidden_size, mlp_size) if mlp_size else None
+        self.out = _Linear(mlp_size or hidden_size, 1)
         nn.init.normal_(self.out.weight, std=(self.out.in_features + 1) ** -0.5)
         nn.init.zeros_(self.out.bias)
 
@@ -40,6 +40,13 @@ class ScalarHead(nn.Module):
         self.out.weight.mul_(scale)
         self.out.bias.mul_(scale).add_(shift)
         return self
+
+
+class _Linear(nn.Linear):
+    """In float32 also where its weights are not: DeepSpeed casts all of a model."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return nn.functional.linear(states, self.weight.float(), self.bias.float())
 
 
 def state_size(model: Any) -> int:

@@ -6,6 +6,7 @@ the policy's trunk, or not at all, is decided here once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,14 @@ class Seam:
             self.below.backward(self.above.grad)
 
 
+@dataclass
+class Part:
+    """Trained modules whose gradients never meet those of another part: what an engine of its own can train."""
+
+    modules: list[nn.Module]
+    evaluate: Callable[[Sequences, bool], dict[str, Tensor]]  # some of `Evaluation`'s fields
+
+
 class PolicyOnly(nn.Module):
     """A policy without a value function (RLOO, GRPO); the base of the other topologies."""
 
@@ -94,6 +103,15 @@ class PolicyOnly(nn.Module):
         """Whether values have no trained weight in common with the policy: their gradients never meet."""
         return False
 
+    def parts(self) -> list[Part]:
+        """Everything that is trained, for engines that have to be asked for a forward (`sharding`)."""
+
+        def evaluate(sequences: Sequences, with_entropy: bool) -> dict[str, Tensor]:
+            found = vars(self.evaluate(sequences, with_entropy))
+            return {name: value for name, value in found.items() if value is not None}
+
+        return [Part([self], evaluate)]
+
     def value_function(self) -> tuple[nn.Module, ScalarHead] | None:
         """The backbone that values are read from and the head on it, None without a critic."""
         return None
@@ -113,9 +131,13 @@ class SeparateCritic(PolicyOnly):
         self.critic, self.value_head = critic, value_head
         self.eval()
 
+    def values(self, sequences: Sequences) -> Tensor:
+        """V before each response token, [B, R]."""
+        return sequences.spread(self.value_head(response_states(self.critic, sequences)))
+
     def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
         def values() -> Tensor:
-            return sequences.spread(self.value_head(response_states(self.critic, sequences)))
+            return self.values(sequences)
 
         device = sequences.input_ids.device
         if not head_is_plain(self.policy):
@@ -132,6 +154,17 @@ class SeparateCritic(PolicyOnly):
     @property
     def critic_is_apart(self) -> bool:
         return True
+
+    def parts(self) -> list[Part]:
+        def policy(sequences: Sequences, with_entropy: bool) -> dict[str, Tensor]:
+            logits = response_logits(self.policy, sequences)
+            logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
+            return {"logprobs": logprobs} | ({} if entropy is None else {"entropy": entropy})
+
+        def critic(sequences: Sequences, with_entropy: bool) -> dict[str, Tensor]:
+            return {"values": self.values(sequences)}
+
+        return [Part([self.policy], policy), Part([self.critic, self.value_head], critic)]
 
     def backbones(self) -> list[nn.Module]:
         return [self.policy, self.critic]

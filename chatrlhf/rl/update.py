@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from chatrlhf.distributed import sum_over_ranks
 from chatrlhf.functional.importance import importance_ratios, importance_weights
@@ -16,14 +18,17 @@ from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
 from chatrlhf.heap import give_freed_memory_back
 from chatrlhf.lanes import side_by_side
-from chatrlhf.models.sequences import join
-from chatrlhf.models.topology import PolicyOnly, Seam
+from chatrlhf.models.factory import fingerprint
+from chatrlhf.models.sequences import Sequences, join
+from chatrlhf.models.topology import Evaluation, PolicyOnly, Seam
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradients import Gradients
 from chatrlhf.rl.master_weights import MasterWeights
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.sharing import learned_rows
 from chatrlhf.types import Experience
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,18 +80,14 @@ class Updater:
             order = torch.randperm(len(experience), generator=generator)
             for index in order.split(self.settings.batch_size):
                 steps.append(self.step(experience.select(index.to(self.device)), kl_coef))
-        self.gradients.forget()
+        self._forget()
         means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
         return means | {"ppo/first_ratio_error": steps[0]["ppo/ratio_error"]}
 
     def step(self, minibatch: Experience, kl_coef: float) -> dict[str, float]:
         """One optimizer step on a minibatch; its statistics are left on the device until the step is done."""
         sums = sum_over_ranks(self.backward(minibatch, kl_coef))
-        sums["ppo/grad_norm"] = self.gradients.clip(self.settings.max_grad_norm)[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        if self.masters is not None:
-            self.masters.publish()
+        sums["ppo/grad_norm"] = self._step()
         # One transfer a step, not one a number.
         return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
@@ -104,28 +105,50 @@ class Updater:
         # Value loss and statistics are plain means over tokens, whatever the policy loss is.
         token_mean = token_weights(minibatch.response_mask, "token_mean")
         sums: dict[str, Tensor] = {}
-        self.gradients.forget()
+        self._forget()
         lengths = (minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)).cpu()
         own = learned_rows(lengths, minibatch.trunk_rows)
-        if len(own) == 0:
-            # Without a row here this rank reads the shortest with weight 0, so that it has all that is added up.
-            own, weights, token_mean = lengths.argmin()[None], 0 * weights, 0 * token_mean
-            minibatch = replace(minibatch, trunk_states=None, trunk_rows=None)
-        for rows in cut_by_length(lengths[own], self.settings.micro_batch_size, self.topology.packs):
-            rows = own[rows].to(self.device)
-            losses, seam, stats = self._losses(minibatch.select(rows), weights[rows], token_mean[rows], kl_coef)
-            if seam is not None:
-                losses[0].backward()
-                side_by_side(seam.backward, losses[1].backward, self.device)
-            elif self.topology.critic_is_apart:
-                side_by_side(losses[0].backward, losses[1].backward, self.device)
+        pieces = cut_by_length(lengths[own], self.settings.micro_batch_size, self.topology.packs) if len(own) else []
+        backwards = self._backwards(len(pieces))
+        for number in range(backwards):
+            if number < len(pieces):
+                rows = own[pieces[number]].to(self.device)
+                micro, share, token_share = minibatch.select(rows), weights[rows], token_mean[rows]
             else:
-                sum(losses).backward()
-            self.gradients.collect()
+                # Without a row left this rank reads the shortest with weight 0, so that it has all that is added up.
+                rows = lengths.argmin()[None].to(self.device)
+                micro, share = _without_states(minibatch.select(rows)), 0 * weights[rows]
+                token_share = 0 * token_mean[rows]
+            losses, seam, stats = self._losses(micro, share, token_share, kl_coef)
+            self._descend(losses, seam, last=number == backwards - 1)
             for name, value in stats.items():
                 sums[name] = sums[name] + value if name in sums else value
-        self.gradients.finish()
+        self._all_added_up()
         return sums
+
+    def _forget(self) -> None:
+        self.gradients.forget()
+
+    def _backwards(self, pieces: int) -> int:
+        """How many backwards this rank makes of so many pieces: each has one at least."""
+        return max(pieces, 1)
+
+    def _evaluate(self, sequences: Sequences) -> Evaluation:
+        return self.topology.evaluate(sequences, with_entropy=self.settings.entropy_coef > 0, seam=True)
+
+    def _descend(self, losses: list[Tensor], seam: Seam | None, last: bool) -> None:
+        """The backward of a microbatch, added to those before it; ``last`` of the minibatch or not."""
+        if seam is not None:
+            losses[0].backward()
+            side_by_side(seam.backward, losses[1].backward, self.device)
+        elif self.topology.critic_is_apart:
+            side_by_side(losses[0].backward, losses[1].backward, self.device)
+        else:
+            sum(losses).backward()
+        self.gradients.collect()
+
+    def _all_added_up(self) -> None:
+        self.gradients.finish()
 
     def _losses(
         self, micro: Experience, weights: Tensor, token_mean: Tensor, kl_coef: float
@@ -140,7 +163,7 @@ class Updater:
             micro.min_new_tokens,
             micro.own_trunk_states,
         )
-        evaluation = self.topology.evaluate(sequences, with_entropy=settings.entropy_coef > 0, seam=True)
+        evaluation = self._evaluate(sequences)
         logprobs = evaluation.logprobs
         per_token = policy_loss(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
         if settings.foreign_sampler:
@@ -171,6 +194,49 @@ class Updater:
                 stats["sampling/truncated"] = (token_mean * (ratios > settings.importance_cap)).sum()
         return losses, evaluation.seam, stats
 
+    def _step(self) -> Tensor:
+        """Clip, step and publish; returns the norm of the policy's gradient before, 0-d."""
+        norm = self.gradients.clip(self.settings.max_grad_norm)[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.masters is not None:
+            self.masters.publish()
+        return norm
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, rollouts can be sampled and scored: the models of engine and scorer have the newest weights."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Let go of what is held besides the models' weights."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for updaters that can exchange weights."""
+        return fingerprint(self.topology)
+
+    def save_weights(self, folder: Path) -> None:
+        """Write what is trained, by one process; frozen weights are made anew from where the run started."""
+        with self.full_precision():
+            save_trained(self.topology, folder / WEIGHTS)
+
+    def load_weights(self, folder: Path) -> None:
+        """Read what `save_weights` wrote."""
+        with self.full_precision():
+            load_trained(self.topology, folder / WEIGHTS)
+
+    def save_shards(self, folder: Path) -> None:
+        """Write what this process alone holds; all processes do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds besides weights and shards."""
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
     def full_precision(self) -> AbstractContextManager[None]:
         """Inside, the topology holds float32 weights: what is saved, and what is loaded into."""
         return self.masters.exposed() if self.masters is not None else nullcontext()
@@ -181,3 +247,29 @@ class Updater:
         groups = [group["params"] for group in self.optimizer.param_groups]
         parameters = [each for group in groups for each in group]
         return Gradients(groups, self.masters.working(parameters) if self.masters is not None else parameters)
+
+
+def save_trained(topology: nn.Module, path: Path) -> None:
+    """Write what is trained. Frozen weights are made anew from where the run started, as the reference is."""
+    save_file({name: weight.detach().contiguous() for name, weight in _trained(topology).items()}, path)
+
+
+@torch.no_grad()
+def load_trained(topology: nn.Module, path: Path) -> None:
+    """Read what `save_trained` wrote of a topology with the same fingerprint."""
+    saved = load_file(path)
+    for name, weight in _trained(topology).items():
+        weight.copy_(saved[name])
+
+
+def _trained(topology: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in topology.named_parameters() if weight.requires_grad}
+
+
+def _without_states(micro: Experience) -> Experience:
+    """Rows whose states are with another rank, with states that say nothing in their place."""
+    if micro.trunk_states is None:
+        return micro
+    width = micro.prompt_mask.shape[1] + micro.response_mask.shape[1]
+    states = micro.trunk_states.new_zeros(len(micro), width, micro.trunk_states.shape[-1])
+    return replace(micro, trunk_states=states, trunk_rows=None)

@@ -8,12 +8,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chatrlhf.data.files import sha256_of
-from chatrlhf.distributed import barrier, is_main
+from chatrlhf.distributed import barrier, is_main, world_size
 from chatrlhf.errors import CheckpointError
+from chatrlhf.sharding.environment import Sharding
 
 CONTENTS = "contents.json"
+SHARDING = "sharding.json"  # beside states that lie as they were dealt out
 WRITING = ".writing-"
 REPLACED = ".replaced-"
 
@@ -26,9 +29,9 @@ class CheckpointStore:
     keep: int
     warn: Callable[[str], None]
 
-    def publish(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Publish what ``write`` puts into the folder it is given, then drop the oldest beyond ``keep``."""
-        path = publish_folder(self.folder / f"step-{step:06d}", write)
+    def publish(self, step: int, write: Callable[[Path], None], by_all: Callable[[Path], None] | None = None) -> Path:
+        """Publish what is written as `publish_folder` has it, then drop the oldest beyond ``keep``."""
+        path = publish_folder(self.folder / f"step-{step:06d}", write, by_all)
         if is_main():
             for old in self._steps()[: -self.keep]:
                 shutil.rmtree(old)
@@ -77,40 +80,85 @@ class StageFiles:
         barrier()
 
 
-def publish_folder(target: Path, write: Callable[[Path], None]) -> Path:
+def note_sharding(folder: Path, sharding: Sharding) -> None:
+    """Write down how the states in a checkpoint are dealt out, where they are."""
+    if sharding is not None:
+        (folder / SHARDING).write_text(json.dumps(_described(sharding)) + "\n", encoding="utf-8")
+
+
+def check_sharding(folder: Path, sharding: Sharding) -> None:
+    """Refuse a checkpoint whose states were dealt out in another way: DeepSpeed cannot deal them out anew.
+
+    Raises:
+        CheckpointError: it says how it was.
+    """
+    path = folder / SHARDING
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    wanted = _described(sharding) if sharding is not None else None
+    if there != wanted:
+        one, other = (f"{each['by']} in {each['processes']} processes" if each else "whole" for each in (there, wanted))
+        raise CheckpointError(
+            f"{folder}: its states were written {one}, and this run has them {other}; resume with the launch and the "
+            "configuration that it was written by, or start again without --resume"
+        )
+
+
+def _described(sharding: Sharding) -> dict[str, Any]:
+    return {"by": str(sharding), "processes": world_size()}
+
+
+def publish_folder(target: Path, write: Callable[[Path], None], by_all: Callable[[Path], None] | None = None) -> Path:
     """Fill a folder beside ``target``, list its files with size and SHA-256, and rename it to ``target``.
 
     A kill at any moment leaves either the old ``target`` (or none) or the new one, and at most a folder with
-    a dot in front, which the next publication clears away. All ranks call this, rank 0 writes, and each leaves when the
-    folder is in its place.
+    a dot in front, which the next publication clears away. All ranks call this, and each leaves when the folder is in
+    its place.
+
+    Args:
+        write: what rank 0 puts into the folder it is given.
+        by_all: what every rank puts there before.
     """
+    writing = target.parent / f"{WRITING}{target.name}"
     barrier()
     if is_main():
-        _publish(target, write)
+        _begin(target, writing)
+    if by_all is not None:
+        barrier()
+        by_all(writing)
+        barrier()
+    if is_main():
+        write(writing)
+        _finish(target, writing)
     barrier()
     return target
 
 
-def _publish(target: Path, write: Callable[[Path], None]) -> None:
-    writing = target.parent / f"{WRITING}{target.name}"
-    replaced = target.parent / f"{REPLACED}{target.name}"
+def _begin(target: Path, writing: Path) -> None:
+    replaced = _replaced(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if replaced.exists() and not target.exists():  # killed between the two renames below
+    if replaced.exists() and not target.exists():  # killed between the two renames of `_finish`
         replaced.rename(target)
     for leftover in (writing, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     writing.mkdir()
-    write(writing)
+
+
+def _finish(target: Path, writing: Path) -> None:
     contents = {str(path.relative_to(writing)): _describe(path) for path in _files(writing)}
     text = json.dumps(contents, indent=2, sort_keys=True) + "\n"
     (writing / CONTENTS).write_text(text, encoding="utf-8")
     for path in [*_files(writing), writing]:
         _sync(path)
+    replaced = _replaced(target)
     if target.exists():
         target.rename(replaced)
     writing.rename(target)
     _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    return target.parent / f"{REPLACED}{target.name}"
 
 
 def why_invalid(folder: Path) -> str | None:

@@ -6,6 +6,7 @@ scratch folder, and only when it is whole is it hashed and renamed into ``checkp
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,11 +17,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.device import resolve_precision
-from chatrlhf.distributed import barrier, is_main
+from chatrlhf.distributed import barrier, is_main, world_size
 from chatrlhf.errors import CheckpointError, Interrupted
 from chatrlhf.models.factory import fingerprint
 from chatrlhf.progress import RunLog
-from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles
+from chatrlhf.sharding.environment import DeepSpeed, Sharding, environment_for
+from chatrlhf.sharding.whole import outline, put_together
+from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, check_sharding, note_sharding
 from chatrlhf.trainers.global_batches import rows_a_backward
 from chatrlhf.trainers.interrupt import StopRequest
 
@@ -46,6 +49,7 @@ def common_arguments(
     held_out: int,
     device: torch.device,
     seed: int,
+    sharding: Sharding,
 ) -> dict[str, Any]:
     """Training arguments as the section of a stage gives them.
 
@@ -53,6 +57,7 @@ def common_arguments(
         section: its name, for messages.
         rows: training rows, which set the length of an epoch.
         held_out: evaluation rows; 0 turns evaluation off.
+        sharding: who deals the model out, where that is asked for.
     """
     micro, accumulated = rows_a_backward(config, section)
     steps_an_epoch = -(-rows // config.batch_size)
@@ -71,6 +76,7 @@ def common_arguments(
         "max_grad_norm": config.max_grad_norm or 0.0,
         "optim": "adamw_torch_fused",
         "bf16": resolve_precision(config.precision, device) == "bf16",
+        "fp16": resolve_precision(config.precision, device) == "fp16",
         "use_cpu": device.type == "cpu",
         # Every step is logged: an average over several would not survive a resume bit for bit.
         "logging_steps": 1,
@@ -85,6 +91,7 @@ def common_arguments(
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         "prediction_loss_only": True,
         "max_length": None,
+        "deepspeed": copy.deepcopy(sharding.settings) if isinstance(sharding, DeepSpeed) else None,
     }
 
 
@@ -99,20 +106,19 @@ class StageCallback(TrainerCallback):
         stop: StopRequest,
         fingerprint: str,
         on_evaluate: Callable[[], Mapping[str, float]] | None = None,
+        sharding: Sharding = None,
     ) -> None:
         self.stage, self.log, self.store, self.stop = stage, log, store, stop
-        self.fingerprint, self.extra_metrics = fingerprint, on_evaluate
+        self.fingerprint, self.extra_metrics, self.sharding = fingerprint, on_evaluate, sharding
         self.published: Path | None = None
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        if not is_main():
-            return
         metrics = {METRIC_NAMES[name]: value for name, value in logs.items() if name in METRIC_NAMES}
         if "loss/eval" in metrics and self.extra_metrics is not None:
-            metrics |= self.extra_metrics()
-        if metrics:
+            metrics |= self.extra_metrics()  # by all ranks, which may each hold a part of the model
+        if metrics and is_main():
             self.log.step(self.stage, state.global_step, metrics)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> Any:
@@ -130,6 +136,7 @@ class StageCallback(TrainerCallback):
             for path in written.iterdir():
                 shutil.move(str(path), folder / path.name)
             (folder / FINGERPRINT).write_text(self.fingerprint, encoding="utf-8")
+            note_sharding(folder, self.sharding)
 
         self.published = self.store.publish(state.global_step, move)
         if is_main():
@@ -143,16 +150,23 @@ def run_trainer(
     log: RunLog,
     every: int,
     on_evaluate: Callable[[], Mapping[str, float]] | None = None,
-) -> None:
+    sharding: Sharding = None,
+    needed_by_all: bool = False,
+) -> torch.nn.Module:
     """Train, from the newest checkpoint on ``resume``.
 
     Args:
         make_trainer: given the callback and whether the run starts at its beginning, the trainer.
         every: optimizer steps between two lines on a plain output.
+        sharding: who deals the model out.
+        needed_by_all: whether all ranks go on with the model; else one that was dealt out is rank 0's, to be saved.
+
+    Returns:
+        The trained model: ``model`` itself, but for one that was dealt out.
 
     Raises:
         Interrupted: a signal asked to stop; a checkpoint is there.
-        CheckpointError: the checkpoints are damaged or of another model.
+        CheckpointError: the checkpoints are damaged, of another model, or dealt out in another way.
     """
     files.begin()
     stage, store = files.stage, files.store
@@ -164,12 +178,15 @@ def run_trainer(
             "set the model back, or use another output_dir"
         )
     if path is not None:
+        check_sharding(path, sharding)
         log.note(f"{stage}: resumed from {path}")
     elif files.resume:
         log.note(f"{stage}: no checkpoint was published yet, so it starts at its beginning")
     log.rewind(stage, done if path is not None else -1)
-    with StopRequest(log.note) as stop:
-        callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate)
+    device = next(model.parameters()).device
+    bare = outline(model) if sharding is not None else None
+    with environment_for(sharding), StopRequest(log.note) as stop:
+        callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate, sharding)
         trainer = make_trainer(callback, path is None)
         trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
         for weight in model.parameters():
@@ -178,15 +195,32 @@ def run_trainer(
                 weight.data = weight.data.float()
         with log.stage(stage, _total_steps(trainer), done, every):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
+        if bare is not None:
+            log.note(
+                f"{stage}: trained by {sharding} in {world_size()} processes ({type(trainer.model_wrapped).__name__})"
+            )
+            model = put_together(bare, model, needed_by_all or is_main())
+            _let_go(trainer)
+            if needed_by_all:
+                model.to(device)
     barrier()
     if is_main():
         shutil.rmtree(files.scratch, ignore_errors=True)
     signal_number = stop.agreed()
     if signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(signal_number, callback.published)
+    return model
 
 
 def _total_steps(trainer: Any) -> int:
     batches = len(trainer.get_train_dataloader())
     steps = -(-batches // trainer.args.gradient_accumulation_steps)
     return int(steps * trainer.args.num_train_epochs)
+
+
+def _let_go(trainer: Any) -> None:
+    """Free what a dealt out model has left in memory besides its weights."""
+    engine = trainer.model_wrapped
+    if hasattr(engine, "destroy"):  # DeepSpeed's
+        engine.destroy()
+    trainer.accelerator.free_memory()

@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from chatrlhf.distributed import gather_objects, rank
 from chatrlhf.errors import CheckpointError, Interrupted
 from chatrlhf.evaluation.heldout import HeldOut, HeldOutReport
 from chatrlhf.functional.importance import logprob_gap
 from chatrlhf.generation.sampler import Sampler
-from chatrlhf.models.factory import fingerprint
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
 from chatrlhf.rl.kl_controller import KLController
@@ -28,7 +25,8 @@ from chatrlhf.rl.prompts import PromptSchedule, step_generator, step_seed
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.sharing import sampled_rows
 from chatrlhf.rl.update import Updater
-from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.sharding.environment import Sharding
+from chatrlhf.trainers.checkpoint import CheckpointStore, check_sharding, note_sharding
 from chatrlhf.trainers.interrupt import StopRequest
 from chatrlhf.types import ScoredRollout
 
@@ -59,6 +57,7 @@ class PPOTrainer:
     checkpoint_steps: int = 1000
     held_out: HeldOut | None = None
     eval_interval: int | None = None
+    sharding: Sharding = None  # how the updater's states are dealt out
 
     before: HeldOutReport | None = None  # the held-out prompts before the first step
     after: HeldOutReport | None = None  # and at the newest evaluation
@@ -75,16 +74,17 @@ class PPOTrainer:
         if start == 0:
             self.log.rewind(STAGE, -1)
             if self.held_out is not None:
-                self.before = self.after = self.held_out.evaluate()
+                self.before = self.after = self._judge(self.held_out)
                 self.log.step(STAGE, 0, self.before.metrics())
         with self.log.stage(STAGE, self.num_steps, start), StopRequest(self.log.note) as stop:
             for step in range(start, self.num_steps):
                 clock = [time.perf_counter()]
                 prompts = self.prompts.batch(step)
                 rows = sampled_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
-                rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
-                clock.append(time.perf_counter())
-                scored = self.scorer.score(rollout, rows)
+                with self.updater.whole():
+                    rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
+                    clock.append(time.perf_counter())
+                    scored = self.scorer.score(rollout, rows)
                 clock.append(time.perf_counter())
                 coef = self.kl.coef
                 experience = make_experience(scored, self.algorithm, self.estimation(coef))
@@ -94,6 +94,10 @@ class PPOTrainer:
                 self._record(step + 1, scored, stats, coef, clock)
                 self._checkpoint(step + 1, stop)
         return dict(self.log.last.get(STAGE, {}))
+
+    def _judge(self, held_out: HeldOut) -> HeldOutReport:
+        with self.updater.whole():
+            return held_out.evaluate()
 
     def _record(
         self, step: int, scored: ScoredRollout, stats: dict[str, float], coef: float, clock: list[float]
@@ -124,7 +128,7 @@ class PPOTrainer:
         last = step == self.num_steps
         due = last or (self.eval_interval is not None and step % self.eval_interval == 0)
         if self.held_out is not None and due:
-            self.after = self.held_out.evaluate()
+            self.after = self._judge(self.held_out)
             metrics |= self.after.metrics()
         self.log.step(STAGE, step, metrics)
         self.log.samples(
@@ -149,23 +153,19 @@ class PPOTrainer:
             return
         if signal_number is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
             generators = gather_objects(generator_states())
-            path = self.checkpoints.publish(step, lambda folder: self._write(folder, step, generators))
+            path = self.checkpoints.publish(
+                step, lambda folder: self._write(folder, step, generators), self.updater.save_shards
+            )
             if signal_number is not None and step < self.num_steps:
                 raise Interrupted(signal_number, path)
 
     def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
-        topology, updater = self.updater.topology, self.updater
-        with updater.full_precision():
-            save_trained(topology, str(folder / "model.safetensors"))
-        tensors = {
-            "optimizer": updater.optimizer.state_dict(),
-            "scheduler": updater.scheduler.state_dict(),
-            "generators": generators,
-        }
-        torch.save(tensors, folder / "training.pt")
+        self.updater.save_weights(folder)
+        note_sharding(folder, self.sharding)
+        torch.save(self.updater.state_dict() | {"generators": generators}, folder / "training.pt")
         state = {
             "step": step,
-            "fingerprint": fingerprint(topology),
+            "fingerprint": self.updater.fingerprint,
             "kl": self.kl.state_dict(),
             "reward_scaling": self.scorer.scaling.state_dict(),
             "before": self.before.state_dict() if self.before else None,
@@ -181,17 +181,15 @@ class PPOTrainer:
             return 0
         step, folder = newest
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        topology, updater = self.updater.topology, self.updater
-        if state["fingerprint"] != fingerprint(topology):
+        if state["fingerprint"] != self.updater.fingerprint:
             raise CheckpointError(
                 f"{folder}: it is a checkpoint of another model (other parameters, or others in training, than this "
                 "configuration's); set models, critic_config and num_layers_unfrozen back, or use another output_dir"
             )
-        with updater.full_precision():
-            load_trained(topology, str(folder / "model.safetensors"))
+        check_sharding(folder, self.sharding)
+        self.updater.load_weights(folder)
         tensors = torch.load(folder / "training.pt", weights_only=True)
-        updater.optimizer.load_state_dict(tensors["optimizer"])
-        updater.scheduler.load_state_dict(tensors["scheduler"])
+        self.updater.load_state_dict(tensors)
         self.kl.load_state_dict(state["kl"])
         self.scorer.scaling.load_state_dict(state["reward_scaling"])
         if rank() < len(tensors["generators"]):  # a rank that was not there before starts its generators afresh
@@ -224,20 +222,3 @@ def set_generator_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(words.tolist()), gauss))
     keys, *numpy_rest = states["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numpy_rest))
-
-
-def save_trained(topology: nn.Module, path: str) -> None:
-    """Write what is trained. Frozen weights are made anew from where the run started, as the reference is."""
-    save_file({name: weight.detach().contiguous() for name, weight in _trained(topology).items()}, path)
-
-
-@torch.no_grad()
-def load_trained(topology: nn.Module, path: str) -> None:
-    """Read what `save_trained` wrote of a topology with the same fingerprint."""
-    saved = load_file(path)
-    for name, weight in _trained(topology).items():
-        weight.copy_(saved[name])
-
-
-def _trained(topology: nn.Module) -> dict[str, Tensor]:
-    return {name: weight for name, weight in topology.named_parameters() if weight.requires_grad}

@@ -19,6 +19,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.agreement import pearson, ranking_accuracy, wilson_interval
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.progress import RunLog
+from chatrlhf.sharding.environment import Sharding
 from chatrlhf.trainers.checkpoint import StageFiles
 from chatrlhf.trainers.global_batches import GlobalBatches
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
@@ -52,8 +53,9 @@ def train_reward_model(
     log: RunLog,
     device: torch.device,
     seed: int,
+    sharding: Sharding = None,
 ) -> None:
-    """Train the reward model in ``scorer`` in place and set its normalisation.
+    """Train the reward model in ``scorer`` and set its normalisation.
 
     Raises:
         DataError: no row fits the context.
@@ -79,7 +81,7 @@ def train_reward_model(
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Any:
         arguments = common_arguments(
-            config, "reward_config", files.scratch, len(order), len(held_out_rows), device, seed
+            config, "reward_config", files.scratch, len(order), len(held_out_rows), device, seed, sharding
         )
         arguments |= {
             "eval_on_start": from_the_beginning and held_out is not None,
@@ -104,7 +106,7 @@ def train_reward_model(
         model.train(training)
         return metrics
 
-    run_trainer(make_trainer, model, files, log, config.iteration_per_print, agreement)
+    scorer.model = run_trainer(make_trainer, model, files, log, config.iteration_per_print, agreement, sharding, True)
     if pairwise:
         _centre_on(scorer, train_rows, epochs)
     if held_out_rows:

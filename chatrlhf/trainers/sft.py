@@ -14,6 +14,7 @@ from chatrlhf.data.collate import IGNORED, Encoder, fitting
 from chatrlhf.data.inputs import Rows
 from chatrlhf.data.views import ActorRow
 from chatrlhf.progress import RunLog
+from chatrlhf.sharding.environment import Sharding
 from chatrlhf.trainers.checkpoint import StageFiles
 from chatrlhf.trainers.global_batches import GlobalBatches
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
@@ -31,8 +32,9 @@ def train_actor(
     log: RunLog,
     device: torch.device,
     seed: int,
-) -> None:
-    """Fine-tune ``model`` in place. Rows beyond the context are dropped and counted.
+    sharding: Sharding = None,
+) -> nn.Module:
+    """Fine-tune ``model``, in place unless it is dealt out, and return it. Rows beyond the context are dropped.
 
     Raises:
         DataError: no row fits the context.
@@ -52,7 +54,7 @@ def train_actor(
 
     def make_trainer(callback: StageCallback, from_the_beginning: bool) -> SFTTrainer:
         arguments = common_arguments(
-            config, "actor_config", files.scratch, len(order), len(rows.held_out), device, seed
+            config, "actor_config", files.scratch, len(order), len(rows.held_out), device, seed, sharding
         )
         arguments |= {
             "label_smoothing_factor": config.label_smoothing_factor,
@@ -68,7 +70,7 @@ def train_actor(
             order=order,
         )
 
-    run_trainer(make_trainer, model, files, log, config.iteration_per_print)
+    return run_trainer(make_trainer, model, files, log, config.iteration_per_print, sharding=sharding)
 
 
 def _dataset(

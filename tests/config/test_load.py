@@ -422,20 +422,6 @@ def test_the_values_it_names_do_work():
         load_config(trainer(**keys))
 
 
-LAUNCHERS = [
-    (section, key)
-    for section in ("actor_config", "reward_config", "critic_config")
-    for key in ("deepspeed_enable", "accelerate_enable")
-]
-
-
-@pytest.mark.parametrize("section, key", LAUNCHERS)
-def test_what_is_not_built_yet_loads_while_it_is_off(section, key):
-    load_config({section: {key: False}})
-    with pytest.raises(ConfigError, match=f"{section}: {key}: True asks for a feature this version does not have"):
-        load_config({section: {key: True}})
-
-
 # ----- what is trained
 
 

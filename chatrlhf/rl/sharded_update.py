@@ -1,0 +1,226 @@
+"""The update of models whose gradients, optimizer states or weights are dealt out over ranks.
+
+What is computed is `Updater`'s; whose memory it lies in is DeepSpeed's or FSDP2's business. Both talk to the other
+ranks inside a forward or a backward, so here all ranks make the same number of them, in one order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chatrlhf.distributed import is_main, largest
+from chatrlhf.lanes import one_lane
+from chatrlhf.models.factory import fingerprint
+from chatrlhf.models.sequences import Sequences, head_is_plain
+from chatrlhf.models.topology import Evaluation, Part, PolicyOnly, Seam
+from chatrlhf.rl.update import Updater
+from chatrlhf.sharding.engine import Engine
+from chatrlhf.sharding.whole import trained_weights
+
+# Weights of a part's modules and their optimizer groups to the engine that trains them.
+MakeEngine = Callable[[list[nn.Module], list[dict[str, Any]]], Engine]
+
+
+@dataclass
+class Dealt:
+    """A topology that is trained by engines, and its models for everything else."""
+
+    trained: PolicyOnly  # what the engines hold
+    whole: PolicyOnly  # what samples and scores: the same object, but where weights are dealt out, too
+    parts: list[Part]
+    engines: list[Engine]
+    fingerprint: str
+    dtype: torch.dtype  # of rollouts
+    as_loaded: dict[str, Tensor]  # frozen weights that will be saved again, in their own bytes
+
+    @property
+    def weights_are_dealt_out(self) -> bool:
+        """Whether no process has all weights of what is trained, but for the time of a rollout."""
+        return self.whole is not self.trained
+
+    @contextmanager
+    def brought_together(self, device: torch.device) -> Iterator[None]:
+        """Inside, `whole` has the weights that the engines have now, on a device, as a forward computes with them."""
+        if not self.weights_are_dealt_out:
+            yield
+            return
+        with _holding(self.whole, trained_weights(self.trained, self.dtype), device):
+            yield
+
+    @contextmanager
+    def in_full_precision(self) -> Iterator[None]:
+        """Inside, `whole` has what is to be saved, in the CPU's memory, and in that of rank 0 alone, which saves it."""
+        weights = trained_weights(self.trained, torch.float32)
+        if not is_main():
+            deque(weights, maxlen=0)  # taken part in, and not kept
+            yield
+            return
+        with _holding(self.whole, chain(weights, self.as_loaded.items()), torch.device("cpu")):
+            yield
+
+
+@contextmanager
+def _holding(model: nn.Module, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> Iterator[None]:
+    """Inside, a model has these weights."""
+    own = dict(model.named_parameters())
+    before = {}
+    for name, value in weights:
+        before[name] = own[name].data
+        own[name].data = value.to(device)
+    try:
+        yield
+    finally:
+        for name, data in before.items():
+            own[name].data = data
+
+
+def deal_out(
+    topology: PolicyOnly,
+    frozen: list[nn.Module],
+    prepare: Callable[[PolicyOnly], None],
+    make_engine: MakeEngine,
+    groups: list[dict[str, Any]],
+    with_weights: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_frozen: bool,
+) -> Dealt:
+    """Hand a topology over to engines, one for each of its parts.
+
+    Args:
+        topology: on ``device``, or in the CPU's memory.
+        frozen: other models, which may share frozen weights with it; they are moved to ``device``.
+        prepare: what is done to the models that are trained, and to no others, before engines have them.
+        groups: as from `parameter_groups`.
+        with_weights: weights are dealt out, too. The engines then get a copy, and the topology itself is left without
+            what is trained, until it is `brought_together`; what is frozen stays there.
+        dtype: of all products.
+        keep_frozen: whether frozen weights are to be saved again.
+    """
+    known = fingerprint(topology)
+    head_is_plain(topology.policy), topology.packs  # answered while the models are whole
+    whole = topology
+    trained = {id(each) for each in whole.parameters() if each.requires_grad}
+    as_loaded = {name: each.data for name, each in whole.named_parameters() if keep_frozen and id(each) not in trained}
+    for module in (whole, *frozen):
+        for each in module.parameters():
+            if id(each) not in trained and each.is_floating_point():  # not so what lies in few bits
+                each.data = each.data.to(device, dtype)
+    if with_weights:
+        memo: dict[int, Any] = {}
+        topology = copy.deepcopy(whole, memo)
+        groups = [group | {"params": [memo[id(each)] for each in group["params"]]} for group in groups]
+        for each in whole.parameters():
+            if id(each) in trained:
+                each.data = each.data.new_empty(0, device=device)
+        for module in (whole, *frozen):
+            module.to(device)  # their buffers
+    prepare(topology)
+    parts = topology.parts()
+    if with_weights and _overlap(parts):  # one weight cannot be dealt out twice
+        parts = PolicyOnly.parts(topology)
+    # An optimizer makes the groups that it is given its own, so they are told apart first.
+    shares = [_groups_of(part, groups) for part in parts]
+    engines = [make_engine(part.modules, share) for part, share in zip(parts, shares, strict=True)]
+    return Dealt(topology, whole, parts, engines, known, dtype, as_loaded)
+
+
+def _overlap(parts: list[Part]) -> bool:
+    """Whether parts have a weight in common: a frozen one, as under a critic upon the policy's base."""
+    seen = [{id(each) for module in part.modules for each in module.parameters()} for part in parts]
+    return sum(map(len, seen)) > len(set().union(*seen))
+
+
+def _groups_of(part: Part, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    own = {id(each) for module in part.modules for each in module.parameters()}
+    return [dict(group) for group in groups if id(group["params"][0]) in own]
+
+
+@dataclass
+class ShardedUpdater(Updater):
+    """An `Updater` over engines. Its ``topology`` is what they hold, its ``optimizer`` the first one's.
+
+    Gradients are clipped by engine: a critic of its own by a norm of its own, one that has weights in common with the
+    policy together with it.
+    """
+
+    dealt: Dealt = field(kw_only=True)
+    schedulers: list[Any] = field(kw_only=True)  # one for each engine
+
+    def _backwards(self, pieces: int) -> int:
+        return largest(super()._backwards(pieces))
+
+    def _evaluate(self, sequences: Sequences) -> Evaluation:
+        with_entropy = self.settings.entropy_coef > 0
+        found: dict[str, Tensor] = {"values": None, "entropy": None}
+        with one_lane():
+            for part, engine in zip(self.dealt.parts, self.dealt.engines, strict=True):
+                found |= engine(lambda part=part: part.evaluate(sequences, with_entropy))
+        return Evaluation(**found)
+
+    def _descend(self, losses: list[Tensor], seam: Seam | None, last: bool) -> None:
+        if len(self.dealt.engines) == 1:
+            losses = [sum(losses)]
+        for engine, loss in zip(self.dealt.engines, losses, strict=True):
+            engine.backward(loss, last)
+
+    def _forget(self) -> None:
+        """An engine's step forgets its gradient."""
+
+    def _all_added_up(self) -> None:
+        """Engines add up in their backwards."""
+
+    def _step(self) -> Tensor:
+        norms = [engine.step() for engine in self.dealt.engines]
+        for scheduler in self.schedulers:
+            scheduler.step()
+        return torch.tensor(norms[0], device=self.device)
+
+    def close(self) -> None:
+        for engine in self.dealt.engines:
+            engine.close()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dealt.fingerprint
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        with self.dealt.brought_together(self.device):
+            yield
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        with self.dealt.in_full_precision():
+            yield
+
+    def save_weights(self, folder: Path) -> None:
+        """They are in the shards."""
+
+    def load_weights(self, folder: Path) -> None:
+        for engine, place in zip(self.dealt.engines, self._places(folder), strict=True):
+            engine.load(place)
+
+    def save_shards(self, folder: Path) -> None:
+        for engine, place in zip(self.dealt.engines, self._places(folder), strict=True):
+            engine.save(place)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"schedulers": [each.state_dict() for each in self.schedulers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for scheduler, its in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(its)
+
+    def _places(self, folder: Path) -> list[Path]:
+        return [folder / f"part-{number}" for number in range(len(self.dealt.engines))]

@@ -1,0 +1,116 @@
+"""All three stages by two processes, plain and dealt out by DeepSpeed and FSDP2: the optimizer steps of one process."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from small_run import ON_RANK_1, finish, records, start, write_config, write_files
+from transformers import AutoModelForCausalLM
+
+from chatrlhf.models.reward_model import load_reward_model
+from chatrlhf.trainers.checkpoint import SHARDING
+
+pytestmark = pytest.mark.slow
+
+ZERO = {
+    "ZeRO-2": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "ZeRO-3": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": "auto"},
+}
+SECTIONS = ("actor_config", "reward_config")
+# The engines, and where rank 1 is asked to stop, so that the run has to be resumed.
+IN_RL = dict(module="chatrlhf.rl.update", owner="Updater", method="step", call=4)
+IN_ACTOR = dict(module="chatrlhf.trainers.hf_stage", owner="StageCallback", method="on_log", call=5)
+ENGINES = {
+    "DeepSpeed ZeRO-2": ("DeepSpeedEngine", IN_RL),
+    "DeepSpeed ZeRO-3": ("DeepSpeedEngine", IN_ACTOR),
+    "FSDP2": ("FSDP", IN_RL),
+}
+# As `accelerate launch` sets the environment, on CPUs.
+ON_CPUS = """
+import os, sharded_ranks
+os.environ |= sharded_ranks.FSDP2 | {"ACCELERATE_MIXED_PRECISION": "no"}
+sharded_ranks.have_fsdp_on_cpus()
+import chatrlhf.trainers.launch
+chatrlhf.trainers.launch.world_size = lambda: 1
+"""
+STAGES = {"ACTOR": ("loss/train",), "REWARD": ("loss/train",), "RL": ("loss/policy", "loss/value")}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A step of RL is one optimizer step, in microbatches."""
+    folder = tmp_path_factory.mktemp("files")
+    write_files(folder)
+    for name, settings in ZERO.items():
+        (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": settings}), encoding="utf-8")
+    batches = dict(trainer_config__batch_size=8, trainer_config__ppo_epochs=1, trainer_config__micro_batch_size=2)
+    return write_config(folder, actor_config__micro_batch_size=2, **batches)
+
+
+def run(config: Path, run_dir: Path, ranks: int, *words: str, code: str | None = None) -> tuple[int, str, str]:
+    return finish(start(str(config), "--output-dir", str(run_dir), *words, ranks=ranks, code=code))
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    status, out, err = run(config, run_dir, 1)
+    assert status == 0, err
+    return run_dir
+
+
+def assert_the_same(run_dir: Path, alone: Path) -> None:
+    """Losses of the optimizer steps, and models that load in one process and are those of one."""
+    ours, theirs = (records(each, "metrics.jsonl") for each in (run_dir, alone))
+    for stage, losses in STAGES.items():
+        for name in losses:
+            got, want = (
+                [row[name] for row in rows if row["stage"] == stage and name in row] for rows in (ours, theirs)
+            )
+            assert len(got) == len(want) >= 5
+            assert got[:5] == pytest.approx(want[:5], rel=1e-4, abs=1e-6), (stage, name)
+    for folder in ("actor", "reward", "actor_rl", "critic"):
+        first, second = (load_file(each / folder / "model.safetensors") for each in (run_dir, alone))
+        assert first.keys() == second.keys()
+        for name, weight in second.items():
+            assert first[name].dtype == weight.dtype
+            assert (first[name] - weight).abs().max() <= 1e-3 * weight.abs().max(), (folder, name)
+    AutoModelForCausalLM.from_pretrained(run_dir / "actor_rl")
+    assert load_reward_model(run_dir / "reward").score(["hello"], ["well"])
+
+
+def test_plain_data_parallelism(config, alone, tmp_path):
+    status, out, err = run(config, tmp_path / "run", 2)
+    assert status == 0, err
+    assert_the_same(tmp_path / "run", alone)
+
+
+def switches(name: str) -> list[str]:
+    """The words that turn an engine on."""
+    values = ["accelerate_enable=True"]
+    if name.startswith("DeepSpeed"):
+        values = ["deepspeed_enable=True", f"deepspeed_config_path={name.split()[1]}.json"]
+    return [word for section in SECTIONS for value in values for word in ("--set", f"{section}.{value}")]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_dealt_out_also_when_it_is_stopped_and_resumed(config, alone, tmp_path, name):
+    (kind, stopped), words = ENGINES[name], switches(name)
+    before = ON_CPUS if name == "FSDP2" else ""
+    stop = ON_RANK_1.format(**stopped, act=f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
+    status, out, err = run(config, tmp_path / "run", 2, *words, code=before + stop)
+    assert status != 0 and err.count("continue with --resume") == 1, err
+    said = out
+    status, out, err = run(config, tmp_path / "run", 2, *words, "--resume", code=before or None)
+    assert status == 0, err
+    assert "resumed from" in out
+    said += out
+    for stage in STAGES:
+        assert f"{stage}: trained by {name} in 2 processes ({kind}" in said
+    assert_the_same(tmp_path / "run", alone)
+    newest = sorted((tmp_path / "run" / "checkpoints" / "RL").glob("step-*"))[-1]
+    assert json.loads((newest / SHARDING).read_text()) == {"by": name, "processes": 2}
