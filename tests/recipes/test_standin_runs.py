@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).resolve().parents[2] / "artifacts" / "config"
 SHORT = {"actor_config.precision": "fp32", "actor_config.batch_size": 8, "actor_config.micro_batch_size": 8}
 SHORT["actor_config.attn_implementation"] = "sdpa"  # flash attention needs a GPU
+SHORT["actor_config.deepspeed_enable"] = False  # test_sharded_stages.py has it
 
 
 @pytest.fixture
