@@ -26,6 +26,7 @@ from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.models.critics import make_topology
 from chatrlhf.models.factory import (
     context_length,
+    encoder_class,
     load_actor,
     load_policy,
     new_reward_model,
@@ -35,7 +36,7 @@ from chatrlhf.models.factory import (
     where,
 )
 from chatrlhf.models.quantization import ready_for_adapters
-from chatrlhf.models.reward_model import RewardModel, RewardScorer
+from chatrlhf.models.reward_model import scorer_of_critic
 from chatrlhf.models.sharing import Base
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
@@ -282,7 +283,7 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
         _publish_policy(this.dir / "actor_rl", policy, encoder)
         if (critic := topology.value_function()) is not None:
             # In the reward model's file format: its score of a text is V behind the text's last token.
-            publish_folder(this.dir / "critic", RewardScorer(RewardModel(*critic), encoder).save)
+            publish_folder(this.dir / "critic", scorer_of_critic(*critic, encoder).save)
     trainer.updater.close()
     if trainer.before is not None and trainer.after is not None:
         show_comparison(this.log.console, trainer.before, trainer.after, trainer_config.eval_best)
@@ -321,7 +322,7 @@ def _starting_policy(this: Run, device: torch.device) -> tuple[torch.nn.Module, 
 def _encoder(config: Config, model: torch.nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
     limit = min(config.actor_config.max_sequence_length, context_length(model))
     template = template or get_template(config.actor_config.template, tokenizer=tokenizer, folder=config.base_dir)
-    return Encoder.of(tokenizer, template, limit)
+    return encoder_class(model.config).of(tokenizer, template, limit)
 
 
 def _publish_policy(target: Path, model: torch.nn.Module, encoder: Encoder) -> None:

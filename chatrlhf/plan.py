@@ -13,6 +13,7 @@ from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.inputs import Inputs, corpus, read_inputs
 from chatrlhf.device import pick_device, resolve_rl_precision
 from chatrlhf.distributed import world_size
+from chatrlhf.models.backbone import backbone_of
 from chatrlhf.models.classifier import is_used_as_it_is
 from chatrlhf.models.critics import ALL_BLOCKS
 from chatrlhf.models.factory import TINY, block_count, meta_model, parameter_count, tiny_model
@@ -85,7 +86,7 @@ def _parameter_lines(config: Config, stages: list[str], has_function: bool) -> l
     if not has_function and name is not None:
         start = config.actor_config.model if name == "actor" else name
         reward = _skeleton(start, config, config.reward_config, "reward_config.model")
-        lines.append(f"reward model: {name}, {parameter_count(reward.base_model):,} parameters in its backbone")
+        lines.append(f"reward model: {name}, {parameter_count(backbone_of(reward)):,} parameters in its backbone")
     if "ACTOR" in stages and config.actor_config.peft_enable:
         lines.append(f"ACTOR: trains adapters of rank {load_peft_config(config).r}")
     if "RL" in stages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import is_flash_attn_2_available
 
@@ -15,10 +16,13 @@ from chatrlhf.data.views import Preference, ScoredCompletion
 from chatrlhf.device import pick_device, resolve_precision, resolve_rl_precision
 from chatrlhf.errors import ConfigError
 from chatrlhf.generation.vllm_sampler import require_vllm
-from chatrlhf.models.adapters import base_of
+from chatrlhf.models.adapters import base_of, task_type
+from chatrlhf.models.backbone import is_encoder_decoder
+from chatrlhf.models.critics import refuse_other_build
 from chatrlhf.models.factory import (
     TINY,
     block_count,
+    encoder_class,
     read_model_config,
     require_reward_model,
     tokenizer_and_settings,
@@ -26,6 +30,7 @@ from chatrlhf.models.factory import (
 from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.models.rope import positions, refuse_rotations_by_length
+from chatrlhf.paired_checks import check_encoder_decoder
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import load_function
 from chatrlhf.trainers.global_batches import rows_a_backward
@@ -54,16 +59,21 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
         rows_a_backward(reward, "reward_config")
     check_launch(config, [stage for stage in stages if stage != "REWARD" or not has_reward_fn])
     _check_models(config, stages, has_reward_fn)
+    tokenizer, settings = tokenizer_and_settings(actor, corpus(config))
+    if is_encoder_decoder(settings):
+        check_encoder_decoder(config, stages, inputs, settings)
     if "RL" in stages:
+        _check_critic(config, settings)
         refuse_more_than(trainer.num_layers_unfrozen, block_count(actor))
     _check_adapters(config, stages, has_reward_fn, run_dir)
     _check_attention(config, stages)
-    tokenizer, settings = tokenizer_and_settings(actor, corpus(config))
+    if actor.peft_enable:
+        task_type(settings, load_peft_config(config))
     longest = min(actor.max_sequence_length, positions(settings))
     if "RL" in stages:
         refuse_rotations_by_length(settings, longest)
     template = get_template(actor.template, tokenizer=tokenizer, folder=config.base_dir)
-    encoder = Encoder.of(tokenizer, template, longest)
+    encoder = encoder_class(settings).of(tokenizer, template, longest)
     _check_lengths(config, inputs, encoder)
 
 
@@ -74,10 +84,15 @@ def _check_models(config: Config, stages: list[str], has_reward_fn: bool) -> Non
     name = config.reward_config.model
     if "REWARD" in stages and not has_reward_fn and name not in (None, "actor", TINY):
         read_model_config(name, "reward_config.model", config.reward_config)
+
+
+def _check_critic(config: Config, settings: Any) -> None:
+    """A critic that is named can be found, and reads what an actor of these settings reads."""
     critic = config.critic_config.model
     # ChatLLaMA names the critic's model even where the trained reward model takes its place.
-    if "RL" in stages and critic not in (None, "shared") and not (Path(critic) / SETTINGS).exists():
-        read_model_config(critic, "critic_config.model", config.actor_config)
+    if critic not in (None, "shared") and not (Path(critic) / SETTINGS).exists():
+        found = read_model_config(critic, "critic_config.model", config.actor_config)
+        refuse_other_build(found, settings, critic)
 
 
 def _check_adapters(config: Config, stages: list[str], has_reward_fn: bool, run_dir: Path) -> None:
@@ -153,7 +168,7 @@ def _check_lengths(config: Config, inputs: Inputs, encoder: Encoder) -> None:
     reward_limit = min(config.reward_config.max_sequence_length, encoder.max_length)
     if inputs.actor is not None and config.actor_config.over_length == "drop":
         rows = inputs.actor.train
-        lengths = [len(encoder.actor_row(row, "completion")[0]) for row in rows]
+        lengths = [encoder.row_length(*encoder.actor_row(row, "completion")) for row in rows]
         _some_fit(inputs.actor, lengths, encoder.max_length)
     if inputs.reward is not None and config.reward_config.over_length == "drop":
         rows = inputs.reward.train

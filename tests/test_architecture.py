@@ -21,7 +21,7 @@ LEVELS = [
     ("rl",),
     ("evaluation", "synth"),
     ("trainers",),
-    ("manifest", "preflight", "export"),
+    ("manifest", "paired_checks", "preflight", "export"),
     ("assembly", "pipeline", "plan", "artifacts", "cli", "__init__", "__main__"),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
     Gemma2Config,
@@ -21,6 +23,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
@@ -28,6 +32,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from chatrlhf.data.collate import Encoder, pad_right, prompt_batch
@@ -153,6 +159,44 @@ FAMILIES = {
     "gemma": gemma,
     "gemma2": gemma2,
 }
+
+
+# Encoder–decoders. The decoder has another number of blocks than the encoder.
+
+
+def t5(seed: int = 0, kind=(T5Config, T5ForConditionalGeneration), **options) -> T5ForConditionalGeneration:
+    """The head is the embedding, applied to scaled states; with dropout, and in training mode."""
+    torch.manual_seed(seed)
+    sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=2, vocab_size=VOCAB)
+    ids = dict(eos_token_id=EOS, pad_token_id=PAD, decoder_start_token_id=PAD)
+    return kind[1](kind[0](**sizes | ids | options)).train()
+
+
+def flan_t5(seed: int = 0, **options) -> T5ForConditionalGeneration:
+    """As Flan-T5 is: a gated network, and a head of its own."""
+    model = t5(seed, tie_word_embeddings=False, feed_forward_proj="gated-gelu", **options)
+    # transformers ties a new model's whatever its configuration says, and leaves those of a checkpoint apart.
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.shared.weight))
+    return model
+
+
+def mt5(seed: int = 0, **options) -> MT5ForConditionalGeneration:
+    return flan_t5(seed, kind=(MT5Config, MT5ForConditionalGeneration), **options)
+
+
+def bart(seed: int = 0, **options) -> BartForConditionalGeneration:
+    """Counts positions from the first one; its decoder starts at EOS, and its head has a bias."""
+    torch.manual_seed(seed)
+    sizes = dict(d_model=16, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    sizes |= dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64, vocab_size=VOCAB)
+    sizes |= dict(decoder_start_token_id=EOS, forced_eos_token_id=None)
+    config = BartConfig(init_std=0.3, **sizes | IDS | options)
+    model = BartForConditionalGeneration(config).train()
+    nn.init.normal_(model.final_logits_bias)  # is made 0
+    return model
+
+
+ENCODER_DECODERS = {"t5": t5, "flan_t5": flan_t5, "mt5": mt5, "bart": bart}
 
 
 class Bigram(nn.Module):

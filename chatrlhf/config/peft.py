@@ -13,7 +13,7 @@ class PeftConfig(Section):
     """The file that `peft_config_path` names: low-rank adapters, by peft's names."""
 
     peft_type: Literal["LORA"] = "LORA"
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None = Field(None, description="null: what the model is")
     inference_mode: Literal[False] = False
     r: int = Field(8, ge=1, description="rank")
     lora_alpha: int = Field(32, ge=1, description="what the adapters add is scaled by lora_alpha / r")

@@ -36,19 +36,19 @@ class Encoder:
     template: Template
     max_length: int  # tokens of prompt and completion together
 
-    @staticmethod
-    def of(tokenizer: Any, template: Template, max_length: int) -> Encoder:
+    @classmethod
+    def of(cls, tokenizer: Any, template: Template, max_length: int) -> Encoder:
         """An encoder whose replies end as the template closes them.
 
         Where the template closes a reply by a special token that is not the tokenizer's EOS (``<|im_end|>`` with a base
         model's tokenizer), it becomes that: it is what a policy has to give, and what ends a rollout.
         """
         closing = template.around_reply(special_tokens(tokenizer))[1]
-        encoder = Encoder(tokenizer, template, max_length)
+        encoder = cls(tokenizer, template, max_length)
         closers = encoder._special_pattern.findall(closing) if encoder._special_pattern else []
         if closers and tokenizer.eos_token not in closers:
             tokenizer.eos_token = closers[0].strip()
-        return Encoder(tokenizer, template, max_length)
+        return cls(tokenizer, template, max_length)
 
     def prompt(self, prompt: Prompt | str) -> list[int]:
         """Ids of a rendered prompt, with BOS where the tokenizer is used to one."""
@@ -85,10 +85,19 @@ class Encoder:
 
     def cut_actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
         """As `actor_row`, within the context: without the oldest turns, and if that is not enough without its end."""
-        if isinstance(row, Demonstration):
-            row = replace(row, prompt=self.recent(row.prompt, self.max_length - len(self.completion(row.completion))))
-        ids, labels = self.actor_row(row, loss_on)
+        ids, labels = self.actor_row(self.recent_row(row), loss_on)
         return ids[: self.max_length], labels[: self.max_length]
+
+    def row_length(self, ids: Sequence[int], labels: Sequence[int]) -> int:
+        """Tokens of a row of the ACTOR stage, which are bounded, given what `actor_row` makes of it."""
+        return len(ids)
+
+    def recent_row(self, row: ActorRow) -> ActorRow:
+        """The row without as many of its prompt's oldest turns as have to go for the context."""
+        if not isinstance(row, Demonstration):
+            return row
+        room = self.max_length - len(self.completion(row.completion))
+        return replace(row, prompt=self.recent(row.prompt, room))
 
     def recent(self, prompt: Prompt, room: int) -> Prompt:
         """The prompt without its oldest turns, as many as have to go for ``room`` tokens; the last one stays."""

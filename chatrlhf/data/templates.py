@@ -23,6 +23,7 @@ PLACEHOLDER = "{user_input}"
 FILE_NAME = "chat_template.jinja"  # transformers' name: AutoTokenizer finds it there
 OWN = "chat"  # the name that stands for the model's own template
 SpecialTokens = tuple[tuple[str, str], ...]  # a tokenizer's, each with its name: ("eos_token", "</s>")
+CLOSES_PROMPTS = '{{ eos_token if add_generation_prompt else "" }}'  # behind all else, where an encoder reads prompts
 STAND_IN = re.compile("CHATRLHF([0-9]{6})TEXT")
 
 
@@ -116,11 +117,15 @@ class Template:
         """Write it beside a model's weights, where transformers looks for a tokenizer's chat template."""
         (folder / FILE_NAME).write_text(self.source, encoding="utf-8")
 
+    def closing_prompts(self) -> Template:
+        """The same, with an EOS token behind a prompt, for whoever renders it without this package."""
+        return Template(self.source.removesuffix("\n") + CLOSES_PROMPTS)
+
     @staticmethod
     def load(folder: Path) -> Template | None:
-        """The template saved beside a model's weights, if there is one."""
+        """The template saved beside a model's weights, if there is one; what `closing_prompts` added is left out."""
         path = folder / FILE_NAME
-        return Template(path.read_text(encoding="utf-8")) if path.exists() else None
+        return Template(path.read_text(encoding="utf-8").removesuffix(CLOSES_PROMPTS)) if path.exists() else None
 
 
 class _Data:

@@ -58,6 +58,7 @@ def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladd
     from chatrlhf.data.files import read_rows
     from chatrlhf.device import pick_device
     from chatrlhf.evaluation.perplexity import climb, window_ends
+    from chatrlhf.models.backbone import is_encoder_decoder
     from chatrlhf.models.factory import load_actor
     from chatrlhf.models.tokenizer import same_tokenizer
 
@@ -66,6 +67,8 @@ def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladd
     for spec in options.models:
         name, scaling = _scaled(spec)
         model, tokenizer = load_actor(ActorConfig(model=name, rope_scaling=scaling), [], pick_device())
+        if is_encoder_decoder(model.config):
+            raise ConfigError(f"--models: {name} is an encoder-decoder, which predicts replies and not the next token")
         if first is None:
             first = tokenizer
             ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)

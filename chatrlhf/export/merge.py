@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.export.delta import refuse_existing
 from chatrlhf.export.origin import public_name, write_origin
 from chatrlhf.models.adapters import base_of, config_of
+from chatrlhf.models.backbone import language_model_class, read_by
 from chatrlhf.trainers.checkpoint import publish_folder
 
 ROWS, LENGTH = 4, 32  # of random tokens, on which the logits of both are compared
@@ -42,7 +43,7 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> 
         raise ConfigError(f"--model: {adapters} holds no adapters (adapter_config.json); it is whole already")
     try:
         config = AutoConfig.from_pretrained(config_of(str(adapters)))
-        model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype)
+        model = language_model_class(config).from_pretrained(base, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"--model: the base of these adapters, {base!r}, cannot be loaded ({reason})") from None
@@ -71,4 +72,4 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> 
 
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits.float()
+    return model(**read_by(model.config, ids)).logits.float()

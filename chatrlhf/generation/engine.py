@@ -1,4 +1,4 @@
-"""The rollout engine: prompts in, sampled responses out, over any causal transformers model."""
+"""The rollout engine: prompts in, sampled responses out, over any transformers language model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.cache import all_in_place, make_cache
 from chatrlhf.generation.direct import DirectStep, direct_step
 from chatrlhf.generation.graphs import Held, StaticDecoding
+from chatrlhf.generation.paired import PairedDecoding
 from chatrlhf.generation.slots import Decoding
+from chatrlhf.models.backbone import is_encoder_decoder
 from chatrlhf.types import PromptBatch, Rollout
 
 
@@ -45,7 +47,7 @@ class RolloutEngine:
     """Samples one response a prompt row, token by token, at most ``chunk_size`` rows side by side.
 
     A row that has ended makes room for the next prompt where the model's memory allows that (`cache.all_in_place`);
-    otherwise one chunk is decoded after the other.
+    otherwise, and by an encoder–decoder, one chunk is decoded after the other.
 
     Every row draws with its own stream of uniform numbers, made from the seed and the row's place in the
     rollout batch. So what a row says does not depend on the chunk it is decoded in, up to rounding: products of other
@@ -70,7 +72,8 @@ class RolloutEngine:
         self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.held: Held | None = None  # what recorded steps are bound to
         self.direct: DirectStep | None = None  # the model's step where it need not be asked itself
-        self.in_place = all_in_place(make_cache(self.model.config))
+        self.paired = is_encoder_decoder(self.model.config)
+        self.in_place = not self.paired and all_in_place(make_cache(self.model.config))
 
     @torch.no_grad()
     def generate(self, prompts: PromptBatch, seed: int, rows: Tensor | None = None) -> Rollout:
@@ -96,7 +99,7 @@ class RolloutEngine:
         finished = torch.zeros(len(prompts), dtype=torch.bool)
         texts: list[str] = [""] * len(prompts)
         static = device.type == "cuda" if self.static is None else self.static
-        kind = StaticDecoding if static and self.in_place else Decoding
+        kind = PairedDecoding if self.paired else StaticDecoding if static and self.in_place else Decoding
         if kind is StaticDecoding or not self.in_place or not self.moves_weights:
             self.direct = None
         elif self.direct is None or not self.direct.holds:

@@ -15,7 +15,7 @@ from chatrlhf.generation.cache import Memory, make_cache
 from chatrlhf.types import PromptBatch
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache
+    from transformers import Cache
 
     from chatrlhf.generation.engine import RolloutEngine
 
@@ -111,7 +111,7 @@ class Decoding:
                 for _ in range(self.look_every):
                     self._step()
 
-    def _begin(self, slots: Slots, mask: Tensor, cache: DynamicCache, of_row: Tensor) -> None:
+    def _begin(self, slots: Slots, mask: Tensor, cache: Cache, of_row: Tensor) -> None:
         """Take up the first rows, whose prompts are prefilled."""
         cache.batch_select_indices(of_row)
         self.slots, self.memory = slots, Memory(cache, mask)
@@ -214,7 +214,7 @@ class Decoding:
         )
         return slots, ids, mask
 
-    def _prefill(self, rows: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor | None, DynamicCache, Tensor]:
+    def _prefill(self, rows: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor | None, Cache, Tensor]:
         """Forward of m rows of prompt tokens, [m, P] each, those of one group once.
 
         Returns:
@@ -223,15 +223,18 @@ class Decoding:
         groups, of_row = torch.unique(self.group_ids[rows], return_inverse=True)
         places = torch.arange(len(rows), device=self.device)
         first = torch.full_like(groups, len(rows)).scatter_reduce(0, of_row, places, "amin")
+        with torch.inference_mode(False), torch.no_grad():
+            return *self._read(ids[first], mask[first]), of_row
+
+    def _read(self, ids: Tensor, mask: Tensor) -> tuple[Tensor | None, Cache]:
+        """Next-token logits of prompts, [m, P] each, and the cache that holds them."""
         cache = make_cache(self.engine.model.config)
         if not ids.shape[1]:
-            return None, cache, of_row
-        mask = mask[first]
+            return None, cache
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        with torch.inference_mode(False), torch.no_grad():
-            return self._forward(ids[first], mask, positions, cache), cache, of_row
+        return self._forward(ids, mask, positions, cache), cache
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Next-token logits of each row, [rows, V]."""
         kwargs = dict(self.engine.keep_last)
         if self.engine.takes_positions:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.errors import ConfigError
+from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
 
 ADAPTER_CONFIG, MODEL_CARD = "adapter_config.json", "README.md"
 # What the configuration of their base was. Not "config.json": transformers would look for whole weights beside it.
@@ -68,7 +69,7 @@ def go_on_with_adapters(model: nn.Module, folder: Path) -> None:
 
 def backbone_with_adapters(policy: nn.Module) -> nn.Module:
     """A policy's backbone; where there are adapters inside, one that knows of them and saves them by itself."""
-    backbone = policy.base_model
+    backbone = backbone_of(policy)
     if getattr(policy, "peft_config", None):
         backbone.peft_config = copy.deepcopy(policy.peft_config)
         for config in backbone.peft_config.values():
@@ -153,7 +154,7 @@ def _lora_config(model: nn.Module, settings: PeftConfig, revision: str | None) -
     from transformers.pytorch_utils import Conv1D
 
     return LoraConfig(
-        task_type=BACKBONE if model.get_output_embeddings() is None else settings.task_type,
+        task_type=BACKBONE if model.get_output_embeddings() is None else task_type(model.config, settings),
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -161,6 +162,21 @@ def _lora_config(model: nn.Module, settings: PeftConfig, revision: str | None) -
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's weights lie transposed
         revision=revision,
     )
+
+
+def task_type(config: Any, settings: PeftConfig) -> str:
+    """What peft calls a language model of this configuration.
+
+    Raises:
+        ConfigError: the settings call it something else.
+    """
+    kind = "SEQ_2_SEQ_LM" if is_encoder_decoder(config) else "CAUSAL_LM"
+    if settings.task_type not in (None, kind):
+        raise ConfigError(
+            f"{KEY}: task_type {settings.task_type} is not that of a {config.model_type}, which is {kind}; correct it, "
+            "or leave it out"
+        )
+    return kind
 
 
 @contextmanager

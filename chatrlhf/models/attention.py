@@ -47,6 +47,7 @@ def attention(
     segments: Segments | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers asks of an attention function: [B, h, T, e] each, to [B, T, h, e].
@@ -55,6 +56,8 @@ def attention(
         attention_mask: added to the scores, [B, 1, T, width], or bool on a GPU (True = seen); None for causal, or for
             all in a model that is not.
         segments: the batch is one packed stream, [1, h, M, e]; the mask is of no meaning then.
+        position_bias: T5's, added to the scores, [1 or B, h, T, width]. It is trained, as no mask is, so transformers'
+            own function takes it.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if segments is not None:
@@ -72,9 +75,9 @@ def attention(
             )
         mixed = mixed.reshape(1, mixed.shape[0], -1, mixed.shape[-1])
         return _Take.apply(mixed, segments.tokens, segments.slots).transpose(1, 2), None
-    if not _by_products(query, dropout):
+    if position_bias is not None or not _by_products(query, dropout):
         batch, heads, length, size = query.shape
-        if length == 1 and key.shape[1] < heads:
+        if position_bias is None and length == 1 and key.shape[1] < heads:
             # Query heads that share a key head stand as its queries; transformers would write keys and values out for
             # each of them, at every token.
             query = query.reshape(batch, key.shape[1], -1, size)
@@ -91,6 +94,7 @@ def attention(
             dropout=dropout,
             scaling=scaling,
             is_causal=is_causal,
+            position_bias=position_bias,
             **kwargs,
         )
     if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):

@@ -12,6 +12,7 @@ from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.schema import CriticConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import backbone_with_adapters, has_adapters
+from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
 from chatrlhf.models.factory import load_backbone, where
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reward_model import SETTINGS, RewardScorer, load_reward_model
@@ -105,7 +106,8 @@ def _with_critic(
         backbone, head = backbone_with_adapters(policy), ScalarHead(hidden, mlp).zero_().to(device)
     else:
         backbone = load_backbone(config.model, "critic_config.model").to(device)
-        if not is_causal(backbone):
+        refuse_other_build(backbone.config, policy.config, config.model)
+        if not is_encoder_decoder(policy.config) and not is_causal(backbone):
             raise ConfigError(f"critic_config.model: {config.model!r} is not causal, so it has no value before a token")
         if not same_tokenizer(tokenizer, load_tokenizer(config.model, "critic_config.model")):
             raise ConfigError(f"critic_config.model: {config.model!r} has another tokenizer than the actor")
@@ -113,17 +115,31 @@ def _with_critic(
     if adapters is not None:
         critic = trained_by_adapters(backbone, adapters, base)
         line += ", trained by adapters"
-    elif backbone is policy.base_model and not has_adapters(policy):
+    elif backbone is backbone_of(policy) and not has_adapters(policy):
         critic = sharing_copy(backbone)
     else:
         critic = whole_copy(backbone)
     return SeparateCritic(policy, critic, head, distribution), f"critic: {line}"
 
 
+def refuse_other_build(critic: Any, policy: Any, name: str) -> None:
+    """A ConfigError where, by their configurations, one of critic and policy is an encoder–decoder and one is not."""
+    paired = is_encoder_decoder(policy)
+    if paired != is_encoder_decoder(critic):
+        kinds = ("is no encoder-decoder", "is one") if paired else ("is an encoder-decoder", "is none")
+        raise ConfigError(
+            f"critic_config.model: {name!r} {kinds[0]} and the actor {kinds[1]}; set it to null, to shared, or to a "
+            "model of the actor's build"
+        )
+
+
 def _why_not_from(reward: RewardScorer | None, policy: nn.Module, tokenizer: Any) -> str | None:
     if reward is None:
         return "the reward is not a model"
-    if reward.model.pooling != "last":
+    if is_encoder_decoder(policy.config):
+        if reward.model.pooling != "reply":
+            return "the reward model does not read a prompt and its reply apart"
+    elif reward.model.pooling != "last":
         return "the reward model is not causal"
     if reward.model.config.model_type != policy.config.model_type:
         return f"the reward model is a {reward.model.config.model_type}, the policy a {policy.config.model_type}"

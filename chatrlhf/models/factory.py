@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.rope import RopeScaling
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
+from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import Template, get_template
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import (
@@ -27,6 +28,7 @@ from chatrlhf.models.adapters import (
     has_adapters,
     merged,
 )
+from chatrlhf.models.backbone import backbone_of, is_encoder_decoder, language_model_class
 from chatrlhf.models.meta_files import how_to_convert
 from chatrlhf.models.quantization import how_quantized, never_repack, quantization_of, ready_for_adapters
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
@@ -137,7 +139,7 @@ def new_reward_model(
     elif name == TINY or (name == "actor" and (adapters is None or actor.model == TINY)):
         start = actor if name == "actor" else actor.model_copy(update={"model": TINY})
         policy, tokenizer = load_actor(start, texts, device)
-        place, backbone = start.model, policy.base_model
+        place, backbone = start.model, backbone_of(policy)
     elif name == "actor":
         place, tokenizer = actor.model, _actor_tokenizer(actor, texts)
         backbone = _actor_backbone(place, actor, bits, adapters)
@@ -145,7 +147,7 @@ def new_reward_model(
         place, backbone = name, load_backbone(name, key, config, bits)
         tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **hub_kwargs(config))
         _match_vocabulary(backbone, tokenizer, config, "reward_config")
-    pooling = "last" if is_causal(backbone) else "first"
+    pooling = pooling_for(backbone)
     head = ScalarHead(state_size(backbone), config.model_head_hidden_size)
     max_length = min(config.max_sequence_length, context_length(backbone))
     if adapters is None:
@@ -188,6 +190,11 @@ def require_reward_model(folder: Path, config: RewardConfig) -> Path:
         f"no reward model in {folder} and none in reward_config.model ({config.model}); run --type REWARD first, "
         "or set reward_config.reward_fn"
     )
+
+
+def encoder_class(config: Any) -> type[Encoder]:
+    """What encodes the rows of an actor of this configuration."""
+    return PairEncoder if is_encoder_decoder(config) else Encoder
 
 
 def context_length(model: nn.Module) -> int:
@@ -233,8 +240,8 @@ def meta_model(name: str, key: str, config: ActorConfig | RewardConfig) -> nn.Mo
     trust = {"trust_remote_code": config.trust_remote_code}
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(settings, **trust)
-        except ValueError:  # not a causal language model: an encoder as reward model
+            return language_model_class(settings).from_config(settings, **trust)
+        except ValueError:  # not a language model: an encoder as reward model
             return AutoModel.from_config(settings, **trust)
 
 
@@ -258,6 +265,13 @@ def _tiny_config(config: TinyConfig, tokenizer: Any, scaling: RopeScaling | None
     return settings
 
 
+def pooling_for(backbone: nn.Module) -> str:
+    """Where a reward model on this backbone is to be read; see `RewardModel`."""
+    if is_encoder_decoder(backbone.config):
+        return "start"
+    return "last" if is_causal(backbone) else "first"
+
+
 def _actor_tokenizer(config: ActorConfig, texts: list[str]) -> Any:
     key = "actor_config.tokenizer_path"
     if config.model == TINY and config.tokenizer_path is None:
@@ -278,7 +292,7 @@ def load_backbone(
     name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
 ) -> nn.Module:
     if base_of(name) is not None:
-        return _language_model(name, key, section).base_model
+        return backbone_of(_language_model(name, key, section))
     return _from_pretrained(AutoModel, name, key, read_model_config(name, key, section), section, bits)
 
 
@@ -299,7 +313,8 @@ def _language_model(
 ) -> nn.Module:
     if base_of(name) is not None:
         return merged(_base_model(name, key, section), name)
-    return _from_pretrained(AutoModelForCausalLM, name, key, read_model_config(name, key, section), section, bits)
+    settings = read_model_config(name, key, section)
+    return _from_pretrained(language_model_class(settings), name, key, settings, section, bits)
 
 
 def _base_model(
@@ -309,7 +324,8 @@ def _base_model(
     base = str(base_of(name))
     if base_of(base) is not None:
         return _language_model(base, key, section)
-    return _from_pretrained(AutoModelForCausalLM, base, key, read_model_config(name, key, section), section, bits)
+    settings = read_model_config(name, key, section)
+    return _from_pretrained(language_model_class(settings), base, key, settings, section, bits)
 
 
 def _from_pretrained(

@@ -16,12 +16,16 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, pad_right
+from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.errors import CheckpointError
 from chatrlhf.models.adapters import base_of, config_of, has_adapters, is_adapter, merged, save_model
+from chatrlhf.models.backbone import decoder_start, is_encoder_decoder
 from chatrlhf.models.packing import pack, packs
+from chatrlhf.models.pairs import sequences_for
 from chatrlhf.models.quantization import how_quantized, never_repack, quantization_from
 from chatrlhf.models.scalar_head import ScalarHead, state_size
+from chatrlhf.models.sequences import response_states
 from chatrlhf.models.sharing import Base
 from chatrlhf.models.tokenizer import load_tokenizer
 
@@ -31,7 +35,9 @@ SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
 class RewardModel(nn.Module):
     """score = scale * head(hidden state of the pooled token) + shift.
 
-    Pooling is ``last`` for causal backbones and ``first`` for bidirectional ones, whose first token sees all.
+    Pooling is ``last`` for causal backbones and ``first`` for bidirectional ones, whose first token sees all. An
+    encoder–decoder reads the text in its encoder and is read at its decoder's ``start`` token; the critic of one is
+    read behind the ``reply``'s last token (`ReplyScorer`).
     The head is trained on targets of mean 0 and deviation 1 (regression) or on differences (pairs); scale and
     shift bring its output back to the user's units, or to mean 0 and deviation 1 over the training
     completions, and are stored with it.
@@ -45,6 +51,7 @@ class RewardModel(nn.Module):
         self.pooling, self.scale, self.shift = pooling, scale, shift
         self.backbone.config.use_cache = False
         self.backbone.config.num_labels = 1  # TRL's trainer asks for it
+        self.register_state_dict_post_hook(_each_once)
         if has_adapters(backbone):
             self.register_state_dict_post_hook(_without_base)
 
@@ -61,8 +68,8 @@ class RewardModel(nn.Module):
     _keys_to_ignore_on_save = None
 
     def get_input_embeddings(self) -> nn.Module:
-        """For noise on embeddings."""
-        return self.backbone.get_input_embeddings()
+        """For noise on embeddings: of what reads the text, since T5's own are never called."""
+        return (self.backbone.get_encoder() if self.pooling == "start" else self.backbone).get_input_embeddings()
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """For activations that are computed again."""
@@ -82,7 +89,10 @@ class RewardModel(nn.Module):
             else:
                 states, last = self.backbone(**stream.inputs).last_hidden_state, stream.positions_of[last]
             return self.head(states.flatten(0, 1)[last])
-        return self.head(self.backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state[:, 0])
+        given = {"input_ids": input_ids, "attention_mask": mask.long()}
+        if self.pooling == "start":
+            given["decoder_input_ids"] = torch.full_like(input_ids[:, :1], decoder_start(self.config))
+        return self.head(self.backbone(**given).last_hidden_state[:, 0])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         """What TRL's RewardTrainer expects: ``.logits`` [B, 1], before normalisation."""
@@ -92,6 +102,15 @@ class RewardModel(nn.Module):
         """Normalised scores, [B] float32."""
         # Not `raw` itself: a model that is dealt out over ranks comes together where it is called.
         return self.scale * self(input_ids, attention_mask).logits[:, 0] + self.shift
+
+
+def _each_once(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """Leave out a weight's second names (T5's embeddings have three), which safetensors would not write."""
+    seen: set[int] = set()
+    for name, weight in list(state.items()):
+        if weight.numel() and weight.data_ptr() in seen:
+            del state[name]
+        seen.add(weight.data_ptr())
 
 
 @dataclass
@@ -116,17 +135,23 @@ class RewardScorer:
         return ids[-self.encoder.max_length :]
 
     @torch.no_grad()
-    def score_ids(self, rows: list[list[int]], batch_size: int = 64) -> Tensor:
-        """Scores of token rows, [len(rows)] float32 on the CPU, in batches of rows of similar length."""
+    def score_ids(self, rows: list[Any], batch_size: int = 64) -> Tensor:
+        """Scores of what `encode` gave, [len(rows)] float32 on the CPU, in batches of rows of similar length."""
         self.model.eval()
         device = next(self.model.parameters()).device
         scores = torch.empty(len(rows))
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        by_length = sorted(range(len(rows)), key=lambda i: self._length(rows[i]))
         for start in range(0, len(rows), batch_size):
             chosen = by_length[start : start + batch_size]
-            ids, mask = pad_right([rows[i] for i in chosen], self.tokenizer.pad_token_id)
-            scores[chosen] = self.model.score(ids.to(device), mask.to(device)).float().cpu()
+            scores[chosen] = self._scores([rows[i] for i in chosen], device).float().cpu()
         return scores
+
+    def _length(self, row: list[int]) -> int:
+        return len(row)
+
+    def _scores(self, rows: list[list[int]], device: torch.device) -> Tensor:
+        ids, mask = pad_right(rows, self.tokenizer.pad_token_id)
+        return self.model.score(ids.to(device), mask.to(device))
 
     def score(self, prompts: Sequence[Prompt | str], completions: list[str]) -> list[float]:
         """Scores of texts, each completion taken as a whole reply (closed by EOS)."""
@@ -151,6 +176,38 @@ class RewardScorer:
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+class ReplyScorer(RewardScorer):
+    """The critic of an encoder–decoder, which reads a prompt in its encoder and the reply in its decoder.
+
+    Rows are pairs: the ids of the prompt and those of the reply.
+    """
+
+    def encode(self, prompt: Prompt | str, completion: str, finished: bool = True) -> tuple[list[int], list[int]]:
+        reply = self.encoder.completion(completion)
+        reply = reply if finished else reply[:-1]
+        return self.encoder.prompt(prompt)[-max(self.encoder.max_length - len(reply), 1) :], reply
+
+    def _length(self, row: tuple[list[int], list[int]]) -> int:
+        return sum(map(len, row))
+
+    def _scores(self, rows: list[tuple[list[int], list[int]]], device: torch.device) -> Tensor:
+        pad = self.tokenizer.pad_token_id
+        prompts, replies = ([row[side] for row in rows] for side in (0, 1))
+        # What would follow a reply is predicted where its last token is read.
+        padded = [*pad_right(prompts, pad), *pad_right([[*reply, pad] for reply in replies], pad)]
+        sequences = sequences_for(self.model.config)(*(each.to(device) for each in padded))
+        last = sequences.response_mask.sum(dim=1).cumsum(dim=0) - 1
+        states = response_states(self.model.backbone, sequences)[last]
+        return self.model.scale * self.model.head(states) + self.model.shift
+
+
+def scorer_of_critic(backbone: nn.Module, head: ScalarHead, encoder: Encoder) -> RewardScorer:
+    """A critic in the reward model's form: its score of a prompt and a reply is V behind the reply's last token."""
+    if is_encoder_decoder(backbone.config):
+        return ReplyScorer(RewardModel(backbone, head, "reply"), encoder)
+    return RewardScorer(RewardModel(backbone, head), encoder)
+
+
 def load_reward_model(
     path: str | Path, device: str | torch.device = "cpu", base: Base | None = None, **kwargs: Any
 ) -> RewardScorer:
@@ -173,7 +230,8 @@ def load_reward_model(
     model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
     tokenizer = load_tokenizer(str(folder), key="reward_config.model")
     template = Template.load(folder) or FORMATS["raw"]
-    return RewardScorer(model, Encoder(tokenizer, template, settings["max_length"]), place)
+    scorer, encoder = (ReplyScorer, PairEncoder) if model.pooling == "reply" else (RewardScorer, Encoder)
+    return scorer(model, encoder(tokenizer, template, settings["max_length"]), place)
 
 
 def _backbone(

@@ -52,7 +52,9 @@ def stretch_positions(config: Any, scaling: RopeScaling, key: str) -> None:
 def positions(config: Any) -> int:
     """Positions a model can take, scaling included; a large number for models without a bound (ALiBi)."""
     text = config.get_text_config()
-    bound = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1 << 30)
+    # T5's configurations name the length that it was trained at; its positions are relative.
+    absolute = None if hasattr(text, "relative_attention_num_buckets") else getattr(text, "n_positions", None)
+    bound = int(getattr(text, "max_position_embeddings", None) or absolute or 1 << 30)
     parameters = _parameters(text)
     if parameters.get("rope_type") not in STRETCHING:
         return bound

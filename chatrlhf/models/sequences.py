@@ -1,5 +1,7 @@
 """Prompt and response joined into one row each, and a causal model read at the response positions.
 
+What an encoder–decoder reads is in `pairs.py`; all that is done with either is here.
+
 Rows stand padded to the right, or packed behind each other into one stream without padding, where a model can
 tell them apart (`packing.py`). Right-padding needs no attention mask in a causal model: what stands behind a real
 token cannot reach it. Either way neither the width of the padding nor its side can change a result.
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution, token_logprobs
+from chatrlhf.models.backbone import backbone_of, read_by
 from chatrlhf.models.packing import Stream, pack, packs, whole_quanta
 
 
@@ -50,6 +53,21 @@ class Sequences:
         """`slots` in whole quanta: [N or a little more]."""
         return whole_quanta(self.slots)
 
+    def read(self, model: nn.Module, name: str) -> Tensor:
+        """One field of a model's output at the positions that predict the response tokens.
+
+        [N, .], and behind them some rows of no meaning that make their number a whole one of quanta.
+
+        Args:
+            model: a transformers model, with a head or without.
+            name: ``last_hidden_state`` or ``logits``.
+        """
+        if takes_stream(getattr(model, "base_model", model), self):
+            output = getattr(model(**self.stream.inputs, use_cache=False), name)
+            return output[0].index_select(0, self.stream_slots)
+        output = getattr(model(input_ids=self.input_ids, use_cache=False), name)
+        return output.flatten(0, 1).index_select(0, self.padded_slots)
+
     def spread(self, values: Tensor) -> Tensor:
         """One number a real token, [N], back in its place in [B, R]; 0 where masked."""
         empty = values.new_zeros(self.response_mask.shape)
@@ -69,19 +87,15 @@ def join(
     Each row needs at least one prompt token: the first response token is predicted by the last prompt token.
     States [B, at least T, d] are those of such rows already; what stands behind the longest is cut off.
     """
-    ids = torch.cat([prompt_ids, response_ids], dim=1)
-    mask = torch.cat([prompt_mask, response_mask], dim=1)
-    # A stable sort moves the real tokens to the left and keeps their order.
-    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
-    lengths = mask.sum(dim=1)
-    width = int(lengths.max())
+    ids, mask = moved_left(torch.cat([prompt_ids, response_ids], dim=1), torch.cat([prompt_mask, response_mask], dim=1))
+    width = ids.shape[1]
     rows, steps = response_mask.nonzero(as_tuple=True)
     prompt_lengths = prompt_mask.sum(dim=1)
     if min_new_tokens is None:
         min_new_tokens = torch.zeros_like(prompt_lengths)
     return Sequences(
-        input_ids=ids.gather(1, order)[:, :width],
-        attention_mask=torch.arange(width, device=ids.device) < lengths[:, None],
+        input_ids=ids,
+        attention_mask=mask,
         response_ids=response_ids,
         response_mask=response_mask,
         slots=rows * width + prompt_lengths[rows] - 1 + steps,
@@ -89,6 +103,14 @@ def join(
         min_new_tokens=min_new_tokens[rows],
         trunk_states=None if trunk_states is None else trunk_states[:, :width],
     )
+
+
+def moved_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The real tokens of ids and mask, [B, T] each, from the left and in their order; as wide as the longest row."""
+    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+    lengths = mask.sum(dim=1)
+    width = int(lengths.max())
+    return ids.gather(1, order)[:, :width], torch.arange(width, device=ids.device) < lengths[:, None]
 
 
 def takes_stream(backbone: nn.Module, sequences: Sequences) -> bool:
@@ -104,19 +126,12 @@ def laid_out(states: Tensor, backbone: nn.Module, sequences: Sequences) -> Tenso
 
 
 def response_states(backbone: nn.Module, sequences: Sequences) -> Tensor:
-    """Last hidden states at the positions that predict the response tokens.
-
-    [N, d], and behind them some rows of no meaning that make their number a whole one of quanta.
-    """
-    if takes_stream(backbone, sequences):
-        states = backbone(**sequences.stream.inputs, use_cache=False).last_hidden_state
-        return states[0].index_select(0, sequences.stream_slots)
-    states = backbone(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-    return states.flatten(0, 1).index_select(0, sequences.padded_slots)
+    """Last hidden states at the positions that predict the response tokens; [N, d] and more, as `Sequences.read`."""
+    return sequences.read(backbone, "last_hidden_state")
 
 
 def response_logits(model: nn.Module, sequences: Sequences, states: Tensor | None = None) -> Tensor:
-    """A causal model's logits for the real response tokens; [N, V] with rows of no meaning behind, as above.
+    """A model's logits for the real response tokens; [N, V] with rows of no meaning behind, as above.
 
     Args:
         model: a transformers model with a language-modelling head.
@@ -124,12 +139,9 @@ def response_logits(model: nn.Module, sequences: Sequences, states: Tensor | Non
     """
     if head_is_plain(model):
         if states is None:
-            states = response_states(model.base_model, sequences)
+            states = response_states(backbone_of(model), sequences)
         return model.get_output_embeddings()(states)
-    if takes_stream(model.base_model, sequences):
-        return model(**sequences.stream.inputs, use_cache=False).logits[0].index_select(0, sequences.stream_slots)
-    logits = model(input_ids=sequences.input_ids, use_cache=False).logits
-    return logits.flatten(0, 1).index_select(0, sequences.padded_slots)
+    return sequences.read(model, "logits")
 
 
 def response_logprobs(
@@ -146,8 +158,8 @@ def response_logprobs(
 def head_is_plain(model: nn.Module) -> bool:
     """Whether a model's logits are its output embedding applied to its last hidden states, and nothing more.
 
-    Tried once a model on three tokens, because some families cap or scale their logits; for those the whole
-    model is run. The answer is kept on the model.
+    Tried once a model on three tokens, because some families cap or scale their logits (T5 does, Flan-T5 does not);
+    for those the whole model is run. The answer is kept on the model.
     """
     known = getattr(model, "_chatrlhf_head_is_plain", None)
     if known is None:
@@ -160,8 +172,10 @@ def head_is_plain(model: nn.Module) -> bool:
         else:
             # The head's input is enlarged for both, so that a cap far above a new model's logits shows too.
             enlarge = head.register_forward_pre_hook(lambda _, inputs: (100 * inputs[0],))
-            plain = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-            known = torch.allclose(plain, model(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+            given = read_by(model.config, ids)
+            plain = head(backbone_of(model)(**given, use_cache=False).last_hidden_state).float()
+            # In float32: BART adds a bias of that to logits in bfloat16.
+            known = torch.allclose(plain, model(**given, use_cache=False).logits.float(), rtol=1e-4, atol=1e-5)
             enlarge.remove()
         model.train(training)
         model._chatrlhf_head_is_plain = known

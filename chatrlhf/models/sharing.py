@@ -24,6 +24,7 @@ from chatrlhf.models.adapters import (
     has_adapters,
     is_adapter,
 )
+from chatrlhf.models.backbone import backbone_of
 from chatrlhf.models.quantization import how_quantized, in_whole_weights, states_beside_weights
 from chatrlhf.models.rope import same_positions
 
@@ -53,7 +54,7 @@ class Base:
 
     def backbone(self, folder: Path) -> nn.Module:
         """The backbone that the adapters in a folder make of these weights."""
-        backbone = bare_copy(self.policy.base_model)
+        backbone = bare_copy(backbone_of(self.policy))
         backbone.load_adapter(str(folder), adapter_name=TRAINED)
         return backbone
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.lanes import side_by_side
 from chatrlhf.models.adapters import backbone_with_adapters
+from chatrlhf.models.backbone import backbone_of
 from chatrlhf.models.packing import packs
+from chatrlhf.models.pairs import sequences_for
 from chatrlhf.models.reference import Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import (
@@ -81,6 +83,10 @@ class PolicyOnly(nn.Module):
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
         return Evaluation(logprobs, None, entropy)
 
+    def sequences(self, *parts: Tensor | None) -> Sequences:
+        """Prompts and responses as the policy reads them; arguments as of `join`."""
+        return sequences_for(self.policy.config)(*parts)
+
     def trunk_states(self, sequences: Sequences) -> Tensor | None:
         """What every later evaluation of these sequences may start from, [B, T, d]; None where that is the ids."""
         return None
@@ -145,7 +151,7 @@ class SeparateCritic(PolicyOnly):
                 lambda: PolicyOnly.evaluate(self, sequences, with_entropy), values, device
             )
             return evaluation
-        states, read = side_by_side(lambda: response_states(self.policy.base_model, sequences), values, device)
+        states, read = side_by_side(lambda: response_states(backbone_of(self.policy), sequences), values, device)
         stop = Seam(states) if seam else None
         logits = response_logits(self.policy, sequences, stop.above if stop else states)
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
@@ -186,7 +192,7 @@ class SharedTrunk(PolicyOnly):
         self.eval()
 
     def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
-        states = response_states(self.policy.base_model, sequences)
+        states = response_states(backbone_of(self.policy), sequences)
         # Where the head is not plain, the model is run whole a second time: correct first.
         reusable = states if head_is_plain(self.policy) else None
         logits = response_logits(self.policy, sequences, reusable)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chatrlhf.data.collate import Encoder
+from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.errors import ConfigError, RewardError
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.models.tokenizer import same_tokenizer
@@ -51,9 +52,9 @@ class FunctionReward:
 class ModelReward:
     """A trained reward model.
 
-    Where its tokenizer and template are the policy's, it scores the very ids that were sampled; otherwise it
-    re-encodes prompt and completion in its own way. A response that was cut by length ends without EOS, and
-    one that a stop string ended is scored by its text, which no longer holds the string.
+    Where its tokenizer and template are the policy's, and that reads prompt and response as one row, it scores the very
+    ids that were sampled; otherwise it re-encodes prompt and completion in its own way. A response that was cut by
+    length ends without EOS, and one that a stop string ended is scored by its text, which no longer holds the string.
     """
 
     scorer: RewardScorer
@@ -63,6 +64,7 @@ class ModelReward:
         self.same_ids = (
             same_tokenizer(self.scorer.tokenizer, self.policy_encoder.tokenizer)
             and self.scorer.encoder.chat_template == self.policy_encoder.chat_template
+            and not isinstance(self.policy_encoder, PairEncoder)
         )
 
     def __call__(self, rollout: Rollout) -> Tensor:

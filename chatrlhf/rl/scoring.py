@@ -10,7 +10,6 @@ from torch import Tensor
 from chatrlhf.distributed import gather_results
 from chatrlhf.functional.masked import masked_mean
 from chatrlhf.models.reference import Reference
-from chatrlhf.models.sequences import join
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.reward_scaling import RewardScaling
@@ -96,7 +95,7 @@ class Scorer:
         read = Likelihoods(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape))
         lengths = rollout.prompts.attention_mask.sum(dim=1) + rollout.lengths
         for rows in cut_by_length(lengths, self.micro_batch_size, self.topology.packs):
-            sequences = join(
+            sequences = self.topology.sequences(
                 rollout.prompts.input_ids[rows].to(self.device),
                 rollout.prompts.attention_mask[rows].to(self.device),
                 rollout.response_ids[rows].to(self.device),

@@ -19,7 +19,7 @@ from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weight
 from chatrlhf.heap import give_freed_memory_back
 from chatrlhf.lanes import side_by_side
 from chatrlhf.models.factory import fingerprint
-from chatrlhf.models.sequences import Sequences, join
+from chatrlhf.models.sequences import Sequences
 from chatrlhf.models.topology import Evaluation, PolicyOnly, Seam
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradients import Gradients
@@ -155,7 +155,7 @@ class Updater:
     ) -> tuple[list[Tensor], Seam | None, dict[str, Tensor]]:
         """This microbatch's share of the policy's loss, of the critic's where there is one, and of the statistics."""
         settings = self.settings
-        sequences = join(
+        sequences = self.topology.sequences(
             micro.prompt_ids,
             micro.prompt_mask,
             micro.response_ids,

@@ -1,4 +1,7 @@
-"""The ACTOR stage: supervised fine-tuning on TRL's SFTTrainer, on ids and labels that this project makes."""
+"""The ACTOR stage: supervised fine-tuning, on ids and labels that this project makes.
+
+TRL's SFTTrainer trains causal models, transformers' Trainer encoder–decoders.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from chatrlhf.config.schema import ActorConfig
 from chatrlhf.data.collate import IGNORED, Encoder, fitting
 from chatrlhf.data.inputs import Rows
 from chatrlhf.data.views import ActorRow
+from chatrlhf.models.backbone import is_encoder_decoder
 from chatrlhf.progress import RunLog
 from chatrlhf.sharding.environment import Sharding
 from chatrlhf.trainers.checkpoint import StageFiles
@@ -40,29 +44,25 @@ def train_actor(
         DataError: no row fits the context.
         Interrupted, CheckpointError: see `run_trainer`.
     """
-    from trl import SFTConfig, SFTTrainer
-
-    class Trainer(GlobalBatches, SFTTrainer):
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """No card: TRL would write one beside each checkpoint."""
-
     source = config.reads_from("actor_config", "train_dataset_path")
     train, kept = _dataset(rows.train, encoder, config, source, log)
     held_out = _dataset(rows.held_out, encoder, config, "the held-out rows", log)[0] if rows.held_out else None
-    lengths = widths(train, "input_ids") if config.sort_by_length else None
+    lengths = widths(train, "input_ids", "labels") if config.sort_by_length else None
     order = EpochOrder(rows.epochs.only(kept, source), config.batch_size, seed, lengths)
+    trainer_class = _paired_trainer() if is_encoder_decoder(model.config) else _causal_trainer()
 
-    def make_trainer(callback: StageCallback, from_the_beginning: bool) -> SFTTrainer:
+    def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Any:
         arguments = common_arguments(
             config, "actor_config", files.scratch, len(order), len(rows.held_out), device, seed, sharding
         )
         arguments |= {
             "label_smoothing_factor": config.label_smoothing_factor,
             "neftune_noise_alpha": config.neftune_noise_alpha,
+            "eval_on_start": from_the_beginning and held_out is not None,
         }
-        return Trainer(
+        return trainer_class(
             model=model,
-            args=SFTConfig(**arguments, packing=False, eval_on_start=from_the_beginning and held_out is not None),
+            arguments=arguments,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=encoder.tokenizer,
@@ -73,6 +73,25 @@ def train_actor(
     return run_trainer(make_trainer, model, files, log, config.iteration_per_print, sharding=sharding)
 
 
+def _causal_trainer() -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    class CausalTrainer(GlobalBatches, SFTTrainer):
+        def __init__(self, arguments: dict[str, Any], **rest: Any) -> None:
+            super().__init__(args=SFTConfig(**arguments, packing=False), **rest)
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """No card: TRL would write one beside each checkpoint."""
+
+    return CausalTrainer
+
+
+def _paired_trainer() -> Any:
+    from chatrlhf.trainers.paired import PairedTrainer
+
+    return PairedTrainer
+
+
 def _dataset(
     rows: Sequence[ActorRow], encoder: Encoder, config: ActorConfig, source: str, log: RunLog
 ) -> tuple[Dataset, list[int]]:
@@ -80,14 +99,14 @@ def _dataset(
     limit = encoder.max_length
     encoded = [encoder.actor_row(row, config.loss_on) for row in rows]
     if config.over_length == "cut":
-        long = [i for i, (ids, _) in enumerate(encoded) if len(ids) > limit]
+        long = [i for i, row in enumerate(encoded) if encoder.row_length(*row) > limit]
         for i in long:
             ids, labels = encoder.cut_actor_row(rows[i], config.loss_on)
             if any(label != IGNORED for label in labels):  # where nothing is left to learn it is dropped below
                 encoded[i] = ids, labels
         if long:
             log.warn(f"{STAGE}: {len(long)} of {len(rows)} rows of {source} exceed {limit} tokens and are cut")
-    kept, dropped = fitting(range(len(encoded)), [len(ids) for ids, _ in encoded], limit, source)
+    kept, dropped = fitting(range(len(encoded)), [encoder.row_length(*row) for row in encoded], limit, source)
     if dropped:
         log.warn(f"{STAGE}: {dropped} of {len(rows)} rows of {source} exceed {limit} tokens and are dropped")
     ids, labels = ([encoded[i][part] for i in kept] for part in (0, 1))

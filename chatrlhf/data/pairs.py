@@ -1,0 +1,67 @@
+"""Prompts and replies for an encoder–decoder: two sequences, where a causal model reads one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from chatrlhf.conversation import Prompt
+from chatrlhf.data.collate import IGNORED, Encoder
+from chatrlhf.data.templates import Template
+from chatrlhf.data.views import ActorRow, Demonstration
+from chatrlhf.errors import DataError
+
+
+class PairEncoder(Encoder):
+    """A prompt is closed as its tokenizer closes any text (T5: by EOS), since its reply does not follow it.
+
+    ``max_length`` bounds prompt and reply together, as in an `Encoder`.
+    """
+
+    def actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, for the encoder, and of the completion, all of which is trained.
+
+        Raises:
+            DataError: see `refuse_row`.
+        """
+        refuse_row(row)
+        return self.prompt(row.prompt), self.completion(row.completion)
+
+    def cut_actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
+        """As `actor_row`, within the context: without the oldest turns, and if that is not enough without its end."""
+        ids, labels = self.actor_row(self.recent_row(row), loss_on)
+        return ids, labels[: max(self.max_length - len(ids), 0)]
+
+    def row_length(self, ids: Sequence[int], labels: Sequence[int]) -> int:
+        return len(ids) + len(labels)
+
+    def prompt_lengths(self, prompts: Sequence[Prompt | str]) -> list[int]:
+        return [length + len(self._closing) for length in super().prompt_lengths(prompts)]
+
+    @cached_property
+    def chat_template(self) -> Template:
+        opened = super().chat_template
+        return opened.closing_prompts() if self._closing else opened
+
+    def _labelled_prompt(self, prompt: Prompt | str, loss_on: str) -> tuple[list[int], list[int]]:
+        ids, labels = super()._labelled_prompt(prompt, loss_on)
+        return ids + self._closing, labels + [IGNORED] * len(self._closing)
+
+    @cached_property
+    def _closing(self) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return [eos] if self.tokenizer("a")["input_ids"][-1:] == [eos] else []
+
+
+def refuse_row(row: ActorRow) -> None:
+    """A DataError where a row has no prompt, or something other than its completion is to be trained."""
+    if not isinstance(row, Demonstration):
+        raise DataError(
+            "an encoder-decoder needs a prompt to read, and a row of the ACTOR stage is plain text "
+            f"({row.text[:40]!r}); leave such rows out"
+        )
+    if row.loss_on not in (None, "completion"):
+        raise DataError(
+            f"loss_on: a dataset asks for a loss on {row.loss_on!r}, and an encoder-decoder predicts no token of a "
+            "prompt; set loss_on of that dataset to completion"
+        )
