@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,23 @@ def backbone_of(model: nn.Module) -> nn.Module:
             setattr(known, name, getattr(model, name))
         object.__setattr__(model, KEPT, known)
     return known
+
+
+@contextmanager
+def head_stays_apart(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers does not tie a head to the embeddings that a checkpoint has left apart.
+
+    The configuration of a Flan-T5 says that they are tied (transformers writes so for every T5): to be given more
+    embeddings would cost it its head.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    apart = head is not None and head.weight is not model.get_input_embeddings().weight
+    said = config.tie_word_embeddings
+    config.tie_word_embeddings = said and not apart
+    try:
+        yield
+    finally:
+        config.tie_word_embeddings = said
 
 
 def decoder_start(config: Any) -> int:

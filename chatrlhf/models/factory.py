@@ -28,7 +28,7 @@ from chatrlhf.models.adapters import (
     has_adapters,
     merged,
 )
-from chatrlhf.models.backbone import backbone_of, is_encoder_decoder, language_model_class
+from chatrlhf.models.backbone import backbone_of, head_stays_apart, is_encoder_decoder, language_model_class
 from chatrlhf.models.meta_files import how_to_convert
 from chatrlhf.models.quantization import how_quantized, never_repack, quantization_of, ready_for_adapters
 from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
@@ -384,4 +384,5 @@ def _match_vocabulary(model: nn.Module, tokenizer: Any, section: ActorConfig | R
             "tokenizer that belongs to the model, or set resize_embeddings to True, and the model gets the rest"
         )
     # Each new row is drawn around the mean of the old ones (Hewitt 2021), transformers' usual way.
-    model.resize_token_embeddings(len(tokenizer))
+    with head_stays_apart(model):
+        model.resize_token_embeddings(len(tokenizer))

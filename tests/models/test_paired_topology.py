@@ -14,7 +14,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import add_adapters, base_of, save_model, task_type
 from chatrlhf.models.backbone import backbone_of, read_by
 from chatrlhf.models.critics import make_topology
-from chatrlhf.models.factory import new_reward_model, pooling_for
+from chatrlhf.models.factory import load_actor, new_reward_model, pooling_for
 from chatrlhf.models.reward_model import (
     ReplyScorer,
     RewardModel,
@@ -147,6 +147,22 @@ def test_as_a_reward_model_its_encoder_reads_the_whole_text(family, tmp_path):
 def test_relative_positions_have_no_bound_and_absolute_ones_bound_both_together():
     assert positions(t5(n_positions=512).config) == 1 << 30
     assert positions(ENCODER_DECODERS["bart"]().config) == 64
+
+
+@pytest.mark.parametrize("family", ["t5", "flan_t5", "bart"])
+def test_more_embeddings_leave_the_rest_of_a_model_as_it_was(family, tmp_path):
+    """Also a Flan-T5's head, which its configuration says is tied to the embeddings."""
+    model = ENCODER_DECODERS[family](vocab_size=len(WORDS) - 3).eval()
+    config = ActorConfig(model=saved(model, tmp_path / "small"), resize_embeddings=True)
+    larger, _ = load_actor(config, [], torch.device("cpu"))
+    larger.save_pretrained(tmp_path / "larger")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "larger")
+    with torch.no_grad():
+        want = model(**read_by(model.config, IDS)).logits
+        for made in (larger.eval(), again.eval()):
+            got = made(**read_by(model.config, IDS)).logits
+            assert got.shape[-1] == len(WORDS)
+            torch.testing.assert_close(got[..., :-3], want, rtol=0, atol=1e-4)
 
 
 # ----- adapters
