@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from small_run import settings, write_files
+from tiny import flan_t5
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     BloomConfig,
@@ -37,6 +39,7 @@ from transformers import (
 from chatrlhf import load_config, load_reward_model, pipeline, run
 from chatrlhf.models import reward_model
 from chatrlhf.models.adapters import base_of, has_adapters, save_model
+from chatrlhf.models.backbone import read_by
 from chatrlhf.models.quantization import never_repack
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.trainers.ppo import PPOTrainer
@@ -68,6 +71,14 @@ CAUSAL = {
     "Gemma 2": Gemma2Config(**GROUPED, sliding_window=8),
     "Gemma 3": Gemma3TextConfig(**GROUPED, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
 }
+
+
+def _flan_t5(**ids):
+    sizes = dict(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=64)
+    return flan_t5(**sizes, **ids, decoder_start_token_id=ids["pad_token_id"])
+
+
+PAIRED = {"Flan-T5": _flan_t5}
 NF4 = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
@@ -131,7 +142,7 @@ def _published_as(folder: Path) -> str:
 @torch.no_grad()
 def _states(model) -> torch.Tensor:
     """Logits, or the last hidden states of a backbone."""
-    out = model.eval()(input_ids=IDS % model.config.vocab_size)
+    out = model.eval()(**read_by(model.config, IDS % model.config.vocab_size))
     return (out.logits if "logits" in out else out.last_hidden_state).float()
 
 
@@ -165,14 +176,19 @@ def _config(files: Path, base: Path, out: Path, method: str, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", [*CAUSAL, *PAIRED])
 def test_a_family_goes_through_all_stages_and_is_read_back(family, method, files, saved, tmp_path, monkeypatch):
     torch.manual_seed(0)
     base, out = tmp_path / "base", tmp_path / "run"
     tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, VOCAB)
-    config = CAUSAL[family]
-    config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id, None
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if family in CAUSAL:
+        config = CAUSAL[family]
+        config.update(ids | {"bos_token_id": None})
+        auto, model = AutoModelForCausalLM, AutoModelForCausalLM.from_config(config)
+    else:
+        auto, model = AutoModelForSeq2SeqLM, PAIRED[family](**ids)
+    model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     trainers = []
     train = PPOTrainer.train
@@ -180,10 +196,10 @@ def test_a_family_goes_through_all_stages_and_is_read_back(family, method, files
     result = run(_config(files, base, out, method))
     assert result.stages["RL"].metrics["ppo/first_ratio_error"] < 1e-3
     assert set(saved) == {"actor", "reward", "actor_rl", "critic"}
-    start = _states(_loaded(AutoModelForCausalLM, base, method))
+    start = _states(_loaded(auto, base, method))
     for name in ("actor", "actor_rl"):
         assert (base_of(str(out / name)) is not None) == (method != "full")
-        got = _states(_loaded(AutoModelForCausalLM, out / name, method))
+        got = _states(_loaded(auto, out / name, method))
         torch.testing.assert_close(got, saved[name], rtol=1e-4, atol=1e-4)
         assert (got - start).abs().max() > 1e-2
     for name in ("reward", "critic"):
