@@ -17,7 +17,8 @@ completions), RL (PPO with KL control), or ALL three."""
 EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR;
 `chatrlhf data stats|check|show FILE` looks into a file of rows;
 `chatrlhf eval perplexity TEXT` compares models over contexts of several lengths;
-`chatrlhf export merge|delta|apply-delta|quantize|push` does what is done with finished weights."""
+`chatrlhf export merge|delta|apply-delta|quantize|push` does what is done with finished weights;
+`chatrlhf plan --compare A,B,C --gpu 24GB` says which models can be trained on which hardware."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from chatrlhf.export.commands import main as export
 
             return export(words[1:])
+        if words[:1] == ["plan"]:
+            from chatrlhf.planning.commands import main as plan
+
+            return plan(words[1:])
         return _train(words)
     except UserError as error:
         _say(f"error: {error}")
@@ -86,10 +91,13 @@ def _train(words: Sequence[str]) -> int:
     distributed.start()  # first of all, so that whatever goes wrong is said once
     config = load_config(args.config, overrides)
     if args.dry_run:
-        from chatrlhf.plan import show_plan
+        from chatrlhf.planning.counts import parse_assumed
+        from chatrlhf.planning.hardware import hardware
+        from chatrlhf.planning.report import show_plan
 
         if distributed.is_main():
-            show_plan(config, args.type)
+            where = hardware(args.gpu) if args.gpu else None
+            show_plan(config, args.type, where, parse_assumed(args.rows, args.tokens))
         distributed.end()
         return 0
     from chatrlhf.pipeline import run
@@ -115,6 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", metavar="DIR", help="in place of output_dir and of each model_folder")
     parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoints")
     parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, train nothing")
+    plan = parser.add_argument_group("of --dry-run")
+    plan.add_argument("--gpu", metavar="NAME", help="such as 24GB, RTX4090 or 4xA100-80GB; default: this machine")
+    plan.add_argument(
+        "--rows", metavar="STAGE=N", action="append", default=[], help="rows of an epoch, where the data are not here"
+    )
+    plan.add_argument(
+        "--tokens", metavar="STAGE=N", action="append", default=[], help="tokens of a row, on average, likewise"
+    )
     parser.add_argument("--local_rank", type=int, metavar="N", help="set by launchers")
     parser.add_argument("--version", action="version", version=__version__)
     return parser

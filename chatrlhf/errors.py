@@ -11,8 +11,16 @@ class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key."""
 
 
+class MissingError(ConfigError):
+    """What a key names is not on this machine, and could not be fetched."""
+
+
 class DataError(UserError):
     """A data file that cannot be used; the message names file, row and field."""
+
+
+class UnreachableError(DataError, MissingError):
+    """A dataset that could not be read from the hub."""
 
 
 class CheckpointError(UserError):

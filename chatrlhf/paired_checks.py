@@ -7,20 +7,20 @@ from typing import Any
 from transformers import MODEL_MAPPING
 
 from chatrlhf.config.schema import Config
-from chatrlhf.data.inputs import Inputs
+from chatrlhf.data.inputs import Rows
 from chatrlhf.data.pairs import refuse_row
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.backbone import decoder_start
 
 
-def check_encoder_decoder(config: Config, stages: list[str], inputs: Inputs, settings: Any) -> None:
-    """Keys and rows that an encoder–decoder actor has no use for.
+def check_keys_of_pairs(config: Config, stages: list[str], settings: Any) -> None:
+    """Keys that an encoder–decoder actor has no use for.
 
     Args:
         settings: the configuration of the actor's model.
 
     Raises:
-        ConfigError, DataError: the first of them.
+        ConfigError: the first of them.
     """
     actor, trainer = config.actor_config, config.trainer_config
     decoder_start(settings)
@@ -29,14 +29,11 @@ def check_encoder_decoder(config: Config, stages: list[str], inputs: Inputs, set
             f"actor_config.model: transformers' AutoModel knows no {settings.model_type}, so there is none without its "
             "head for a critic to be; take T5, BART or another encoder-decoder"
         )
-    if "ACTOR" in stages:
-        if actor.loss_on != "completion":
-            raise ConfigError(
-                f"actor_config.loss_on: {actor.loss_on!r} asks for a loss on prompts, which the encoder of a "
-                f"{settings.model_type} reads and nothing predicts; set it to completion"
-            )
-        for row in (*inputs.actor.train, *inputs.actor.held_out) if inputs.actor is not None else ():
-            refuse_row(row)
+    if "ACTOR" in stages and actor.loss_on != "completion":
+        raise ConfigError(
+            f"actor_config.loss_on: {actor.loss_on!r} asks for a loss on prompts, which the encoder of a "
+            f"{settings.model_type} reads and nothing predicts; set it to completion"
+        )
     if "RL" in stages and trainer.num_layers_unfrozen != -1:
         raise ConfigError(
             f"trainer_config.num_layers_unfrozen: {trainer.num_layers_unfrozen} parts the one stack of blocks that a "
@@ -48,3 +45,9 @@ def check_encoder_decoder(config: Config, stages: list[str], inputs: Inputs, set
             f"trainer_config.rollout_backend: vLLM samples from causal models, and the actor is a "
             f"{settings.model_type}; set it to chatrlhf"
         )
+
+
+def check_rows_of_pairs(rows: Rows) -> None:
+    """Rows of the ACTOR stage that an encoder–decoder cannot be trained on. Raises DataError at the first."""
+    for row in (*rows.train, *rows.held_out):
+        refuse_row(row)

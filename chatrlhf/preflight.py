@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig
 from transformers.utils import is_flash_attn_2_available
 
 from chatrlhf.config.load import load_peft_config
@@ -30,11 +32,13 @@ from chatrlhf.models.factory import (
 from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.models.rope import positions, refuse_rotations_by_length
-from chatrlhf.paired_checks import check_encoder_decoder
+from chatrlhf.paired_checks import check_keys_of_pairs, check_rows_of_pairs
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import load_function
 from chatrlhf.trainers.global_batches import rows_a_backward
 from chatrlhf.trainers.launch import check_launch
+
+SettingsOf = Callable[[str, str, Any], Any]  # of a model, by its name, its key and its section
 
 
 def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: bool, run_dir: Path) -> None:
@@ -42,6 +46,24 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
 
     Raises:
         ConfigError, DataError: the first thing that would fail later.
+    """
+    check_settings(config, stages, has_reward_fn, run_dir)
+    check_rows(config, stages, inputs)
+
+
+def check_settings(
+    config: Config,
+    stages: list[str],
+    has_reward_fn: bool,
+    run_dir: Path,
+    settings_of: SettingsOf = read_model_config,
+    ranks: int | None = None,
+) -> None:
+    """What needs neither rows nor a tokenizer.
+
+    Args:
+        settings_of: a plan has another way to a model that cannot be reached.
+        ranks: of a launch that is planned; None: this one's.
     """
     actor, reward, trainer = config.actor_config, config.reward_config, config.trainer_config
     if reward.template and reward.template != OWN:
@@ -54,21 +76,33 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
     if "RL" in stages and "REWARD" not in stages and not has_reward_fn:
         require_reward_model(run_dir / "reward", reward)
     if "ACTOR" in stages:
-        rows_a_backward(actor, "actor_config")
+        rows_a_backward(actor, "actor_config", ranks)
     if "REWARD" in stages and not has_reward_fn:
-        rows_a_backward(reward, "reward_config")
-    check_launch(config, [stage for stage in stages if stage != "REWARD" or not has_reward_fn])
-    _check_models(config, stages, has_reward_fn)
-    tokenizer, settings = tokenizer_and_settings(actor, corpus(config))
+        rows_a_backward(reward, "reward_config", ranks)
+    if ranks is None:
+        check_launch(config, [stage for stage in stages if stage != "REWARD" or not has_reward_fn])
+    _check_models(config, stages, has_reward_fn, settings_of)
+    settings = LlamaConfig() if actor.model == TINY else settings_of(actor.model, "actor_config.model", actor)
     if is_encoder_decoder(settings):
-        check_encoder_decoder(config, stages, inputs, settings)
+        check_keys_of_pairs(config, stages, settings)
     if "RL" in stages:
-        _check_critic(config, settings)
-        refuse_more_than(trainer.num_layers_unfrozen, block_count(actor))
+        _check_critic(config, settings, settings_of)
+        refuse_more_than(trainer.num_layers_unfrozen, block_count(actor, settings_of))
+        if actor.model != TINY:
+            refuse_rotations_by_length(settings, min(actor.max_sequence_length, positions(settings)))
     _check_adapters(config, stages, has_reward_fn, run_dir)
-    _check_attention(config, stages)
     if actor.peft_enable:
         task_type(settings, load_peft_config(config))
+    if ranks is None:  # what is installed on other hardware nobody knows here
+        _check_attention(config, stages)
+
+
+def check_rows(config: Config, stages: list[str], inputs: Inputs) -> None:
+    """What needs the actor's tokenizer, and the rows that are there."""
+    actor = config.actor_config
+    tokenizer, settings = tokenizer_and_settings(actor, corpus(config))
+    if is_encoder_decoder(settings) and inputs.actor is not None:
+        check_rows_of_pairs(inputs.actor)
     longest = min(actor.max_sequence_length, positions(settings))
     if "RL" in stages:
         refuse_rotations_by_length(settings, longest)
@@ -77,21 +111,21 @@ def preflight(config: Config, stages: list[str], inputs: Inputs, has_reward_fn: 
     _check_lengths(config, inputs, encoder)
 
 
-def _check_models(config: Config, stages: list[str], has_reward_fn: bool) -> None:
+def _check_models(config: Config, stages: list[str], has_reward_fn: bool, settings_of: SettingsOf) -> None:
     """Every model that is named can be found; its weights are not read."""
     if config.actor_config.model != TINY:
-        read_model_config(config.actor_config.model, "actor_config.model", config.actor_config)
+        settings_of(config.actor_config.model, "actor_config.model", config.actor_config)
     name = config.reward_config.model
     if "REWARD" in stages and not has_reward_fn and name not in (None, "actor", TINY):
-        read_model_config(name, "reward_config.model", config.reward_config)
+        settings_of(name, "reward_config.model", config.reward_config)
 
 
-def _check_critic(config: Config, settings: Any) -> None:
+def _check_critic(config: Config, settings: Any, settings_of: SettingsOf) -> None:
     """A critic that is named can be found, and reads what an actor of these settings reads."""
     critic = config.critic_config.model
     # ChatLLaMA names the critic's model even where the trained reward model takes its place.
     if critic not in (None, "shared") and not (Path(critic) / SETTINGS).exists():
-        found = read_model_config(critic, "critic_config.model", config.actor_config)
+        found = settings_of(critic, "critic_config.model", config.actor_config)
         refuse_other_build(found, settings, critic)
 
 

@@ -7,10 +7,10 @@ from transformers import BertConfig, EncoderDecoderConfig
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.epochs import Epochs
-from chatrlhf.data.inputs import Inputs, Rows
+from chatrlhf.data.inputs import Rows
 from chatrlhf.data.views import Demonstration, PlainText
 from chatrlhf.errors import UserError
-from chatrlhf.paired_checks import check_encoder_decoder
+from chatrlhf.paired_checks import check_keys_of_pairs, check_rows_of_pairs
 
 T5 = t5().config
 BERTS = EncoderDecoderConfig(encoder=BertConfig().to_dict(), decoder=BertConfig().to_dict(), decoder_start_token_id=1)
@@ -19,8 +19,8 @@ PAIR = Demonstration(Prompt.of("a"), "b")
 
 def check(settings=T5, actor=(), trainer=(), rows=(PAIR,), stages=("ACTOR", "RL")) -> None:
     config = Config(actor_config=dict(actor), trainer_config=dict(trainer))
-    held = Rows(list(rows), [PAIR], {}, Epochs.of_all(len(rows)))
-    check_encoder_decoder(config, list(stages), Inputs(actor=held), settings)
+    check_keys_of_pairs(config, list(stages), settings)
+    check_rows_of_pairs(Rows(list(rows), [PAIR], {}, Epochs.of_all(len(rows))))
 
 
 @pytest.mark.parametrize("settings", [T5, bart().config])
@@ -48,7 +48,7 @@ def test_what_it_cannot_is_refused(given, said):
 @pytest.mark.parametrize(
     "given, stages",
     [
-        ({"actor": {"loss_on": "all"}, "rows": [PlainText("a")]}, ["RL"]),
+        ({"actor": {"loss_on": "all"}}, ["RL"]),
         ({"trainer": {"num_layers_unfrozen": 2, "rollout_backend": "vllm"}}, ["ACTOR"]),
     ],
 )

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.schema import Config
-from chatrlhf.errors import ConfigError
+from chatrlhf.errors import ConfigError, MissingError
 
 LOW_TEMPERATURE = 0.5
 
@@ -102,7 +102,7 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
         value: the path as written.
 
     Raises:
-        ConfigError: it exists in neither place; both are named.
+        MissingError: it exists in neither place; both are named.
     """
     path = Path(value).expanduser()
     tried = [path] if path.is_absolute() else [base / path for base in (config.base_dir, Path.cwd()) if base]
@@ -110,7 +110,7 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
         if candidate.exists():
             return candidate
     places = " and ".join(dict.fromkeys(str(candidate) for candidate in tried))
-    raise ConfigError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
+    raise MissingError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
 
 
 def load_peft_config(config: Config, section: str = "actor_config") -> PeftConfig:

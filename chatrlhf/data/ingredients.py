@@ -18,7 +18,7 @@ from chatrlhf.data.records import from_json
 from chatrlhf.data.row import Row
 from chatrlhf.data.sources import Source
 from chatrlhf.data.sources.catalogue import SOURCES
-from chatrlhf.errors import ConfigError, DataError
+from chatrlhf.errors import ConfigError, DataError, MissingError
 
 # As other projects' files spell them.
 ALSO_KNOWN_AS = {
@@ -90,9 +90,9 @@ def _own(entry: DatasetEntry, config: Config, key: str) -> tuple[Sequence[Row], 
             )
     try:
         path = resolve_path(config, f"{key}.name", entry.name)
-    except ConfigError as error:
+    except MissingError as error:
         known = ", ".join(name.lower() for name in SOURCES)
-        raise ConfigError(f"{error}; or name one of {known}") from None
+        raise MissingError(f"{error}; or name one of {known}") from None
     return open_rows(path), [path]
 
 

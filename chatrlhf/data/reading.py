@@ -13,7 +13,7 @@ from typing import Any
 from chatrlhf.data.files import holds_rows, open_rows, read_rows
 from chatrlhf.data.row import Row
 from chatrlhf.data.sources import Source
-from chatrlhf.errors import DataError
+from chatrlhf.errors import DataError, UnreachableError
 
 BUFFER_ROWS = 10_000  # rows read ahead from the hub, over all subsets, to draw from
 
@@ -57,7 +57,7 @@ def _explained(place: str) -> Iterator[None]:
         raise
     except Exception as error:  # the errors of several libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
+        raise UnreachableError(
             f"{place}: it could not be read from the hub ({reason}); check the connection, or copy the "
             "dataset to this machine and name its folder with --source"
         ) from error

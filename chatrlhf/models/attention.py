@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -127,6 +129,24 @@ def prefer_fast_attention(model: nn.Module, device: torch.device) -> None:
     fused = getattr(model.config, "_attn_implementation", None) == "sdpa"
     if device.type in ("cpu", "cuda") and fused and not capped:
         model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def by_products_on(device_types: set[str]) -> Iterator[None]:
+    """Inside, attention is by products on these devices: a plan for a GPU is made on a CPU."""
+    own = set(BY_PRODUCTS)
+    try:
+        _set_to(BY_PRODUCTS, device_types)
+        _causal.cache_clear()  # tensors of a plan and those of a run are of no use to each other
+        yield
+    finally:
+        _set_to(BY_PRODUCTS, own)
+        _causal.cache_clear()
+
+
+def _set_to(names: set[str], others: set[str]) -> None:
+    names.clear()
+    names.update(others)
 
 
 def _by_products(query: Tensor, dropout: float) -> bool:

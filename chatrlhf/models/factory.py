@@ -18,7 +18,7 @@ from chatrlhf.config.schema import ActorConfig, Config, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import Template, get_template
-from chatrlhf.errors import ConfigError
+from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.models.adapters import (
     add_adapters,
     backbone_with_adapters,
@@ -221,28 +221,17 @@ def trained_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def block_count(config: ActorConfig) -> int:
+def block_count(config: ActorConfig, settings_of: Callable[..., Any] = read_model_config) -> int:
     """Blocks of the actor, without reading weights."""
     if config.model == TINY:
         return config.tiny.num_hidden_layers
-    settings = read_model_config(config.model, "actor_config.model", config).get_text_config()
+    settings = settings_of(config.model, "actor_config.model", config).get_text_config()
     return int(settings.num_hidden_layers)
 
 
 def tiny_model(config: TinyConfig, tokenizer: Any, scaling: RopeScaling | None = None) -> nn.Module:
     """A small Llama for a tokenizer, with random weights from torch's generator."""
     return LlamaForCausalLM(_tiny_config(config, tokenizer, scaling))
-
-
-def meta_model(name: str, key: str, config: ActorConfig | RewardConfig) -> nn.Module:
-    """A model's modules without weights, from its configuration file alone."""
-    settings = read_model_config(name, key, config)
-    trust = {"trust_remote_code": config.trust_remote_code}
-    with torch.device("meta"):
-        try:
-            return language_model_class(settings).from_config(settings, **trust)
-        except ValueError:  # not a language model: an encoder as reward model
-            return AutoModel.from_config(settings, **trust)
 
 
 def _tiny_config(config: TinyConfig, tokenizer: Any, scaling: RopeScaling | None) -> LlamaConfig:
@@ -366,7 +355,9 @@ def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = "a folder without a usable model" if Path(name).is_dir() else "no folder here and not on the hub"
-        raise ConfigError(f"{key}: {name!r} cannot be loaded, it is {kind} ({reason})") from None
+        missing = isinstance(error, OSError) and not Path(name).exists()
+        refusal = MissingError if missing else ConfigError
+        raise refusal(f"{key}: {name!r} cannot be loaded, it is {kind} ({reason})") from None
 
 
 def _match_vocabulary(model: nn.Module, tokenizer: Any, section: ActorConfig | RewardConfig, name: str) -> None:

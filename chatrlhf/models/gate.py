@@ -55,10 +55,10 @@ class _LeanForward:
         mixed = swiglu(gate, up)
         if not mixed.requires_grad:
             return self.module.down_proj(mixed)
-        place, gate, up = mixed.data_ptr(), gate.detach(), up.detach()
+        place, gate, up = _place(mixed), gate.detach(), up.detach()
 
         def pack(saved: Tensor) -> Tensor | torch.Size:
-            whole = saved.data_ptr() == place and saved.numel() == gate.numel() and saved.is_contiguous()
+            whole = _place(saved) == place and saved.numel() == gate.numel() and saved.is_contiguous()
             return saved.shape if whole else saved
 
         def unpack(kept: Tensor | torch.Size) -> Tensor:
@@ -66,6 +66,11 @@ class _LeanForward:
 
         with saved_tensors_hooks(pack, unpack):
             return self.module.down_proj(mixed)
+
+
+def _place(tensor: Tensor) -> int:
+    """Of its memory; what has a shape alone, in a plan, has one too."""
+    return tensor.untyped_storage()._cdata
 
 
 class _SwiGLU(torch.autograd.Function):

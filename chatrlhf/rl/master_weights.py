@@ -39,6 +39,10 @@ class MasterWeights:
         self._master_of = {id(a): b for a, b in zip(self._working, self._masters, strict=True)}
         to_bfloat16(*modules)
 
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        """All of them."""
+        return iter(self._masters)
+
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Optimizer groups with masters in the place of the weights that have one."""
         return [group | {"params": [self._master_of.get(id(p), p) for p in group["params"]]} for group in groups]

@@ -21,23 +21,27 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.trainers.order import EpochOrder
 
 
-def rows_a_backward(config: ActorConfig | RewardConfig, section: str) -> tuple[int, int]:
+def rows_a_backward(config: ActorConfig | RewardConfig, section: str, ranks: int | None = None) -> tuple[int, int]:
     """(rows of a backward on each rank, backwards of an optimizer step).
+
+    Args:
+        ranks: of a launch that is planned; None: this one's.
 
     Raises:
         ConfigError: ranks and microbatches do not divide the batch evenly; the key is named.
     """
-    own, rest = divmod(config.batch_size, world_size())
+    ranks = ranks or world_size()
+    own, rest = divmod(config.batch_size, ranks)
     if rest:
-        near = " or ".join(str(each * world_size()) for each in (own, own + 1) if each)
+        near = " or ".join(str(each * ranks) for each in (own, own + 1) if each)
         raise ConfigError(
-            f"{section}.batch_size: {config.batch_size} is not divisible by the {world_size()} processes of this "
+            f"{section}.batch_size: {config.batch_size} is not divisible by the {ranks} processes of this "
             f"launch; set it to {near}"
         )
     micro = min(config.micro_batch_size or own, own)
     if own % micro:
         raise ConfigError(
-            f"{section}.micro_batch_size: {micro} does not divide the {own} rows that each of {world_size()} processes "
+            f"{section}.micro_batch_size: {micro} does not divide the {own} rows that each of {ranks} processes "
             f"has of a batch of {config.batch_size}; set it to a divisor of {own}"
         )
     return micro, own // micro

@@ -5,7 +5,7 @@ TRL's SFTTrainer trains causal models, transformers' Trainer encoder–decoders.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,39 @@ def _paired_trainer() -> Any:
     from chatrlhf.trainers.paired import PairedTrainer
 
     return PairedTrainer
+
+
+def loss_of_a_backward(model: nn.Module, config: ActorConfig) -> Callable[..., torch.Tensor]:
+    """What the trainer computes of a microbatch, for a plan; the model is changed as the trainer changes it.
+
+    Returns:
+        From input_ids, attention_mask and labels, [B, T] each, to the loss.
+    """
+    from transformers.integrations.neftune import activate_neftune
+    from transformers.trainer_pt_utils import LabelSmoother
+    from trl.trainer.utils import add_fused_lm_head
+
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.peft_enable:
+            model.enable_input_require_grads()
+    if config.neftune_noise_alpha is not None:
+        activate_neftune(model, config.neftune_noise_alpha)
+    add_fused_lm_head(
+        model.get_base_model() if config.peft_enable else model, outputs=("log_probs", "entropy", "is_top1")
+    )
+    smoother = LabelSmoother(config.label_smoothing_factor) if config.label_smoothing_factor else None
+
+    def loss(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if smoother is None:
+            return -model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum()
+        smoothed = smoother(model(**inputs), labels, shift_labels=True, num_items_in_batch=1)
+        with torch.no_grad():
+            model(**inputs, labels=labels, fused_lm_head=True)
+        return smoothed
+
+    return loss
 
 
 def _dataset(

@@ -1,0 +1,129 @@
+"""Rows and tokens of each stage: counted where the data are here, else as somebody says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from chatrlhf.config.schema import Config
+from chatrlhf.conversation import Prompt
+from chatrlhf.data.collate import Encoder
+from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
+from chatrlhf.data.templates import get_template
+from chatrlhf.data.views import Demonstration, PlainText, Preference
+from chatrlhf.errors import ConfigError, MissingError
+from chatrlhf.models.factory import tokenizer_and_settings
+
+SAMPLED = 2000  # rows whose tokens are counted
+EVALUATED = 16  # held-out rows that are assumed where the data are not here
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A stage's rows."""
+
+    rows: int | None  # of an epoch; None: nobody knows
+    held_out: int
+    longest: int  # tokens
+    mean: float  # tokens, of what is within the context
+    how: str  # where this is from
+
+
+@dataclass
+class Assumed:
+    """What `--rows` and `--tokens` say, by stage."""
+
+    rows: dict[str, int]
+    tokens: dict[str, int]
+
+
+def read_what_is_there(config: Config, stages: list[str], needs_judgements: bool) -> tuple[Inputs, dict[str, str]]:
+    """Each stage's rows, and by stage why there are none.
+
+    Raises:
+        ConfigError, DataError: what is there is wrong.
+    """
+    found, missing = Inputs(), {}
+    for stage, part in (("ACTOR", "actor"), ("REWARD", "reward"), ("RL", "prompts")):
+        if stage not in stages:
+            continue
+        try:
+            read = read_inputs(config, [stage], needs_judgements)
+        except MissingError as error:
+            missing[stage] = str(error)
+            continue
+        setattr(found, part, getattr(read, part))
+        found.notes += read.notes
+        found.warnings += read.warnings
+    return found, missing
+
+
+def encoder_if_there(config: Config, limit: int) -> tuple[Encoder | None, str | None]:
+    """The actor's, or why there is none."""
+    try:
+        tokenizer, _ = tokenizer_and_settings(config.actor_config, corpus(config))
+        template = get_template(config.actor_config.template, tokenizer=tokenizer, folder=config.base_dir)
+    except MissingError as error:
+        return None, str(error)
+    return Encoder.of(tokenizer, template, limit), None
+
+
+def count(
+    stage: str,
+    rows: Rows | None,
+    encoder: Encoder | None,
+    limit: int,
+    assumed: Assumed,
+    holds_out: bool,
+    config: Config,
+) -> Counted:
+    """A stage's rows; what is said goes before what is counted.
+
+    Args:
+        limit: tokens that a row may have.
+        holds_out: whether some rows would be held out.
+    """
+    said, tokens = assumed.rows.get(stage), assumed.tokens.get(stage)
+    held_out = EVALUATED if holds_out else 0
+    if rows is None:
+        how = "as --rows says" if said else f"not known; --rows {stage}=N says how many"
+        return Counted(said, held_out, limit, min(tokens or limit, limit), how)
+    lengths = [] if encoder is None else [_length(row, encoder, config) for row in _some(rows.train)]
+    kept = [min(each, limit) for each in lengths]
+    longest = max(kept, default=limit)
+    mean = tokens or (sum(kept) / len(kept) if kept else limit)
+    return Counted(said or rows.epochs.size, len(rows.held_out), longest, mean, "as --rows says" if said else "counted")
+
+
+def parse_assumed(rows: list[str], tokens: list[str]) -> Assumed:
+    """Of words such as ``ACTOR=1000``.
+
+    Raises:
+        ConfigError: a word is none.
+    """
+    return Assumed(_numbers(rows, "--rows"), _numbers(tokens, "--tokens"))
+
+
+def _numbers(words: list[str], option: str) -> dict[str, int]:
+    found = {}
+    for word in words:
+        stage, _, number = word.partition("=")
+        if stage.upper() not in ("ACTOR", "REWARD", "RL") or not number.replace("_", "").isdigit() or int(number) < 1:
+            raise ConfigError(f"{option} {word!r}: expected STAGE=N, such as ACTOR=1000")
+        found[stage.upper()] = int(number)
+    return found
+
+
+def _some(rows: Any) -> list[Any]:
+    step = max(1, len(rows) // SAMPLED)
+    return [rows[i] for i in range(0, len(rows), step)][:SAMPLED]
+
+
+def _length(row: Any, encoder: Encoder, config: Config) -> int:
+    """Tokens of a row as its stage reads it."""
+    if isinstance(row, Prompt):
+        return len(encoder.prompt(row))
+    if isinstance(row, (Demonstration, PlainText)):
+        return len(encoder.actor_row(row, config.actor_config.loss_on)[0])
+    replies = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
+    return len(encoder.prompt(row.prompt)) + max(len(encoder.completion(each)) for each in replies)

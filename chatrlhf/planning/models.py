@@ -1,0 +1,185 @@
+"""The models that a configuration names, on paper: their modules, without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from chatrlhf.config.load import load_peft_config
+from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.quantization import QuantizationKeys
+from chatrlhf.config.schema import Config
+from chatrlhf.data.inputs import corpus
+from chatrlhf.device import resolve_precision, resolve_rl_precision
+from chatrlhf.errors import MissingError
+from chatrlhf.models.adapters import add_adapters, with_adapters
+from chatrlhf.models.factory import TINY, read_model_config, tiny_model
+from chatrlhf.models.reward_model import RewardModel
+from chatrlhf.models.rope import stretch_positions
+from chatrlhf.models.scalar_head import ScalarHead, state_size
+from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.planning.few_bits import in_few_bits
+from chatrlhf.planning.paper import Paper
+from chatrlhf.planning.shapes import FOLDER, has_shape, shape_settings
+
+META = torch.device("meta")
+CAPPED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # a head that is more than one product
+# Backbones whose first token sees all. A run tries that out; without weights there is nothing to try.
+BIDIRECTIONAL = {"bert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "electra", "albert", "modernbert"}
+
+
+@dataclass
+class Models:
+    """Draws the models of one configuration; what it had to take for granted is noted once."""
+
+    config: Config
+    paper: Paper
+    notes: list[str] = field(default_factory=list)
+
+    def settings(self, name: str, key: str, section: Any = None) -> Any:
+        """A model's configuration; where it cannot be had, one with the dimensions that the package knows.
+
+        Raises:
+            MissingError: neither is there.
+        """
+        try:
+            return read_model_config(name, key, section)
+        except MissingError:
+            if not has_shape(name):
+                raise
+        note = f"{key}: {name!r} cannot be reached from here; its dimensions are those in {FOLDER}"
+        if note not in self.notes:
+            self.notes.append(note)
+        settings = shape_settings(name)
+        if section is not None and section.rope_scaling is not None:
+            stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
+        return settings
+
+    def actor(self) -> nn.Module:
+        """As the ACTOR stage trains it: in few bits and under adapters, where that is asked for."""
+        actor, model = self.config.actor_config, self._language_model()
+        if actor.peft_enable:
+            self._compress(model, actor, self.in_bf16(actor.precision))
+            with META:
+                model = with_adapters(model, load_peft_config(self.config), actor.model)
+                if actor.is_quantized:  # TRL has adapters upon such weights in bfloat16
+                    for each in model.parameters():
+                        if each.requires_grad:
+                            each.data = each.data.bfloat16()
+        return self.paper.taken_up(model)
+
+    def policy(self) -> nn.Module:
+        """As RL trains it: whole or by adapters."""
+        actor, model = self.config.actor_config, self._language_model()
+        if actor.peft_enable:
+            self._compress(model, actor, self.rl_in_bf16())
+            with META:
+                add_adapters(model, load_peft_config(self.config), actor.model)
+        return self.paper.taken_up(model).eval()
+
+    def reward_model(self) -> RewardModel:
+        """As the REWARD stage trains it."""
+        reward, name = self.config.reward_config, self.config.reward_config.model
+        if name in ("actor", TINY):
+            backbone = (self._language_model() if name == "actor" else self._tiny()).base_model
+        else:
+            backbone = self._drawn(AutoModel, self.settings(name, "reward_config.model", reward), reward)
+        backbone.requires_grad_(True)
+        if reward.peft_enable:
+            self._compress(backbone, reward, self.in_bf16(reward.precision))
+            with META:
+                add_adapters(backbone, load_peft_config(self.config, "reward_config"), str(name))
+        elif reward.froze_embeddings:
+            backbone.get_input_embeddings().requires_grad_(False)
+        causal = backbone.config.model_type not in BIDIRECTIONAL
+        head = self.head(backbone, reward.model_head_hidden_size)
+        return RewardModel(self.paper.taken_up(backbone), head, "last" if causal else "first")
+
+    def backbone(self, name: str, key: str) -> nn.Module:
+        """A model without a head, whole."""
+        return self.paper.taken_up(self._drawn(AutoModel, self.settings(name, key), None))
+
+    def like(self, backbone: nn.Module) -> nn.Module:
+        """Another of the same build, with whole weights of its own."""
+        return self.paper.taken_up(self._drawn(AutoModel, backbone.config, None))
+
+    def upon(self, backbone: nn.Module, adapters: PeftConfig, keys: QuantizationKeys) -> nn.Module:
+        """Another upon the same weights, trained by adapters of its own.
+
+        Args:
+            keys: how the weights lie.
+        """
+        model = self._drawn(AutoModel, backbone.config, None)
+        self._compress(model, keys, self.rl_in_bf16())
+        with META:
+            add_adapters(model, adapters, "")
+        model = self.paper.taken_up(model)
+        shared = {_bare(name): each for name, each in backbone.named_parameters()}
+        for name, module in model.named_modules():
+            for own, each in module._parameters.items():
+                known = shared.get(_bare(f"{name}.{own}"))
+                if each is not None and known is not None and known.shape == each.shape and not each.requires_grad:
+                    module._parameters[own] = known
+        return model
+
+    def head(self, backbone: nn.Module, mlp_size: int | None) -> ScalarHead:
+        """What makes one number of a model's states."""
+        with META:
+            head = ScalarHead(state_size(backbone), mlp_size)
+        return self.paper.taken_up(head)
+
+    def in_bf16(self, precision: str) -> bool:
+        """Whether a stage on TRL's trainers computes in bfloat16 there."""
+        if precision == "auto" and self.paper.device.type == "cuda":
+            return self.paper.has_bf16
+        return resolve_precision(precision, self.paper.device) == "bf16"
+
+    def rl_in_bf16(self) -> bool:
+        """Whether RL does."""
+        precision = self.config.trainer_config.precision
+        if precision == "auto" and self.paper.device.type == "cuda":
+            return self.paper.has_bf16
+        return resolve_rl_precision(precision, self.paper.device) == "bf16"
+
+    def _language_model(self) -> nn.Module:
+        actor = self.config.actor_config
+        if actor.model == TINY:
+            model = self._tiny()
+        else:
+            settings = self.settings(actor.model, "actor_config.model", actor)
+            auto = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+            model = self._drawn(auto, settings, actor)
+        if actor.froze_embeddings:
+            model.get_input_embeddings().requires_grad_(False)
+        text = model.config.get_text_config()
+        model._chatrlhf_head_is_plain = not any(getattr(text, name, None) for name in CAPPED)
+        return model
+
+    def _tiny(self) -> nn.Module:
+        actor = self.config.actor_config
+        tokenizer = train_tokenizer(corpus(self.config), actor.tiny.vocab_size)
+        with META:
+            return tiny_model(actor.tiny, tokenizer, actor.rope_scaling)
+
+    def _drawn(self, auto: Any, settings: Any, section: Any) -> nn.Module:
+        kwargs = {"trust_remote_code": self.config.actor_config.trust_remote_code}
+        attention = getattr(section, "attn_implementation", None)
+        if attention is not None:  # flash-attn keeps what PyTorch's fused attention keeps
+            kwargs["attn_implementation"] = "eager" if attention == "eager" else "sdpa"
+        with META:
+            return auto.from_config(settings, dtype=torch.float32, **kwargs)
+
+    def _compress(self, model: nn.Module, keys: QuantizationKeys, bf16: bool) -> None:
+        if keys.is_quantized:
+            named = keys.bnb_4bit_compute_dtype
+            computes = getattr(torch, named) if named else torch.bfloat16 if bf16 else torch.float32
+            with META:
+                in_few_bits(model, keys, computes)
+
+
+def _bare(name: str) -> str:
+    return name.replace(".base_layer", "")
