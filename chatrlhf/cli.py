@@ -11,9 +11,11 @@ from chatrlhf import __version__
 from chatrlhf.errors import Interrupted, UserError
 
 EXIT_USER_ERROR = 2
+STAGES = ("ALL", "PRETRAIN", "ACTOR", "REWARD", "RL")  # as in `config/schema.py`, which is not quick to import
 
-DESCRIPTION = """Train an assistant with RLHF: ACTOR (supervised fine-tuning), REWARD (a model that scores
-completions), RL (PPO with KL control), or ALL three."""
+DESCRIPTION = """Train an assistant with RLHF: PRETRAIN (language modelling on long plain text), ACTOR (supervised
+fine-tuning), REWARD (a model that scores completions), RL (PPO with KL control), or ALL of them (PRETRAIN where
+pretrain_config names data)."""
 EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR;
 `chatrlhf data stats|check|show FILE` looks into a file of rows;
 `chatrlhf eval perplexity TEXT` compares models over contexts of several lengths;
@@ -114,7 +116,7 @@ def _train(words: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chatrlhf", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("-t", "--type", default="ALL", choices=["ALL", "ACTOR", "REWARD", "RL"], help="default: ALL")
+    parser.add_argument("-t", "--type", default="ALL", choices=STAGES, help="default: ALL")
     parser.add_argument("-a", "--actor", metavar="MODEL", help="in place of actor_config.model")
     parser.add_argument("-r", "--reward", metavar="MODEL", help="in place of reward_config.model")
     parser.add_argument(

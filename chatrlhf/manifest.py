@@ -21,7 +21,7 @@ from chatrlhf.trainers.checkpoint import write_atomically
 FILE_NAME = "manifest.json"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 # Where each stage leaves its results.
-OUTPUTS = {"ACTOR": ("actor",), "REWARD": ("reward",), "RL": ("actor_rl", "critic")}
+OUTPUTS = {"PRETRAIN": ("pretrained",), "ACTOR": ("actor",), "REWARD": ("reward",), "RL": ("actor_rl", "critic")}
 
 
 @dataclass

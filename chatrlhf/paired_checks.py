@@ -24,6 +24,11 @@ def check_keys_of_pairs(config: Config, stages: list[str], settings: Any) -> Non
     """
     actor, trainer = config.actor_config, config.trainer_config
     decoder_start(settings)
+    if "PRETRAIN" in stages:
+        raise ConfigError(
+            f"pretrain_config: a {settings.model_type} predicts replies to what its encoder reads, and plain text has "
+            "none; leave the section out, or take a causal model"
+        )
     if "RL" in stages and type(settings) not in MODEL_MAPPING:
         raise ConfigError(
             f"actor_config.model: transformers' AutoModel knows no {settings.model_type}, so there is none without its "

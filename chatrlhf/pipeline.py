@@ -1,4 +1,4 @@
-"""The three stages and what they hand over. `ALL` is nothing but a loop over the same three functions."""
+"""The stages and what they hand over. `ALL` is nothing but a loop over the same functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from chatrlhf.assembly import assemble_ppo, sampling_distribution
 from chatrlhf.config.load import load_peft_config
-from chatrlhf.config.schema import Config
+from chatrlhf.config.schema import STAGES, ActorConfig, Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
 from chatrlhf.data.templates import get_template
@@ -21,13 +21,15 @@ from chatrlhf.distributed import broadcast, rank, start
 from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
-from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_model, with_adapters
+from chatrlhf.models.adapter_scaling import scaling_warning
+from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_model, train_on_adapters
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.models.critics import make_topology
 from chatrlhf.models.factory import (
     context_length,
     encoder_class,
     load_actor,
+    load_base,
     load_policy,
     new_reward_model,
     parameter_count,
@@ -39,6 +41,7 @@ from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.reward_model import scorer_of_critic
 from chatrlhf.models.sharing import Base
 from chatrlhf.preflight import preflight
+from chatrlhf.pretraining import run_pretrain, with_fresh_adapters
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.prompts import step_seed
@@ -52,9 +55,6 @@ from chatrlhf.rl.rewards import (
 from chatrlhf.sharding.environment import Sharding, deals_out_weights, environment_for
 from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, publish_folder
 from chatrlhf.trainers.launch import sharding_of
-
-STAGES = ("ACTOR", "REWARD", "RL")
-DEFAULT_NEW_TOKENS = 128
 
 
 class Metrics(dict[str, float]):
@@ -112,6 +112,26 @@ class Run:
         made_from = self.manifest.stages.get(stage, {}).get("model")
         return self.dir / folder if made_from == model and (self.dir / folder).exists() else None
 
+    def start(self) -> ActorConfig:
+        """The actor's settings with the model that it starts from: what PRETRAIN has left, or what they name."""
+        settings = self.config.actor_config
+        folder = self.trained("PRETRAIN", "pretrained", settings.model)
+        if folder is None:
+            return settings
+        # Its tokenizer lies beside it; of what adapters belong to the revision goes on to matter.
+        revision = settings.revision if base_of(str(folder)) is not None else None
+        return settings.model_copy(update={"model": str(folder), "tokenizer_path": None, "revision": revision})
+
+    def start_name(self) -> str:
+        """Of `start`, for people."""
+        return "actor_config.model" if self.start() is self.config.actor_config else "the pretrained model"
+
+    def warn_of_scaling(self, model: str, heeded: bool = True) -> None:
+        """Where adapters are about to meet other rotary positions than they were trained with."""
+        warning = scaling_warning(model, self.config.actor_config.rope_scaling, heeded)
+        if warning is not None:
+            self.log.warn(warning)
+
 
 def run(
     config: Config,
@@ -119,11 +139,11 @@ def run(
     reward_fn: RewardFunction | None = None,
     resume: bool = False,
 ) -> RunResult:
-    """Train one stage or all three.
+    """Train one stage or all of them.
 
     Args:
         config: from `load_config`.
-        type: ALL, ACTOR, REWARD or RL.
+        type: ALL, PRETRAIN, ACTOR, REWARD or RL.
         reward_fn: ``(prompts, completions) -> one float each``; no reward model is needed then.
         resume: go on with the run in the output folder from its newest checkpoints.
 
@@ -134,7 +154,7 @@ def run(
     if type not in ("ALL", *STAGES):
         raise ConfigError(f"type: expected ALL, {', '.join(STAGES)}, got {type!r}")
     start()
-    stages = list(STAGES) if type == "ALL" else [type]
+    stages = config.stages(type)
     # Checks come first: nothing is written before everything that will be read has been read once.
     reward = _reward_function(config, reward_fn, stages)
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
@@ -178,7 +198,7 @@ def _run_stage(this: Run, stage: str) -> StageResult:
         # Python's and NumPy's generators too: a user's reward function may draw from them, and what it draws must not
         # depend on which stages ran earlier in this process.
         set_seed(this.seed(stage))
-        record = {"ACTOR": run_actor, "REWARD": run_reward, "RL": run_rl}[stage](this)
+        record = {"PRETRAIN": run_pretrain, "ACTOR": run_actor, "REWARD": run_reward, "RL": run_rl}[stage](this)
         this.manifest.finish(stage, record)
     done = this.manifest.stages[stage]
     return StageResult(this.dir / done["output"], Metrics(done["metrics"], this.dir / METRICS))
@@ -189,16 +209,23 @@ def run_actor(this: Run) -> dict[str, Any]:
     from chatrlhf.trainers.sft import train_actor
 
     config, rows = this.config.actor_config, _given(this.inputs.actor)
-    model, tokenizer = load_actor(config, corpus(this.config), this.device, config.precision)
+    start = this.start()
+    if start is config and this.config.pretrain_config.names_data:
+        this.log.warn("ACTOR: no pretrained model in this folder, so it starts from actor_config.model as it is")
+    this.warn_of_scaling(start.model)
+    goes_on = config.peft_enable and start is not config and base_of(start.model) is not None
+    load = load_base if goes_on else load_actor
+    model, tokenizer = load(start, corpus(this.config), this.device, config.precision)
     encoder = _encoder(this.config, model, tokenizer)
     this.log.note(
-        f"ACTOR: {config.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "
+        f"ACTOR: {start.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "
         f"{len(rows.held_out)} held out"
     )
-    if config.peft_enable:
-        model = ready_for_adapters(model, config.gradient_checkpointing)
-        model = with_adapters(model, load_peft_config(this.config), where(config.model), config.revision)
-        this.log.note(f"ACTOR: trains adapters alone, {trained_count(model):,} parameters")
+    if goes_on:
+        model = train_on_adapters(ready_for_adapters(model, config.gradient_checkpointing), start.model)
+        this.log.note(f"ACTOR: goes on with the adapters of PRETRAIN, {trained_count(model):,} parameters")
+    else:
+        model = with_fresh_adapters(this, model, start, "ACTOR", config.gradient_checkpointing)
     files, seed = this.files("ACTOR", config.n_checkpoints_to_keep), this.seed("ACTOR")
     sharding = sharding_of(this.config, "ACTOR")
     model = train_actor(model, encoder, rows, config, files, this.log, this.device, seed, sharding)
@@ -213,9 +240,12 @@ def run_reward(this: Run) -> dict[str, Any]:
     config, rows = this.config.reward_config, _given(this.inputs.reward)
     actor = this.trained("ACTOR", "actor", this.config.actor_config.model)
     if config.model == "actor" and actor is None:
-        this.log.warn("REWARD: no fine-tuned actor here, so the reward model starts from actor_config.model as it is")
+        this.log.warn(f"REWARD: no fine-tuned actor here, so the reward model starts from {this.start_name()} as it is")
+    elif config.model == "actor":
+        this.warn_of_scaling(str(actor), heeded=False)
     adapters = load_peft_config(this.config, "reward_config") if config.peft_enable else None
-    scorer = new_reward_model(this.config, actor, corpus(this.config), this.device, adapters)
+    whole = this.config.model_copy(update={"actor_config": this.start()})
+    scorer = new_reward_model(whole, actor, corpus(this.config), this.device, adapters)
     this.log.note(
         f"REWARD: {config.model}, {parameter_count(scorer.model):,} parameters, {loss_for(rows.train, config)} on "
         f"{rows.epochs.size} rows, {len(rows.held_out)} held out"
@@ -301,8 +331,12 @@ def _starting_policy(this: Run, device: torch.device) -> tuple[torch.nn.Module, 
     precision = resolve_rl_precision(this.config.trainer_config.precision, this.device)
     folder = this.trained("ACTOR", "actor", settings.model)
     apart = settings.peft_enable
-    if folder is None:
-        this.log.warn("RL: no fine-tuned actor in this folder, so the policy starts from actor_config.model as it is")
+    if folder is not None:
+        this.warn_of_scaling(str(folder), heeded=False)
+    else:
+        settings = this.start()
+        this.warn_of_scaling(settings.model, heeded=not apart)
+        this.log.warn(f"RL: no fine-tuned actor in this folder, so the policy starts from {this.start_name()} as it is")
         torch.manual_seed(this.seed("RL"))  # a resumed run's policy and reference start from the same random weights
         if apart and base_of(settings.model) is not None:
             folder = Path(settings.model)

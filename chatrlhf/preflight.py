@@ -75,6 +75,8 @@ def check_settings(
         load_function(trainer.eval_fn, "trainer_config.eval_fn")
     if "RL" in stages and "REWARD" not in stages and not has_reward_fn:
         require_reward_model(run_dir / "reward", reward)
+    if "PRETRAIN" in stages:
+        rows_a_backward(config.pretrain_config, "pretrain_config", ranks)
     if "ACTOR" in stages:
         rows_a_backward(actor, "actor_config", ranks)
     if "REWARD" in stages and not has_reward_fn:
@@ -106,6 +108,12 @@ def check_rows(config: Config, stages: list[str], inputs: Inputs) -> None:
     longest = min(actor.max_sequence_length, positions(settings))
     if "RL" in stages:
         refuse_rotations_by_length(settings, longest)
+    if "PRETRAIN" in stages and config.pretrain_config.max_sequence_length > positions(settings):
+        raise ConfigError(
+            f"pretrain_config.max_sequence_length: {config.pretrain_config.max_sequence_length:,} tokens are more than "
+            f"the {positions(settings):,} positions of {actor.model}; lower it, or stretch them "
+            "(actor_config.rope_scaling)"
+        )
     template = get_template(actor.template, tokenizer=tokenizer, folder=config.base_dir)
     encoder = encoder_class(settings).of(tokenizer, template, longest)
     _check_lengths(config, inputs, encoder)
@@ -133,12 +141,13 @@ def _check_adapters(config: Config, stages: list[str], has_reward_fn: bool, run_
     """Adapters belong to weights that lie somewhere, and have the size they had."""
     actor, reward, critic = config.actor_config, config.reward_config, config.critic_config
     has_actor = "ACTOR" in stages or (run_dir / "actor").exists()
-    if actor.peft_enable and ("ACTOR" in stages or "RL" in stages):
+    makes_adapters = "PRETRAIN" in stages or "ACTOR" in stages
+    if actor.peft_enable and (makes_adapters or "RL" in stages):
         load_peft_config(config)
         _refuse_resizing(actor, "actor_config")
-        if actor.model == TINY and ("ACTOR" in stages or not has_actor):
+        if actor.model == TINY and (makes_adapters or not has_actor):
             raise ConfigError(_made_on_the_spot("actor_config"))
-        if "ACTOR" in stages and base_of(actor.model) is not None:
+        if makes_adapters and base_of(actor.model) is not None:
             raise ConfigError(
                 f"actor_config.peft_enable: {actor.model} holds adapters itself, and adapters upon adapters could not "
                 "be loaded again; merge them first (chatrlhf export merge), or set peft_enable to False"
@@ -177,7 +186,8 @@ def _refuse_resizing(section: ActorConfig | RewardConfig, name: str) -> None:
 
 def _check_attention(config: Config, stages: list[str]) -> None:
     """flash-attn is installed, on a GPU, where it is asked for."""
-    for stage, name in (("ACTOR", "actor_config"), ("REWARD", "reward_config"), ("RL", "actor_config")):
+    sections = {"PRETRAIN": "actor_config", "ACTOR": "actor_config", "REWARD": "reward_config", "RL": "actor_config"}
+    for stage, name in sections.items():
         if stage not in stages or getattr(config, name).attn_implementation != "flash_attention_2":
             continue
         key, precision = f"{name}.attn_implementation", _precision(config, stage)
@@ -193,7 +203,8 @@ def _check_attention(config: Config, stages: list[str]) -> None:
 def _precision(config: Config, stage: str) -> str:
     if stage == "RL":
         return resolve_rl_precision(config.trainer_config.precision, pick_device())
-    section = config.actor_config if stage == "ACTOR" else config.reward_config
+    sections = {"PRETRAIN": config.pretrain_config, "ACTOR": config.actor_config, "REWARD": config.reward_config}
+    section = sections[stage]
     return resolve_precision(section.precision, pick_device())
 
 

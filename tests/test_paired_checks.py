@@ -38,6 +38,7 @@ def test_what_it_can_do_passes(settings):
         ({"trainer": {"rollout_backend": "vllm"}}, "trainer_config.rollout_backend: vLLM samples from causal models"),
         ({"rows": [PAIR, PlainText("once upon a time")]}, "is plain text .'once upon a time'."),
         ({"rows": [Demonstration(PAIR.prompt, "b", "all")]}, "a loss on 'all'"),
+        ({"stages": ["PRETRAIN"]}, "pretrain_config: a t5 predicts replies"),
     ],
 )
 def test_what_it_cannot_is_refused(given, said):

@@ -23,6 +23,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "minibatch_size": "micro_batch_size",
         "save_total_limit": "n_checkpoints_to_keep",
     },
+    "pretrain_config": {"use_gradient_checkpointing": "gradient_checkpointing"},
     "actor_config": {
         "additional_prompt_tokens": "additonal_prompt_tokens",
         "freeze_embeddings": "froze_embeddings",

@@ -15,10 +15,13 @@ from chatrlhf.config.datasets import DataKeys
 from chatrlhf.config.launch import LaunchKeys
 from chatrlhf.config.models import ModelKeys
 from chatrlhf.config.optimizer import OptimizerKeys, Precision
+from chatrlhf.config.pretrain import PretrainConfig
 from chatrlhf.config.quantization import QuantizationKeys
 from chatrlhf.config.rope import RopeScaling
 from chatrlhf.config.section import Section
 from chatrlhf.config.trainer import TrainerConfig
+
+STAGES = ("PRETRAIN", "ACTOR", "REWARD", "RL")
 
 
 class TinyConfig(Section):
@@ -159,6 +162,7 @@ class Config(Section):
     output_dir: str | None = Field(None, description="null: actor_config.model_folder, or ./models")
     trackers: list[str] = Field(default_factory=list, description="any of accelerate's: tensorboard, wandb, ...")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its own choice")
+    pretrain_config: PretrainConfig = Field(default_factory=PretrainConfig)
     actor_config: ActorConfig = Field(default_factory=ActorConfig)
     reward_config: RewardConfig = Field(default_factory=RewardConfig)
     critic_config: CriticConfig = Field(default_factory=CriticConfig)
@@ -179,6 +183,12 @@ class Config(Section):
     _notes: list[str] = PrivateAttr(default_factory=list)
     # What was written, translated but not yet completed: overriding it derives the rest anew.
     _written: dict[str, Any] | None = PrivateAttr(default=None)
+
+    def stages(self, type: str) -> list[str]:
+        """The stages of a run of ``type``; ALL begins with PRETRAIN only where that is given text."""
+        if type != "ALL":
+            return [type]
+        return list(STAGES if self.pretrain_config.names_data else STAGES[1:])
 
     @property
     def run_dir(self) -> Path:

@@ -21,6 +21,7 @@ from chatrlhf.errors import DataError
 from chatrlhf.types import PromptBatch
 
 IGNORED = -100  # a label that takes no part in the loss
+PART_OF_TEXT = 2**18  # characters that are tokenised at once
 Part = str | int  # of what is tokenised: a text, or the id of a special token
 
 
@@ -112,6 +113,18 @@ class Encoder:
         """Ids and labels of plain text, all of it trained; EOS where the document ends."""
         ids = [*self._ids(text), *([self.tokenizer.eos_token_id] if ends else [])]
         return [*self._bos, *ids], [*([IGNORED] * len(self._bos)), *ids]
+
+    def plain_parts(self, text: str, ends: bool = True) -> Iterator[list[int]]:
+        """The ids of `plain` a part at a time; no token reaches over the end of a part, which is a word's."""
+        yield self._bos
+        start = 0
+        while start < len(text):
+            end = start + PART_OF_TEXT
+            if end < len(text):
+                end = max(text.rfind(" ", start + 1, end), 0) or end
+            yield self._ids(text[start:end])
+            start = end
+        yield [self.tokenizer.eos_token_id] if ends else []
 
     def prompt_lengths(self, prompts: Sequence[Prompt | str]) -> list[int]:
         """How many ids `prompt` gives of each; many are tokenised at once, which takes less time."""

@@ -62,7 +62,9 @@ def read_rows(path: Path, faults: Faults | None = None) -> Iterator[Row]:
 
 
 def open_rows(path: Path) -> Sequence[Row]:
-    """The rows of a file in any order; those of a JSONL file stay on the disk. Raises DataError."""
+    """The rows of a file in any order; those of a JSONL or text file stay on the disk. Raises DataError."""
+    if path.is_file() and _kind(path) == ".txt":
+        return WholeText(path)
     if path.suffix == ".gz" or not path.is_file() or _kind(path) not in (".jsonl", ".json"):
         return list(read_rows(path))
     with path.open("rb") as file:
@@ -91,6 +93,21 @@ def sha256_of(path: Path) -> str:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
+
+
+class WholeText(Sequence[Row]):
+    """The one row of a text file, read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Row:
+        if index != 0:
+            raise IndexError(index)
+        return next(read_rows(self.path))
 
 
 class JsonLines(Sequence[Row]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from typing import Any, TypeVar
 from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Conversation
-from chatrlhf.data import views
+from chatrlhf.data import documents, views
+from chatrlhf.data.documents import Documents, read_documents
 from chatrlhf.data.epochs import Epochs
 from chatrlhf.data.files import sha256_of
 from chatrlhf.data.ingredients import ingredient
@@ -27,6 +29,7 @@ Row = TypeVar("Row")
 FEWEST_TO_SPLIT = 10  # below, nothing is held out
 MOST_HELD_OUT = {"actor": 500, "reward": 500, "prompts": 100}
 CORPUS_ROWS = 20_000  # of each dataset of a mixture, for a tokenizer made on the spot
+CORPUS_CHARACTERS = 20_000_000  # of each text of the PRETRAIN stage
 MOST_IN_MEMORY = 200_000  # rows of a mixture; more are read when they are asked for
 
 
@@ -44,6 +47,7 @@ class Rows:
 class Inputs:
     """What the stages of a run read; a stage that does not run has none."""
 
+    pretrain: Documents | None = None
     actor: Rows | None = None
     reward: Rows | None = None
     prompts: Rows | None = None
@@ -91,13 +95,15 @@ def read_inputs(config: Config, stages: Sequence[str], needs_judgements: bool) -
     """Read and check the files of all stages that will run.
 
     Args:
-        stages: of ACTOR, REWARD, RL.
+        stages: of PRETRAIN, ACTOR, REWARD, RL.
         needs_judgements: False where a reward function takes the reward model's place.
 
     Raises:
         ConfigError: a path is missing. DataError: with file, row and field.
     """
     inputs = Inputs()
+    if "PRETRAIN" in stages:
+        inputs.pretrain = read_documents(config, inputs.notes)
     if "ACTOR" in stages:
         inputs.actor = _rows(config, inputs, ACTOR)
     if "REWARD" in stages and needs_judgements:
@@ -127,12 +133,29 @@ def corpus(config: Config) -> list[str]:
                 rows, _ = read_stage(resolve_path(config, "", value), reader.rows_of)
                 texts += [text for row in rows for text in views.words(row)]
             for made, _ in _ingredients(config, reader, reader.draw):
-                first = (made.convert(made.rows[place]) for place in range(min(len(made.rows), CORPUS_ROWS)))
-                records = (each for converted in first for each in converted if not isinstance(each, LeftOut))
-                texts += [text for record in records for text in views.texts_of(record)]
+                texts += [text for record in _first_records(made) for text in views.texts_of(record)]
         except (ConfigError, DataError):
             continue  # a file of a stage that does not run may be missing or unfinished
+    with suppress(ConfigError, DataError):
+        for made, _ in documents.ingredients(config, 0.0):
+            plain = (text for record in _first_records(made) for text in views.texts_of(record))
+            texts += beginning(plain, CORPUS_CHARACTERS)
     return texts
+
+
+def beginning(texts: Iterable[str], most: int) -> Iterator[str]:
+    """Texts up to a number of characters in all, the last of them cut."""
+    for text in texts:
+        yield text[:most]
+        most -= len(text)
+        if most <= 0:
+            return
+
+
+def _first_records(made: Ingredient) -> Iterator[Conversation]:
+    """Those of a dataset's first rows."""
+    for place in range(min(len(made.rows), CORPUS_ROWS)):
+        yield from (each for each in made.convert(made.rows[place]) if not isinstance(each, LeftOut))
 
 
 def split_by_group(rows: list[Row], groups: list[Hashable], fraction: float, most: int) -> tuple[list[Row], list[Row]]:

@@ -71,6 +71,13 @@ def demonstrations(record: Conversation) -> list[ActorRow]:
     return [Demonstration(record.prompt, completion) for completion in best]
 
 
+def plain_texts(record: Conversation) -> list[PlainText]:
+    """Rows of the PRETRAIN stage. Raises DataError where a record is a dialogue."""
+    if record.text is None:
+        raise DataError("it holds a dialogue and no plain text; give a field 'text', or train on it by ACTOR")
+    return [PlainText(record.text)]
+
+
 def _worth(answer: Scored) -> float:
     return float("-inf") if answer.score is None else answer.score
 

@@ -58,6 +58,7 @@ def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladd
     from chatrlhf.data.files import read_rows
     from chatrlhf.device import pick_device
     from chatrlhf.evaluation.perplexity import climb, window_ends
+    from chatrlhf.models.adapter_scaling import scaling_warning
     from chatrlhf.models.backbone import is_encoder_decoder
     from chatrlhf.models.factory import load_actor
     from chatrlhf.models.tokenizer import same_tokenizer
@@ -66,7 +67,10 @@ def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladd
     ladders, first, ids, ends = [], None, None, []
     for spec in options.models:
         name, scaling = _scaled(spec)
-        model, tokenizer = load_actor(ActorConfig(model=name, rope_scaling=scaling), [], pick_device())
+        settings = ActorConfig(model=name, rope_scaling=scaling)
+        if (warning := scaling_warning(name, settings.rope_scaling)) is not None:
+            console.print(f"warning: {warning}", markup=False)
+        model, tokenizer = load_actor(settings, [], pick_device())
         if is_encoder_decoder(model.config):
             raise ConfigError(f"--models: {name} is an encoder-decoder, which predicts replies and not the next token")
         if first is None:

@@ -81,6 +81,13 @@ def backbone_with_adapters(policy: nn.Module) -> nn.Module:
     return backbone
 
 
+def train_on_adapters(base: nn.Module, folder: str) -> nn.Module:
+    """A model wrapped by peft with the adapters of a folder, to be trained on by a stage on TRL's trainers."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model has adapters inside."""
     return bool(adapted_layers(model))
@@ -110,15 +117,16 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def base_of(name: str) -> str | None:
     """Where the weights are that the adapters in a folder belong to; None where the folder holds no adapters.
 
-    A run's folder may have been moved: its fine-tuned actor is then looked for beside the adapters.
+    A run's folder may have been moved: what they belong to is then looked for beside them, under the name it had.
     """
     path = Path(name) / ADAPTER_CONFIG
     if not path.exists():
         return None
     base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    beside = Path(name).resolve().parent / "actor"
+    beside = Path(name).resolve().parent / Path(base).name
+    was_here = Path(base).is_absolute() and not Path(base).exists()  # the hub's names are not absolute
     is_whole = beside.exists() and not (beside / ADAPTER_CONFIG).exists()
-    return str(beside) if not Path(base).exists() and is_whole else base
+    return str(beside) if was_here and is_whole else base
 
 
 def config_of(name: str) -> str:

@@ -63,6 +63,16 @@ def load_actor(
     return placed(_freeze_as_asked(model, config), device), tokenizer
 
 
+def load_base(
+    config: ActorConfig, texts: list[str], device: torch.device, precision: str | None = None
+) -> tuple[nn.Module, Any]:
+    """As `load_actor`, of adapters in `actor_config.model` what they belong to, with the positions it had then."""
+    key = "actor_config.model"
+    bits = quantization_of(config, precision, "actor_config") if precision else {}
+    model = _base_model(config.model, key, config, bits)
+    return placed(model, device), _actor_tokenizer(config, texts)
+
+
 def tokenizer_and_settings(config: ActorConfig, texts: list[str]) -> tuple[Any, Any]:
     """The actor's tokenizer and its model's configuration, without reading weights."""
     tokenizer = _actor_tokenizer(config, texts)

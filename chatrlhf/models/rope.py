@@ -65,7 +65,13 @@ def positions(config: Any) -> int:
 
 def same_positions(first: Any, second: Any) -> bool:
     """Whether two configurations turn positions alike."""
-    return _parameters(first.get_text_config()) == _parameters(second.get_text_config())
+    return rotation(first) == rotation(second)
+
+
+def rotation(config: Any) -> dict[str, Any]:
+    """How a model's positions turn, numbers as floats; empty without any."""
+    given = {name: value for name, value in _parameters(config.get_text_config()).items() if value is not None}
+    return {name: float(value) if isinstance(value, (int, float)) else value for name, value in given.items()}
 
 
 def refuse_rotations_by_length(config: Any, longest: int) -> None:

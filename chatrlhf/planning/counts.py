@@ -18,6 +18,10 @@ SAMPLED = 2000  # rows whose tokens are counted
 EVALUATED = 16  # held-out rows that are assumed where the data are not here
 
 
+# Of `Inputs`.
+STAGES_AND_PARTS = (("PRETRAIN", "pretrain"), ("ACTOR", "actor"), ("REWARD", "reward"), ("RL", "prompts"))
+
+
 @dataclass(frozen=True)
 class Counted:
     """A stage's rows."""
@@ -44,7 +48,7 @@ def read_what_is_there(config: Config, stages: list[str], needs_judgements: bool
         ConfigError, DataError: what is there is wrong.
     """
     found, missing = Inputs(), {}
-    for stage, part in (("ACTOR", "actor"), ("REWARD", "reward"), ("RL", "prompts")):
+    for stage, part in STAGES_AND_PARTS:
         if stage not in stages:
             continue
         try:

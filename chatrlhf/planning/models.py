@@ -66,10 +66,6 @@ class Models:
             self._compress(model, actor, self.in_bf16(actor.precision))
             with META:
                 model = with_adapters(model, load_peft_config(self.config), actor.model)
-                if actor.is_quantized:  # TRL has adapters upon such weights in bfloat16
-                    for each in model.parameters():
-                        if each.requires_grad:
-                            each.data = each.data.bfloat16()
         return self.paper.taken_up(model)
 
     def policy(self) -> nn.Module:

@@ -22,7 +22,7 @@ from chatrlhf.rl.experience import ALGORITHMS
 
 def show_plan(config: Config, type: str, hardware: Hardware | None = None, assumed: Assumed | None = None) -> None:
     """Print what a run of ``type`` would do and need. Raises UserError where that run would refuse to start."""
-    stages = ["ACTOR", "REWARD", "RL"] if type == "ALL" else [type]
+    stages = config.stages(type)
     quiet_libraries()
     plan = plan_run(config, stages, hardware, assumed)
     yaml.safe_dump(config.model_dump(mode="json"), sys.stdout, sort_keys=False, allow_unicode=True)
@@ -51,17 +51,27 @@ def lines(config: Config, plan: RunPlan, stages: list[str]) -> Iterator[str]:
 
 def _of_stage(config: Config, planned: Planned, hardware: Hardware) -> Iterator[str]:
     name, made = planned.name, planned.made
-    of_model = {"ACTOR": config.actor_config.model, "REWARD": config.reward_config.model}.get(name)
+    actor, reward = config.actor_config.model, config.reward_config.model
+    of_model = {"PRETRAIN": actor, "ACTOR": actor, "REWARD": reward}.get(name)
     what = f"{of_model}, {made.parameters:,} parameters" if of_model else f"a policy of {made.parameters:,} parameters"
     share = f"{made.trained:,} trained ({100 * made.trained / made.parameters:.3g} %)"
     yield f"{name}: {what}, {share}; in {'bf16' if made.in_bf16 else 'fp32'}; {planned.sharding.line}"
-    yield from _rl_lines(config, planned) if name == "RL" else _epoch_lines(config, planned)
+    of_stage = {"PRETRAIN": _pretrain_lines, "RL": _rl_lines}
+    yield from of_stage.get(name, _epoch_lines)(config, planned)
     for phase in planned.phases:
         yield "  " + memory_line(phase)
     yield "  " + fit_line(planned.most, hardware)
     if planned.seconds is not None:
         cost = f"about {duration(planned.seconds)}"
         yield f"  {planned.tokens:,.0f} tokens {'sampled at most' if name == 'RL' else 'read'}, {cost}"
+
+
+def _pretrain_lines(config: Config, planned: Planned) -> Iterator[str]:
+    p, batch = config.pretrain_config, planned.batch
+    yield (
+        f"  {p.steps} optimizer steps of {p.batch_size} rows of {p.max_sequence_length:,} tokens "
+        f"({batch.backwards} backwards of {batch.rows}), {p.tokens:,} tokens in all"
+    )
 
 
 def _epoch_lines(config: Config, planned: Planned) -> Iterator[str]:

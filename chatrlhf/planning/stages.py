@@ -103,6 +103,9 @@ def plan_run(
     for stage in stages:
         if stage == "REWARD" and given:
             continue
+        if stage == "PRETRAIN":
+            planned.append(_pretrain(models, where))
+            continue
         rows = {"ACTOR": inputs.actor, "REWARD": inputs.reward, "RL": inputs.prompts}[stage]
 
         def counted(limit: int, stage: str = stage, rows: Rows | None = rows) -> Counted:
@@ -134,6 +137,23 @@ def _stage(stage, models, rows, counted, sharding, where, has_function) -> Plann
         tokens = section.epochs * counts.rows * counts.mean
         duration = _training_seconds(stage, section, made, counts, where, _pairs(section, rows))
     return Planned(stage, made, sharding, counts, batch, steps, tokens, duration)
+
+
+def _pretrain(models: Models, where: Hardware) -> Planned:
+    """The ACTOR stage's model on rows that are all of one length."""
+    config, keys = models.config, models.config.pretrain_config
+    shared = {name: getattr(keys, name) for name in ("max_sequence_length", "gradient_checkpointing", "precision")}
+    alone = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "epochs": 1, "batch_size": keys.batch_size}
+    actor = config.actor_config.model_copy(update=shared | alone)
+    models = Models(config.model_copy(update={"actor_config": actor}), models.paper)
+    micro, backwards = rows_a_backward(keys, "pretrain_config", where.count)
+    length, rows = keys.max_sequence_length, keys.steps * keys.batch_size
+    held_out = max(micro, LEAST_EVALUATED) if keys.validation_fraction or keys.validation_dataset_path else 0
+    batch, counts = Batch(micro, length, backwards, held_out), Counted(rows, held_out, length, length, "given")
+    sharding = sharding_of(config, "actor_config", where.count)
+    made = actor_stage(models, batch, sharding)
+    duration = _training_seconds("ACTOR", actor, made, counts, where, False)
+    return Planned("PRETRAIN", made, sharding, counts, batch, keys.steps, float(keys.tokens), duration)
 
 
 def _training_seconds(

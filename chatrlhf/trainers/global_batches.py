@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
+from chatrlhf.config.pretrain import PretrainConfig
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.data.collate import IGNORED
+from chatrlhf.data.stream import StreamOrder
 from chatrlhf.distributed import gather_objects, rank, world_size
 from chatrlhf.errors import ConfigError
 from chatrlhf.trainers.order import EpochOrder
 
 
-def rows_a_backward(config: ActorConfig | RewardConfig, section: str, ranks: int | None = None) -> tuple[int, int]:
+def rows_a_backward(
+    config: PretrainConfig | ActorConfig | RewardConfig, section: str, ranks: int | None = None
+) -> tuple[int, int]:
     """(rows of a backward on each rank, backwards of an optimizer step).
 
     Args:
@@ -54,7 +58,7 @@ class RankBatches:
     yields an empty microbatch.
     """
 
-    def __init__(self, order: EpochOrder, micro: int) -> None:
+    def __init__(self, order: EpochOrder | StreamOrder, micro: int) -> None:
         self.order, self.micro = order, micro
 
     def set_epoch(self, epoch: int) -> None:
@@ -80,11 +84,11 @@ class RankBatches:
 class GlobalBatches:
     """To stand in front of a TRL trainer, which then sees rows in this project's order."""
 
-    def __init__(self, *args: Any, order: EpochOrder, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, order: EpochOrder | StreamOrder, **kwargs: Any) -> None:
         self.order = order
         super().__init__(*args, **kwargs)
 
-    def _get_train_sampler(self, *args: Any) -> EpochOrder:
+    def _get_train_sampler(self, *args: Any) -> EpochOrder | StreamOrder:
         return self.order
 
     def get_train_dataloader(self) -> DataLoader:

@@ -1,4 +1,4 @@
-"""What the two stages on TRL's trainers share: arguments, logging, publication of checkpoints, resume.
+"""What the stages on transformers' and TRL's trainers share: arguments, logging, publication of checkpoints, resume.
 
 TRL trains; this file makes its checkpoints as safe as the RL stage's. Transformers writes a checkpoint into a
 scratch folder, and only when it is whole is it hashed and renamed into ``checkpoints/<stage>/step-NNNNNN``.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from chatrlhf.config.pretrain import PretrainConfig
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.device import resolve_precision
 from chatrlhf.distributed import barrier, is_main, world_size
@@ -42,7 +43,7 @@ METRIC_NAMES = {
 
 
 def common_arguments(
-    config: ActorConfig | RewardConfig,
+    config: PretrainConfig | ActorConfig | RewardConfig,
     section: str,
     scratch: Path,
     rows: int,

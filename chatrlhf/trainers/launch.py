@@ -27,8 +27,8 @@ from chatrlhf.sharding.environment import (
 from chatrlhf.sharding.settings import AUTO, Optimization, completed, filled, read_deepspeed_config
 from chatrlhf.trainers.global_batches import rows_a_backward
 
-# RL trains policy and critic together, as the actor's section says.
-SECTION = {"ACTOR": "actor_config", "REWARD": "reward_config", "RL": "actor_config"}
+# RL trains policy and critic together, as the actor's section says; PRETRAIN trains the actor.
+SECTION = {"PRETRAIN": "actor_config", "ACTOR": "actor_config", "REWARD": "reward_config", "RL": "actor_config"}
 KEYS = ("deepspeed_enable", "deepspeed_config_path", "accelerate_enable")
 COMMAND = "accelerate launch --config_file artifacts/config/accelerate/4xA100.yaml main.py config.yaml"
 
@@ -100,7 +100,7 @@ def optimization_of(config: Config, stage: str) -> Optimization:
             warmup_steps=trainer.warmup_steps,
             precision=resolve_rl_precision(trainer.precision, device),
         )
-    name = SECTION[stage]
+    name = "pretrain_config" if stage == "PRETRAIN" else SECTION[stage]
     section = getattr(config, name)
     micro, accumulated = rows_a_backward(section, name)
     return Optimization(

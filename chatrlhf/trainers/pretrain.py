@@ -1,0 +1,109 @@
+"""The PRETRAIN stage: language modelling on transformers' Trainer, over rows that are cut from a stream of tokens."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from chatrlhf.config.pretrain import PretrainConfig
+from chatrlhf.data.collate import Encoder
+from chatrlhf.data.documents import SECTION, Documents
+from chatrlhf.data.stream import StreamOrder, Windows, write_stream
+from chatrlhf.distributed import barrier, gather_results, is_main
+from chatrlhf.errors import DataError
+from chatrlhf.progress import RunLog
+from chatrlhf.sharding.environment import Sharding
+from chatrlhf.trainers.checkpoint import StageFiles
+from chatrlhf.trainers.global_batches import GlobalBatches
+from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
+
+STAGE = "PRETRAIN"
+MOST_HELD_OUT = 64  # rows
+
+
+def train_on_text(
+    model: nn.Module,
+    encoder: Encoder,
+    documents: Documents,
+    config: PretrainConfig,
+    files: StageFiles,
+    log: RunLog,
+    device: torch.device,
+    seed: int,
+    sharding: Sharding = None,
+) -> nn.Module:
+    """Train ``model`` to predict every token of its rows, in place unless it is dealt out, and return it.
+
+    Args:
+        encoder: of which only what it does with plain text matters.
+
+    Raises:
+        DataError: the text does not fill a row.
+        Interrupted, CheckpointError: see `run_trainer`.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    class TextTrainer(GlobalBatches, Trainer):
+        pass
+
+    # Not among the checkpoints: what a run that was killed left of them is written again, and is the same.
+    folder = files.scratch.with_name(f".tokens-{STAGE}")
+    try:
+        train, held_out = _rows(documents, encoder, config, folder, log)
+        order = StreamOrder(config.steps * config.batch_size, len(train), config.batch_size, seed)
+
+        def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Trainer:
+            rows = 0 if held_out is None else len(held_out)
+            arguments = common_arguments(config, SECTION, files.scratch, len(order), rows, device, seed, sharding)
+            del arguments["max_length"]  # TRL's
+            arguments |= {
+                "per_device_eval_batch_size": arguments["per_device_train_batch_size"],  # the rows are as long
+                "eval_on_start": from_the_beginning and held_out is not None,
+                "remove_unused_columns": False,
+            }
+            return TextTrainer(
+                model=model,
+                args=TrainingArguments(**arguments),
+                train_dataset=train,
+                eval_dataset=held_out,
+                processing_class=encoder.tokenizer,
+                callbacks=[callback],
+                order=order,
+            )
+
+        return run_trainer(make_trainer, model, files, log, config.iteration_per_print, sharding=sharding)
+    finally:
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rows(
+    documents: Documents, encoder: Encoder, config: PretrainConfig, folder: Path, log: RunLog
+) -> tuple[Windows, Windows | None]:
+    """Rows to train on, and held-out ones where there is text for them. All ranks read what rank 0 writes."""
+    length = config.max_sequence_length
+
+    def write() -> tuple[int, int]:
+        if not is_main():
+            return 0, 0
+        tokens = write_stream(documents.in_order(), encoder, config.tokens, folder / "train")
+        if tokens < length:
+            raise DataError(
+                f"{config.reads_from(SECTION, 'train_dataset_path')}: the text has {tokens:,} tokens, which do not "
+                f"fill a row of {length:,}; give more of it, or lower {SECTION}.max_sequence_length"
+            )
+        return tokens, write_stream(documents.held_out, encoder, MOST_HELD_OUT * length, folder / "held_out")
+
+    barrier()  # nobody may still be removing an earlier run's
+    tokens, aside = gather_results(write)[0]
+    passes = config.tokens / tokens
+    log.note(
+        f"{STAGE}: {config.steps} steps of {config.batch_size} rows of {length:,} tokens, out of a stream of {tokens:,}"
+        + (f" that is read {passes:.1f} times" if passes > 1 else "")
+    )
+    # Of a text shorter than a row all is one row; a single token predicts nothing.
+    held_out = Windows(folder / "held_out", encoder, min(length, aside)) if aside > 1 else None
+    return Windows(folder / "train", encoder, length), held_out
