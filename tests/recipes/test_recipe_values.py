@@ -133,6 +133,9 @@ def test_airoboros():
     assert actor.max_sequence_length == 16384 == actor.rope_scaling.factor * 2048
     assert "QLoRA fine-tune" in text and actor.load_in_4bit and actor.peft_enable
     assert "jondurbin/airoboros-gpt4-1.4.1" in text and [entry.name for entry in actor.datasets] == ["airoboros"]
+    long = config.pretrain_config
+    assert f"additional {long.steps} steps on {long.max_sequence_length} length sequences from the pile" in text
+    assert [entry.name for entry in long.datasets] == ["pile"]
     assert "bits = 4, group_size = 128, desc_act = True" in text
 
 

@@ -39,6 +39,8 @@ def recipe(tmp_path, one_thread):
         path = RECIPES / f"{name}.yaml"
         written = load_config(path)
         changes = {"actor_config.datasets": entries(written.actor_config.datasets, tmp_path / "rows"), **changes}
+        if written.pretrain_config.names_data:
+            changes["pretrain_config.datasets"] = entries(written.pretrain_config.datasets, tmp_path / "rows")
         if stage in ("ALL", "REWARD"):
             changes["reward_config.datasets"] = entries(written.reward_config.datasets, tmp_path / "rows")
             changes["trainer_config.datasets"] = entries(written.trainer_config.datasets, tmp_path / "rows")
@@ -170,13 +172,22 @@ def test_stable_vicuna_is_put_together_again_of_its_delta(recipe, tmp_path):
     assert FORMATS["stable_vicuna"].source == (again / "chat_template.jinja").read_text()
 
 
-def test_airoboros_is_stretched_tuned_merged_and_quantized(recipe, tmp_path, capsys):
+def test_airoboros_is_stretched_pretrained_tuned_merged_and_quantized(recipe, tmp_path, capsys):
     base = write_standin(tmp_path / "base", positions=32)
     changes = SHORT | {"actor_config.max_sequence_length": 256, "actor_config.lr": 5e-3}
-    run = recipe("airoboros_33b_16k", "ACTOR", base, changes)
+    long = {"max_sequence_length": 128, "steps": 6, "batch_size": 4, "micro_batch_size": 4, "lr": 5e-3}
+    changes |= {f"pretrain_config.{key}": value for key, value in (long | {"precision": "fp32"}).items()}
+    run = recipe("airoboros_33b_16k", "PRETRAIN", base, changes)
+    lines = steps(run, "PRETRAIN")
+    assert len(lines) == 6 and lines[-1]["loss/train"] < lines[0]["loss/train"]
+    pretrained = load_file(run / "pretrained" / "adapter_model.safetensors")
+    assert recipe("airoboros_33b_16k", "ACTOR", base, changes) == run
+    assert "goes on with the adapters of PRETRAIN" in capsys.readouterr().out
     lines = steps(run, "ACTOR")
     assert lines[-1]["loss/train"] < lines[0]["loss/train"] - 0.3
     assert base_of(str(run / "actor")) == str(base.resolve())
+    tuned = load_file(run / "actor" / "adapter_model.safetensors")
+    assert tuned.keys() == pretrained.keys() and not any(torch.equal(tuned[name], pretrained[name]) for name in tuned)
     merged, small = tmp_path / "merged", tmp_path / "gptq"
     assert main(["export", "merge", "--model", str(run / "actor"), "--output", str(merged)]) == 0
     rows = write_datasets(tmp_path / "rows", "airoboros")["airoboros"]
