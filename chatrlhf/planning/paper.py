@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from chatrlhf.functional import logprobs
+from chatrlhf.lanes import one_lane
 from chatrlhf.models import attention
 from chatrlhf.planning.heap import Heap
 
@@ -158,6 +159,7 @@ class Paper:
             padded: rows are of many lengths, so that attention is given a mask.
         """
         with ExitStack() as stack:
+            stack.enter_context(one_lane())  # other threads would compute in earnest
             stack.enter_context(attention.by_products_on({"cpu"} if self.device.type == "cpu" else set()))
             if not padded:
                 stack.enter_context(_masks_may_look())

@@ -23,12 +23,12 @@ from chatrlhf.planning.steps import Batch, Phase, StagePlan, actor_stage, reward
 from chatrlhf.planning.work import Dimensions, decoding_seconds, seconds, training_forwards
 from chatrlhf.preflight import check_rows, check_settings
 from chatrlhf.trainers.global_batches import rows_a_backward
+from chatrlhf.trainers.hf_stage import rows_judged_at_once
 
 # What a process needs beside its tensors, which a plan cannot see: on a GPU its context, libraries and what lies idle
 # between tensors; on a CPU the threads' buffers and compiled products.
 BESIDE = {"cuda": ("context and libraries", 1 << 30), "cpu": ("process", 150 << 20)}
 SECTION = {"ACTOR": "actor_config", "REWARD": "reward_config", "RL": "actor_config"}
-LEAST_EVALUATED = 16  # rows that TRL's trainers read at once where held-out rows are judged: see `hf_stage.py`
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _stage(stage, models, rows, counted, sharding, where, has_function) -> Plann
     section = getattr(config, SECTION[stage])
     counts = counted(min(section.max_sequence_length, _context(models, stage)))
     micro, backwards = rows_a_backward(section, SECTION[stage], where.count)
-    held_out = min(max(micro, LEAST_EVALUATED), counts.held_out)
+    held_out = min(rows_judged_at_once(micro, section.max_sequence_length), counts.held_out)
     batch = Batch(micro, counts.longest, backwards, held_out)
     if stage == "ACTOR":
         made = actor_stage(models, batch, sharding)
@@ -148,10 +148,10 @@ def _pretrain(models: Models, where: Hardware) -> Planned:
     models = Models(config.model_copy(update={"actor_config": actor}), models.paper)
     micro, backwards = rows_a_backward(keys, "pretrain_config", where.count)
     length, rows = keys.max_sequence_length, keys.steps * keys.batch_size
-    held_out = max(micro, LEAST_EVALUATED) if keys.validation_fraction or keys.validation_dataset_path else 0
+    held_out = micro if keys.validation_fraction or keys.validation_dataset_path else 0
     batch, counts = Batch(micro, length, backwards, held_out), Counted(rows, held_out, length, length, "given")
     sharding = sharding_of(config, "actor_config", where.count)
-    made = actor_stage(models, batch, sharding)
+    made = actor_stage(models, batch, sharding, "PRETRAIN")
     duration = _training_seconds("ACTOR", actor, made, counts, where, False)
     return Planned("PRETRAIN", made, sharding, counts, batch, keys.steps, float(keys.tokens), duration)
 

@@ -61,8 +61,8 @@ class StagePlan:
     beside: dict[str, int] = field(default_factory=dict)  # the same of other models, by name
 
 
-def actor_stage(models: Models, batch: Batch, sharding: Sharding) -> StagePlan:
-    """Supervised fine-tuning."""
+def actor_stage(models: Models, batch: Batch, sharding: Sharding, name: str = "ACTOR") -> StagePlan:
+    """Supervised fine-tuning, or training on plain text."""
     from chatrlhf.trainers.sft import loss_of_a_backward
 
     config = models.config.actor_config
@@ -75,7 +75,7 @@ def actor_stage(models: Models, batch: Batch, sharding: Sharding) -> StagePlan:
         ids = torch.zeros(rows, batch.tokens, dtype=torch.long)
         return loss(ids, torch.ones_like(ids), ids)
 
-    phases = _phases("ACTOR", model, of_rows, config, batch, sharding, models)
+    phases = _phases(name, model, of_rows, config, batch, sharding, models)
     return StagePlan(*counts, phases, products(model), model.config, models.in_bf16(config.precision))
 
 

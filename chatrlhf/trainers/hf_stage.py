@@ -29,6 +29,7 @@ from chatrlhf.trainers.global_batches import rows_a_backward
 from chatrlhf.trainers.interrupt import StopRequest
 
 FINGERPRINT = "model_fingerprint.txt"
+EVALUATED_TOKENS = 16 * 1024  # of a batch of held-out rows, at the most
 
 # TRL's and transformers' names -> ours. What is not listed is not logged: either it says nothing (runtime,
 # epoch) or it counts from the last start and would differ after a resume (num_tokens).
@@ -66,7 +67,7 @@ def common_arguments(
         "output_dir": str(scratch),
         "num_train_epochs": config.epochs,
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": max(micro, 16),
+        "per_device_eval_batch_size": rows_judged_at_once(micro, config.max_sequence_length),
         "gradient_accumulation_steps": accumulated,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.lr_scheduler,
@@ -94,6 +95,14 @@ def common_arguments(
         "max_length": None,
         "deepspeed": copy.deepcopy(sharding.settings) if isinstance(sharding, DeepSpeed) else None,
     }
+
+
+def rows_judged_at_once(micro: int, max_sequence_length: int) -> int:
+    """Held-out rows of a batch: as many as are quick, and long ones no more than a backward has.
+
+    Nothing is kept of them for a backward, but the logits of all positions are there at once.
+    """
+    return max(micro, min(16, EVALUATED_TOKENS // max_sequence_length))
 
 
 class StageCallback(TrainerCallback):

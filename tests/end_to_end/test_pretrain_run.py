@@ -153,7 +153,9 @@ def test_the_plan_says_how_much_it_reads(files, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(made(files)))
     assert main([str(path), "--dry-run", "--output-dir", str(tmp_path / "run")]) == 0
-    assert "PRETRAIN: 6 optimizer steps of 4 rows of 128 tokens, 3,072 tokens in all" in capsys.readouterr().out
+    assert (
+        "6 optimizer steps of 4 rows of 128 tokens (1 backwards of 4), 3,072 tokens in all" in capsys.readouterr().out
+    )
 
 
 # ----- adapters
