@@ -105,7 +105,8 @@ def rl_stage(models: Models, batch: RolloutBatch, sharding: Sharding, has_functi
         for each in (*topology.backbones(), reference.model):
             each.base_model._chatrlhf_packs = False  # rows of one length go side by side
         frozen = [reference.model] + ([reward.backbone] if reward else [])
-        prepared = _preparation(topology, frozen, models)
+        # Where weights are dealt out, models lie in the CPU's memory by then.
+        prepared = [] if sharding.stage == 3 else _preparation(topology, frozen, models)
         masters = _made_ready(topology, frozen, models)
     named = [(POLICY, topology.policy), (CRITIC, topology), (REFERENCE, reference.model)]
     named += [(REWARD, reward)] if reward else []

@@ -5,15 +5,11 @@ ZeRO (Rajbhandari et al. 2020): stage 1 deals out optimizer states, 2 gradients,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from chatrlhf.artifacts import artifacts_root
-from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
-from chatrlhf.errors import ConfigError
+from chatrlhf.sharding.settings import read_deepspeed_config
 
 ADAM_STATES = 2
 # DeepSpeed's own, where its file says nothing or "auto".
@@ -82,29 +78,21 @@ def sharding_of(config: Config, section_name: str, ranks: int) -> Sharding:
     Raises:
         ConfigError: DeepSpeed's file cannot be read.
     """
-    section = getattr(config, section_name)
-    if section.deepspeed_enable:
-        return from_deepspeed(_deepspeed_file(config, section_name), ranks)
+    if getattr(config, section_name).deepspeed_enable:
+        return from_deepspeed(read_deepspeed_config(config, section_name)[0], ranks)
     # What accelerate deals out is said where it is launched; without that, it is data parallelism.
     return Sharding("ddp", ranks) if ranks > 1 else Sharding()
 
 
-def from_deepspeed(path: Path, ranks: int) -> Sharding:
-    """As a DeepSpeed configuration file says."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        zero = settings.get("zero_optimization", {})
-        stage = int(zero.get("stage", 0))
-        offloads = [
-            zero.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")
-        ]
-        low = any(settings.get(name, {}).get("enabled", False) is not False for name in ("bf16", "fp16"))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"deepspeed_config_path: {path} is no configuration of DeepSpeed's ({error})") from None
+def from_deepspeed(settings: dict[str, Any], ranks: int) -> Sharding:
+    """As a DeepSpeed configuration says."""
+    zero = settings["zero_optimization"]
+    offloads = [zero.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")]
+    low = any(settings.get(name, {}).get("enabled", False) is not False for name in ("bf16", "fp16"))
     return Sharding(
         "deepspeed",
         ranks,
-        stage,
+        int(zero.get("stage", 0)),
         *offloads,
         low,
         _number(zero.get("reduce_bucket_size"), REDUCE_BUCKET),
@@ -114,11 +102,3 @@ def from_deepspeed(path: Path, ranks: int) -> Sharding:
 
 def _number(value: Any, default: int) -> int:
     return int(value) if isinstance(value, (int, float)) else default
-
-
-def _deepspeed_file(config: Config, section_name: str) -> Path:
-    value = getattr(config, section_name).deepspeed_config_path
-    if value is not None:
-        return resolve_path(config, f"{section_name}.deepspeed_config_path", value)
-    beside = (config.base_dir or Path.cwd()) / "ds_config.json"
-    return beside if beside.exists() else artifacts_root() / "ds_config.json"

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from chatrlhf import load_config
 from chatrlhf.errors import ConfigError
-from chatrlhf.planning.sharding import Sharding, from_deepspeed
+from chatrlhf.planning.sharding import Sharding, sharding_of
 
 N, RANKS = 1000, 4
 
@@ -46,9 +47,10 @@ def test_deepspeeds_file_is_read(tmp_path):
     path = tmp_path / "ds.json"
     settings = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": "auto"}}
     path.write_text(json.dumps(settings | {"bf16": {"enabled": "auto"}}))
-    found = from_deepspeed(path, 4)
+    config = load_config({"actor_config": {"deepspeed_enable": True, "deepspeed_config_path": str(path)}})
+    found = sharding_of(config, "actor_config", 4)
     assert (found.stage, found.offload_optimizer, found.offload_weights, found.low) == (2, True, False, True)
     assert found.line == "4 devices, DeepSpeed ZeRO-2, optimizer in the CPU's memory"
     path.write_text("{")
-    with pytest.raises(ConfigError, match="deepspeed_config_path: .*is no configuration of DeepSpeed's"):
-        from_deepspeed(path, 4)
+    with pytest.raises(ConfigError, match="deepspeed_config_path: .*cannot be read as JSON"):
+        sharding_of(config, "actor_config", 4)
