@@ -71,28 +71,29 @@ def compare(
     """
     for name in names:
         for way in ways:
-            yield _compared(name, way, hardware, tokens, sharding or _usual(hardware))
+            yield _compared(name, way, hardware, tokens, sharding or usual(hardware))
 
 
-def _usual(hardware: Hardware) -> Sharding:
+def usual(hardware: Hardware) -> Sharding:
+    """Every device holds all."""
     return Sharding("ddp", hardware.count) if hardware.count > 1 else Sharding()
 
 
 def _compared(name: str, way: Way, hardware: Hardware, tokens: int, sharding: Sharding) -> Compared:
-    parameters, one, host = _memory(name, way, hardware, tokens, sharding, 1)
+    parameters, one, host = memory_of(name, way, hardware, tokens, sharding, 1)
     room = hardware.device.memory
     if one > room:
         return Compared(name, parameters, way, one, host, None)
     # A row more costs as much as the one before; what is there with none is there with all.
-    two = _memory(name, way, hardware, tokens, sharding, 2)[1]
+    two = memory_of(name, way, hardware, tokens, sharding, 2)[1]
     rows = 1 + int((room - one) // max(two - one, 1))
     return Compared(name, parameters, way, one, host, min(rows, LARGEST_BATCH))
 
 
-def _memory(
+def memory_of(
     name: str, way: Way, hardware: Hardware, tokens: int, sharding: Sharding, rows: int
 ) -> tuple[int, int, int]:
-    """(parameters, bytes of a device, bytes of its host)"""
+    """(parameters, bytes of a device, bytes of its host) with so many rows in a backward."""
     models = Models(configuration(name, way, tokens, rows), Paper(hardware.device.type, hardware.device.bf16))
     # Several backwards an optimizer step: gradients are there while the next one is computed.
     batch = Batch(rows, tokens, backwards=2)

@@ -36,9 +36,9 @@ def trained(monkeypatch) -> list:
     seen = []
     usual = hf_stage.run_trainer
 
-    def run_trainer(make, model, *rest):
+    def run_trainer(make, model, *rest, **named):
         seen.append(model)
-        return usual(make, model, *rest)
+        return usual(make, model, *rest, **named)
 
     for stage in ("sft", "reward"):
         monkeypatch.setattr(f"chatrlhf.trainers.{stage}.run_trainer", run_trainer)
