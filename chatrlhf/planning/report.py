@@ -54,7 +54,8 @@ def _of_stage(config: Config, planned: Planned, hardware: Hardware) -> Iterator[
     actor, reward = config.actor_config.model, config.reward_config.model
     of_model = {"PRETRAIN": actor, "ACTOR": actor, "REWARD": reward}.get(name)
     what = f"{of_model}, {made.parameters:,} parameters" if of_model else f"a policy of {made.parameters:,} parameters"
-    share = f"{made.trained:,} trained ({100 * made.trained / made.parameters:.3g} %)"
+    share = f"{made.trained:,} trained"
+    share += ", the critic's too" if name == "RL" else f" ({100 * made.trained / made.parameters:.3g} %)"
     yield f"{name}: {what}, {share}; in {'bf16' if made.in_bf16 else 'fp32'}; {planned.sharding.line}"
     of_stage = {"PRETRAIN": _pretrain_lines, "RL": _rl_lines}
     yield from of_stage.get(name, _epoch_lines)(config, planned)
