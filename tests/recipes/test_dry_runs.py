@@ -1,4 +1,4 @@
-"""Each recipe planned at its real size, from the dimensions in the package alone: nothing is reached, nothing written."""
+"""Each recipe planned at its real size, from the dimensions in the package alone: nothing is reached or written."""
 
 from __future__ import annotations
 
