@@ -17,7 +17,7 @@ PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 .DELETE_ON_ERROR:
 # Two goals at once would run two pips in one environment.
 .NOTPARALLEL:
-.PHONY: help run test test-slow lint bench clean distclean
+.PHONY: help run test test-slow test-thorough lint bench clean distclean
 
 help:  ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [ARGS='more arguments']"
@@ -31,7 +31,10 @@ test: $(VENV)/.stamp-test  ## the default test suite
 
 # Exit status 5 means that no test was selected, which is fine here and an error in `test`.
 test-slow: $(VENV)/.stamp-test  ## the tests that take minutes
-	$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not thorough" $(ARGS) || [ $$? -eq 5 ]
+
+test-thorough: $(VENV)/.stamp-test  ## further seeds of what the slow tests learn
+	$(PYTEST) -m thorough $(ARGS)
 
 lint: $(VENV)/.stamp-test  ## check style and formatting
 	$(BIN)/python -m ruff check .

@@ -72,7 +72,14 @@ def test_half_the_episodes_come_close_to_the_optimum(task: Task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta, seed", list(itertools.product(MIN_GAIN, range(5))))
+# One seed a strength of the leash before each change; the others where the maths is touched.
+@pytest.mark.parametrize(
+    "beta, seed",
+    [
+        pytest.param(beta, seed, marks=[pytest.mark.thorough] if seed else [])
+        for beta, seed in itertools.product(MIN_GAIN, range(5))
+    ],
+)
 def test_every_seed_reaches_the_optimum(task: Task, beta: float, seed: int):
     assert run(task, beta, seed).failures(beta) == []
 
