@@ -21,7 +21,7 @@ PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 help:  ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [ARGS='more arguments']"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 run: $(VENV)/.stamp-run  ## train the embedded default: actor, reward model and RL, on a CPU, in minutes
 	$(BIN)/python main.py config.yaml --type ALL $(ARGS)
