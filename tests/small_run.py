@@ -94,6 +94,16 @@ def settings(folder: Path) -> dict[str, Any]:
     }
 
 
+def policy_of(trainer: Any) -> Any:
+    """The model that a `PPOTrainer` trains."""
+    return trainer.updater.topology.policy
+
+
+def reference_of(trainer: Any) -> Any:
+    """The model that it is held to."""
+    return trainer.scorer.reference.model
+
+
 def write_config(folder: Path, **changes: Any) -> Path:
     """`config.yaml` in ``folder``; changes are dotted keys with ``__`` for the dot."""
     tree = settings(folder)

@@ -85,37 +85,26 @@ def optimization_of(config: Config, stage: str) -> Optimization:
     """What the YAML says about a stage's optimizer steps."""
     device = pick_device()
     if stage == "RL":
-        trainer = config.trainer_config
-        return Optimization(
-            section="trainer_config",
-            batch_size=trainer.batch_size,
-            micro=trainer.micro_batch_size,
-            accumulated=None,
-            lr_key="actor_lr",
-            lr=trainer.actor_lr,
-            betas=trainer.betas,
-            weight_decay=trainer.weight_decay,
-            max_grad_norm=trainer.max_grad_norm,
-            lr_scheduler=trainer.lr_scheduler,
-            warmup_steps=trainer.warmup_steps,
-            precision=resolve_rl_precision(trainer.precision, device),
-        )
-    name = "pretrain_config" if stage == "PRETRAIN" else SECTION[stage]
+        name, lr_key, micro, accumulated = "trainer_config", "actor_lr", config.trainer_config.micro_batch_size, None
+        precision = resolve_rl_precision(config.trainer_config.precision, device)
+    else:
+        name, lr_key = "pretrain_config" if stage == "PRETRAIN" else SECTION[stage], "lr"
+        micro, accumulated = rows_a_backward(getattr(config, name), name)
+        precision = resolve_precision(getattr(config, name).precision, device)
     section = getattr(config, name)
-    micro, accumulated = rows_a_backward(section, name)
     return Optimization(
         section=name,
         batch_size=section.batch_size,
         micro=micro,
         accumulated=accumulated,
-        lr_key="lr",
-        lr=section.lr,
+        lr_key=lr_key,
+        lr=getattr(section, lr_key),
         betas=section.betas,
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         lr_scheduler=section.lr_scheduler,
         warmup_steps=section.warmup_steps,
-        precision=resolve_precision(section.precision, device),
+        precision=precision,
     )
 
 

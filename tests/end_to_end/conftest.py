@@ -9,6 +9,7 @@ import pytest
 from small_run import settings, write_files
 
 from chatrlhf import load_config, run
+from chatrlhf.trainers.ppo import PPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +30,12 @@ def fine_tuned(files, tmp_path_factory) -> Path:
 def sft(fine_tuned, tmp_path) -> Path:
     """A run whose actor has been fine-tuned, and no more."""
     return shutil.copytree(fine_tuned, tmp_path / "sft")
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list[PPOTrainer]:
+    """The trainers of the RL stages that run."""
+    seen = []
+    train = PPOTrainer.train
+    monkeypatch.setattr(PPOTrainer, "train", lambda self, *args: seen.append(self) or train(self, *args))
+    return seen

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import length, settings
+from small_run import length, policy_of, reference_of, settings
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatrlhf import load_config, load_reward_model, run
@@ -48,23 +48,6 @@ def config(files, base, tmp_path):
         return load_config(settings(files), here | {name.replace("__", "."): value for name, value in changes.items()})
 
     return made
-
-
-@pytest.fixture
-def trainers(monkeypatch) -> list[PPOTrainer]:
-    """The trainers of the RL stages that run."""
-    seen = []
-    train = PPOTrainer.train
-    monkeypatch.setattr(PPOTrainer, "train", lambda self, *args: seen.append(self) or train(self, *args))
-    return seen
-
-
-def policy_of(trainer: PPOTrainer):
-    return trainer.updater.topology.policy
-
-
-def reference_of(trainer: PPOTrainer):
-    return trainer.scorer.reference.model
 
 
 def logits(model) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from small_run import differences, left_behind, length, settings, write_config
+from small_run import differences, left_behind, length, policy_of, reference_of, settings, write_config
 from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from chatrlhf import load_config, load_reward_model, run
@@ -22,7 +22,6 @@ from chatrlhf.models.backbone import read_by
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.rl.update import Updater
 from chatrlhf.trainers.hf_stage import StageCallback
-from chatrlhf.trainers.ppo import PPOTrainer
 
 IDS = torch.arange(2, 30)[None]
 
@@ -63,23 +62,6 @@ def config(files, base, tmp_path):
         return load_config(settings(files), here | {name.replace("__", "."): value for name, value in changes.items()})
 
     return made
-
-
-@pytest.fixture
-def trainers(monkeypatch) -> list[PPOTrainer]:
-    """The trainers of the RL stages that run."""
-    seen = []
-    train = PPOTrainer.train
-    monkeypatch.setattr(PPOTrainer, "train", lambda self, *args: seen.append(self) or train(self, *args))
-    return seen
-
-
-def policy_of(trainer: PPOTrainer):
-    return trainer.updater.topology.policy
-
-
-def reference_of(trainer: PPOTrainer):
-    return trainer.scorer.reference.model
 
 
 def logits(model) -> torch.Tensor:
