@@ -12,7 +12,8 @@ from chatrlhf.errors import ConfigError, UserError
 from chatrlhf.planning.hardware import GB, Hardware
 from chatrlhf.planning.models import Models
 from chatrlhf.planning.paper import Paper
-from chatrlhf.planning.rl import rl_stage, rollout_batch
+from chatrlhf.planning.rl import rl_stage
+from chatrlhf.planning.rl_phases import rollout_batch
 from chatrlhf.planning.sharding import Sharding
 from chatrlhf.planning.stages import BESIDE
 from chatrlhf.planning.steps import Batch, actor_stage, reward_stage

@@ -12,7 +12,7 @@ from chatrlhf.config.schema import Config
 from chatrlhf.models.critics import ALL_BLOCKS
 from chatrlhf.planning.counts import Assumed
 from chatrlhf.planning.hardware import GB, GiB, Hardware
-from chatrlhf.planning.rl import RolloutBatch
+from chatrlhf.planning.rl_phases import RolloutBatch
 from chatrlhf.planning.stages import Planned, RunPlan, plan_run
 from chatrlhf.planning.steps import Phase
 from chatrlhf.planning.work import OF_BANDWIDTH, UTILISATION

@@ -16,7 +16,8 @@ from chatrlhf.planning.counts import Assumed, Counted, count, encoder_if_there, 
 from chatrlhf.planning.hardware import Hardware, this_machine
 from chatrlhf.planning.models import Models
 from chatrlhf.planning.paper import Paper
-from chatrlhf.planning.rl import CRITIC, REWARD, RolloutBatch, rl_stage, rollout_batch
+from chatrlhf.planning.rl import rl_stage
+from chatrlhf.planning.rl_phases import CRITIC, REWARD, RolloutBatch, rollout_batch
 from chatrlhf.planning.shapes import has_shape
 from chatrlhf.planning.sharding import Sharding, sharding_of
 from chatrlhf.planning.steps import Batch, Phase, StagePlan, actor_stage, reward_stage
