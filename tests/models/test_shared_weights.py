@@ -108,6 +108,15 @@ def test_what_is_trained_by_adapters_goes_on_with_those_it_has_or_is_given_some(
         assert trained and all(".lora_" in name for name in trained)
 
 
+def test_adapters_that_nobody_trains_are_copied_too():
+    """Of a reward model, from which a critic starts."""
+    reward = backbone_with_adapters(adapted()).requires_grad_(False)
+    critic = trained_by_adapters(reward, LORA, "elsewhere")
+    want = states(reward)
+    perturb(critic)
+    assert torch.equal(states(reward), want) and not torch.equal(states(critic), want)
+
+
 def test_a_base_carries_what_was_trained_upon_the_same_weights_only(tmp_path):
     place, folder = tmp_path / "base", tmp_path / "reward"
     llama().save_pretrained(place)
