@@ -22,7 +22,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.evaluation.table import show_comparison
 from chatrlhf.manifest import Manifest
 from chatrlhf.models.adapter_scaling import scaling_warning
-from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_model, train_on_adapters
+from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, save_model, train_on_adapters, where
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.models.critics import make_topology
 from chatrlhf.models.factory import (
@@ -35,11 +35,10 @@ from chatrlhf.models.factory import (
     parameter_count,
     trained_count,
     trained_reward_model,
-    where,
 )
 from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.reward_model import scorer_of_critic
-from chatrlhf.models.sharing import Base
+from chatrlhf.models.sharing import Base, share_weights
 from chatrlhf.preflight import preflight
 from chatrlhf.pretraining import run_pretrain, with_fresh_adapters
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
@@ -293,7 +292,7 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
     topology.to(place)
     if upon is not None:
         critic_line += "; the policy is trained by adapters, its reference stands upon the same weights"
-    if reward_scorer is not None and has_adapters(reward_scorer.model.backbone):
+    if upon is not None and reward_scorer is not None and share_weights(policy, reward_scorer.model):
         critic_line += ", and so does the reward model"
     broadcast(topology.parameters())
     reference = topology.reference()

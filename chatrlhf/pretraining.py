@@ -12,8 +12,8 @@ from chatrlhf.config.schema import ActorConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import corpus
 from chatrlhf.data.templates import FORMATS
-from chatrlhf.models.adapters import save_model, with_adapters
-from chatrlhf.models.factory import load_actor, parameter_count, trained_count, where
+from chatrlhf.models.adapters import save_model, where, with_adapters
+from chatrlhf.models.factory import load_actor, parameter_count, trained_count
 from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.trainers.checkpoint import publish_folder
 from chatrlhf.trainers.launch import sharding_of

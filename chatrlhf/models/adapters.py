@@ -129,6 +129,16 @@ def base_of(name: str) -> str | None:
     return str(beside) if was_here and is_whole else base
 
 
+def revision_of(name: str) -> str | None:
+    """The revision of the base that the adapters in a folder belong to, where that is the hub's."""
+    return json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("revision")
+
+
+def where(model: str) -> str:
+    """Where a model's weights are, wherever this is read from."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
 def config_of(name: str) -> str:
     """Where the configuration is that a model, or the base of a folder's adapters, is made by."""
     base = base_of(name)

@@ -11,9 +11,9 @@ from torch import nn
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.schema import CriticConfig
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import backbone_with_adapters, has_adapters
+from chatrlhf.models.adapters import backbone_with_adapters, has_adapters, where
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
-from chatrlhf.models.factory import load_backbone, where
+from chatrlhf.models.factory import load_backbone
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reward_model import SETTINGS, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead, state_size
@@ -83,43 +83,46 @@ def _with_critic(
     if config.model == "shared":
         head = ScalarHead(hidden, mlp).zero_().to(device)
         return SharedTrunk(policy, head, distribution), "critic: a value head on the policy's trunk, starting at 0"
-    starts_from_reward = config.model is None or (config.model == reward_name and reward is not None)
-    if starts_from_reward:
-        reason = _why_not_from(reward, policy, tokenizer)
-        if reason is not None and config.model is not None:
-            raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
-        if reason is None:
-            start, base, line = reward, reward.place or base, "starts from the reward model"
-        else:
-            start, line = None, f"a copy of the policy under a zero head ({reason})"
-    elif (Path(config.model) / SETTINGS).exists():
-        start, base, line = load_reward_model(config.model, device), where(config.model), config.model
-        reason = _why_not_from(start, policy, tokenizer)
-        if reason is not None:
-            raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
-    else:
-        start, base, line = None, where(config.model), config.model
-    if start is not None:
-        backbone = start.model.backbone
+    named = config.model is not None and not (config.model == reward_name and reward is not None)
+    start = reward
+    if named:
+        start = load_reward_model(config.model, device) if (Path(config.model) / SETTINGS).exists() else None
+    reason = None if named and start is None else _why_not_from(start, policy, tokenizer)
+    if reason is not None and config.model is not None:
+        raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
+    line = config.model if named else "starts from the reward model"
+    if start is not None and reason is None:
+        backbone, base = start.model.backbone, start.place or base
         head = copy.deepcopy(start.model.head).requires_grad_(True).fold_(start.model.scale, start.model.shift)
-    elif starts_from_reward:
-        backbone, head = backbone_with_adapters(policy), ScalarHead(hidden, mlp).zero_().to(device)
-    else:
-        backbone = load_backbone(config.model, "critic_config.model").to(device)
-        refuse_other_build(backbone.config, policy.config, config.model)
-        if not is_encoder_decoder(policy.config) and not is_causal(backbone):
-            raise ConfigError(f"critic_config.model: {config.model!r} is not causal, so it has no value before a token")
-        if not same_tokenizer(tokenizer, load_tokenizer(config.model, "critic_config.model")):
-            raise ConfigError(f"critic_config.model: {config.model!r} has another tokenizer than the actor")
+    elif named:
+        backbone, base = _named_backbone(config.model, policy, tokenizer).to(device), where(config.model)
         head = ScalarHead(state_size(backbone), mlp).zero_().to(device)
+    else:
+        backbone, line = backbone_with_adapters(policy), f"a copy of the policy under a zero head ({reason})"
+        head = ScalarHead(hidden, mlp).zero_().to(device)
     if adapters is not None:
+        if named:
+            backbone.requires_grad_(False)  # nobody else has it: it need not be copied
         critic = trained_by_adapters(backbone, adapters, base)
         line += ", trained by adapters"
+    elif named and not has_adapters(backbone):
+        critic = backbone
     elif backbone is backbone_of(policy) and not has_adapters(policy):
         critic = sharing_copy(backbone)
     else:
         critic = whole_copy(backbone)
     return SeparateCritic(policy, critic, head, distribution), f"critic: {line}"
+
+
+def _named_backbone(name: str, policy: nn.Module, tokenizer: Any) -> nn.Module:
+    """A model that is no reward model, as the policy's critic."""
+    backbone = load_backbone(name, "critic_config.model")
+    refuse_other_build(backbone.config, policy.config, name)
+    if not is_encoder_decoder(policy.config) and not is_causal(backbone):
+        raise ConfigError(f"critic_config.model: {name!r} is not causal, so it has no value before a token")
+    if not same_tokenizer(tokenizer, load_tokenizer(name, "critic_config.model")):
+        raise ConfigError(f"critic_config.model: {name!r} has another tokenizer than the actor")
+    return backbone
 
 
 def refuse_other_build(critic: Any, policy: Any, name: str) -> None:

@@ -27,6 +27,8 @@ from chatrlhf.models.adapters import (
     go_on_with_adapters,
     has_adapters,
     merged,
+    revision_of,
+    where,
 )
 from chatrlhf.models.backbone import backbone_of, head_stays_apart, is_encoder_decoder, language_model_class
 from chatrlhf.models.meta_files import how_to_convert
@@ -143,18 +145,19 @@ def new_reward_model(
     bits = quantization_of(config, config.precision, "reward_config")
     if name == "actor" and actor_folder is not None:
         place = str(actor_folder)
-        backbone, tokenizer = _actor_backbone(place, config, bits, adapters), load_tokenizer(place, key)
+        backbone = _actor_backbone(place, _as_held(config), config, bits, adapters)
+        revision, tokenizer = None, load_tokenizer(place, key)
         if config.template is None:
             template = Template.load(actor_folder)
     elif name == TINY or (name == "actor" and (adapters is None or actor.model == TINY)):
         start = actor if name == "actor" else actor.model_copy(update={"model": TINY})
         policy, tokenizer = load_actor(start, texts, device)
-        place, backbone = start.model, backbone_of(policy)
+        place, revision, backbone = start.model, None, backbone_of(policy)
     elif name == "actor":
-        place, tokenizer = actor.model, _actor_tokenizer(actor, texts)
-        backbone = _actor_backbone(place, actor, bits, adapters)
+        place, revision, tokenizer = actor.model, actor.revision, _actor_tokenizer(actor, texts)
+        backbone = _actor_backbone(place, actor, config, bits, adapters)
     else:
-        place, backbone = name, load_backbone(name, key, config, bits)
+        place, revision, backbone = name, config.revision, load_backbone(name, key, config, bits)
         tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **hub_kwargs(config))
         _match_vocabulary(backbone, tokenizer, config, "reward_config")
     pooling = pooling_for(backbone)
@@ -164,17 +167,12 @@ def new_reward_model(
         _freeze_as_asked(backbone, config)
     elif not has_adapters(backbone):
         backbone = ready_for_adapters(backbone, config.gradient_checkpointing)
-        add_adapters(backbone, adapters, where(place), config.revision)
+        add_adapters(backbone, adapters, where(place), revision)
     model = RewardModel(backbone, head, pooling).to(device)
     if template is None:
         name = config.template or actor.template
         template = get_template(name, "reward_config.template", tokenizer, whole.base_dir)
     return RewardScorer(model, Encoder.of(tokenizer, template, max_length))
-
-
-def where(model: str) -> str:
-    """Where a model's weights are, wherever this is read from."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def trained_reward_model(
@@ -290,19 +288,33 @@ def hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:
 def load_backbone(
     name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
 ) -> nn.Module:
+    """A model without its head, adapters merged.
+
+    Raises:
+        ConfigError: it cannot be loaded; the reason is given.
+    """
     if base_of(name) is not None:
         return backbone_of(_language_model(name, key, section))
     return _from_pretrained(AutoModel, name, key, read_model_config(name, key, section), section, bits)
 
 
 def _actor_backbone(
-    place: str, section: ActorConfig | RewardConfig, bits: dict[str, Any], adapters: PeftConfig | None
+    place: str,
+    section: ActorConfig | RewardConfig,
+    reward: RewardConfig,
+    bits: dict[str, Any],
+    adapters: PeftConfig | None,
 ) -> nn.Module:
-    """A reward model's start from the actor: whole, or with the adapters that the actor has, to be trained on."""
-    key, held = "reward_config.model", _as_held(section)
+    """A reward model's start from the actor: whole, or with the adapters that the actor has, to be trained on.
+
+    Args:
+        section: by which it is fetched.
+        reward: by which it is trained.
+    """
+    key = "reward_config.model"
     if adapters is None or base_of(place) is None:
-        return load_backbone(place, key, held, bits)
-    policy = ready_for_adapters(_base_model(place, key, held, bits), section.gradient_checkpointing)
+        return load_backbone(place, key, section, bits)
+    policy = ready_for_adapters(_base_model(place, key, section, bits), reward.gradient_checkpointing)
     go_on_with_adapters(policy, Path(place))
     return backbone_with_adapters(policy)
 
@@ -319,12 +331,13 @@ def _language_model(
 def _base_model(
     name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
 ) -> nn.Module:
-    """What the adapters in a folder belong to, with the positions that it had then."""
+    """What the adapters in a folder belong to, in the revision and with the positions that it had then."""
     base = str(base_of(name))
     if base_of(base) is not None:
         return _language_model(base, key, section)
     settings = read_model_config(name, key, section)
-    return _from_pretrained(language_model_class(settings), base, key, settings, section, bits)
+    revision = {"revision": revision_of(name)} if revision_of(name) else {}
+    return _from_pretrained(language_model_class(settings), base, key, settings, section, (bits or {}) | revision)
 
 
 def _from_pretrained(

@@ -19,7 +19,15 @@ from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.errors import CheckpointError
-from chatrlhf.models.adapters import base_of, config_of, has_adapters, is_adapter, merged, save_model
+from chatrlhf.models.adapters import (
+    base_of,
+    config_of,
+    has_adapters,
+    is_adapter,
+    merged,
+    revision_of,
+    save_model,
+)
 from chatrlhf.models.backbone import decoder_start, is_encoder_decoder
 from chatrlhf.models.packing import pack, packs
 from chatrlhf.models.pairs import sequences_for
@@ -250,8 +258,9 @@ def _backbone(
     config = AutoConfig.from_pretrained(config_of(str(folder)))
     if base is not None and base.carries(folder, config, how):
         return base.backbone(folder), place
-    bits = quantization_from(how, "reward_config")
-    backbone = never_repack(AutoModel.from_pretrained(place, config=config, **bits, **kwargs))
+    bits, revision = quantization_from(how, "reward_config"), revision_of(str(folder))
+    fetched = kwargs | ({"revision": revision} if revision else {})
+    backbone = never_repack(AutoModel.from_pretrained(place, config=config, **bits, **fetched))
     if not bits:
         return merged(backbone, str(folder)), place
     backbone.load_adapter(str(folder))

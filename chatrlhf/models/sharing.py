@@ -23,6 +23,7 @@ from chatrlhf.models.adapters import (
     base_of,
     has_adapters,
     is_adapter,
+    where,
 )
 from chatrlhf.models.backbone import backbone_of
 from chatrlhf.models.quantization import how_quantized, in_whole_weights, states_beside_weights
@@ -46,7 +47,7 @@ class Base:
         base, own = base_of(str(folder)), self.policy.config
         return (
             base is not None
-            and _resolved(base) == _resolved(self.place)
+            and where(base) == where(self.place)
             and settings.model_type == own.model_type
             and same_positions(settings, own)
             and quantization == how_quantized(self.policy)
@@ -57,6 +58,11 @@ class Base:
         backbone = bare_copy(backbone_of(self.policy))
         backbone.load_adapter(str(folder), adapter_name=TRAINED)
         return backbone
+
+
+def share_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two models have any weight in memory in common."""
+    return not {id(each) for each in first.parameters()}.isdisjoint({id(each) for each in second.parameters()})
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -105,7 +111,3 @@ def trained_by_adapters(backbone: nn.Module, settings: PeftConfig, base: str) ->
     else:
         add_adapters(copied, settings, base)
     return copied
-
-
-def _resolved(place: str) -> str:
-    return str(Path(place).resolve()) if Path(place).exists() else place

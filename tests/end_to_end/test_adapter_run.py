@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,21 @@ def logits(model) -> torch.Tensor:
 
 def loaded(folder: Path) -> torch.Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+@contextmanager
+def dies_at_step_5(monkeypatch) -> Iterator[None]:
+    """Inside, a stage on others' trainers does."""
+    step_end = StageCallback.on_step_end
+
+    def dies(self, args, state, control, **rest):
+        if state.global_step == 5:
+            raise MemoryError("no more")
+        return step_end(self, args, state, control, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageCallback, "on_step_end", dies)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -136,17 +153,8 @@ def test_rl_goes_on_with_adapters_that_somebody_names(config, tmp_path, trainers
 
 def test_the_actor_stage_is_resumed_with_its_adapters(config, tmp_path, monkeypatch):
     run(config("whole"), type="ACTOR")
-    step_end = StageCallback.on_step_end
-
-    def dies(self, args, state, control, **rest):
-        if state.global_step == 5:
-            raise MemoryError("no more")
-        return step_end(self, args, state, control, **rest)
-
-    monkeypatch.setattr(StageCallback, "on_step_end", dies)
-    with pytest.raises(MemoryError):
+    with dies_at_step_5(monkeypatch), pytest.raises(MemoryError):
         run(config("parts"), type="ACTOR")
-    monkeypatch.setattr(StageCallback, "on_step_end", step_end)
     run(config("parts"), type="ACTOR", resume=True)
     name = Path("actor") / "adapter_model.safetensors"
     whole, parts = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
@@ -276,19 +284,10 @@ def test_a_critic_by_adapters_stands_upon_a_reward_model_in_whole_weights(config
 def test_the_reward_stage_is_resumed_with_its_adapters(config, tmp_path, monkeypatch):
     changes = {"reward_config__peft_enable": True}
     run(config("whole", **changes), type="REWARD")
-    step_end = StageCallback.on_step_end
-
-    def dies(self, args, state, control, **rest):
-        if state.global_step == 5:
-            raise MemoryError("no more")
-        return step_end(self, args, state, control, **rest)
-
-    monkeypatch.setattr(StageCallback, "on_step_end", dies)
-    with pytest.raises(MemoryError):
+    with dies_at_step_5(monkeypatch), pytest.raises(MemoryError):
         run(config("parts", **changes), type="REWARD")
     newest = sorted((tmp_path / "parts" / "checkpoints" / "REWARD").glob("step-*"))[-1]
     assert all("lora_" in name or name.startswith("head.") for name in load_file(newest / "model.safetensors"))
-    monkeypatch.setattr(StageCallback, "on_step_end", step_end)
     run(config("parts", **changes), type="REWARD", resume=True)
     for name in ("adapter_model.safetensors", "reward_head.safetensors"):
         whole, parts = (load_file(tmp_path / which / "reward" / name) for which in ("whole", "parts"))
@@ -328,3 +327,26 @@ def test_what_cannot_be_is_said_before_anything_is_written(config, tmp_path, cha
     with pytest.raises(ConfigError, match=said):
         run(config("run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_by_adapters_upon_an_actor_nobody_fine_tuned_has_its_positions(config, tmp_path):
+    stretched = {"actor_config__rope_scaling": {"type": "linear", "factor": 2}, "actor_config__peft_enable": False}
+    run(config("run", reward_config__peft_enable=True, **stretched), type="REWARD")
+    saved = json.loads((tmp_path / "run" / "reward" / BASE_CONFIG).read_text())
+    assert saved["rope_parameters"]["factor"] == 2.0
+    assert load_reward_model(tmp_path / "run" / "reward").model.config.rope_parameters["factor"] == 2.0
+
+
+def test_a_base_is_fetched_in_the_revision_that_its_adapters_were_trained_upon(config, tmp_path, monkeypatch):
+    made = config("run", actor_config__revision="v2", reward_config__peft_enable=True)
+    run(made, type="ACTOR")
+    asked = []
+    for auto in (AutoModel, AutoModelForCausalLM):
+        usual = auto.from_pretrained
+        monkeypatch.setattr(
+            auto, "from_pretrained", lambda *a, usual=usual, **k: asked.append(k.get("revision")) or usual(*a, **k)
+        )
+    run(config("run", reward_config__peft_enable=True), type="REWARD")
+    run(config("run", critic_config__model="shared"), type="RL")
+    load_reward_model(tmp_path / "run" / "reward")
+    assert asked and set(asked) == {"v2"}
