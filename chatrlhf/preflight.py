@@ -21,17 +21,12 @@ from chatrlhf.generation.vllm_sampler import require_vllm
 from chatrlhf.models.adapters import base_of, task_type
 from chatrlhf.models.backbone import is_encoder_decoder
 from chatrlhf.models.critics import refuse_other_build
-from chatrlhf.models.factory import (
-    TINY,
-    block_count,
-    encoder_class,
-    read_model_config,
-    require_reward_model,
-    tokenizer_and_settings,
-)
+from chatrlhf.models.factory import block_count, encoder_class, require_reward_model, tokenizer_and_settings
 from chatrlhf.models.frozen_trunk import refuse_more_than
+from chatrlhf.models.loading import read_model_config
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.models.rope import positions, refuse_rotations_by_length
+from chatrlhf.models.tiny import TINY
 from chatrlhf.paired_checks import check_keys_of_pairs, check_rows_of_pairs
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import load_function

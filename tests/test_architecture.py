@@ -22,7 +22,8 @@ LEVELS = [
     ("evaluation", "synth"),
     ("trainers",),
     ("manifest", "paired_checks", "preflight", "export"),
-    ("assembly", "pipeline", "planning", "pretraining", "artifacts", "cli", "__init__", "__main__"),
+    ("stages",),
+    ("pipeline", "planning", "artifacts", "cli", "__init__", "__main__"),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from chatrlhf.config.rope import RopeScaling
 from chatrlhf.models.adapters import BASE_CONFIG, base_of
-from chatrlhf.models.factory import read_model_config
+from chatrlhf.models.loading import read_model_config
 from chatrlhf.models.rope import rotation, stretch_positions
 
 KEY = "actor_config.rope_scaling"

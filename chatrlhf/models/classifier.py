@@ -12,8 +12,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from chatrlhf.config.schema import RewardConfig
 from chatrlhf.device import pick_device
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.factory import TINY, context_length, hub_kwargs, read_model_config
+from chatrlhf.models.loading import hub_kwargs, read_model_config
 from chatrlhf.models.reward_model import SETTINGS
+from chatrlhf.models.sizes import context_length
+from chatrlhf.models.tiny import TINY
 
 KEY = "reward_config.model"
 BATCH = 64

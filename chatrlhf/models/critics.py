@@ -13,8 +13,8 @@ from chatrlhf.config.schema import CriticConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import backbone_with_adapters, has_adapters, where
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
-from chatrlhf.models.factory import load_backbone
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
+from chatrlhf.models.loading import load_backbone
 from chatrlhf.models.reward_model import SETTINGS, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal

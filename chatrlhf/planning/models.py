@@ -17,10 +17,11 @@ from chatrlhf.data.inputs import corpus
 from chatrlhf.device import resolve_precision, resolve_rl_precision
 from chatrlhf.errors import MissingError
 from chatrlhf.models.adapters import add_adapters, with_adapters
-from chatrlhf.models.factory import TINY, read_model_config, tiny_model
+from chatrlhf.models.loading import read_model_config
 from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.rope import stretch_positions
 from chatrlhf.models.scalar_head import ScalarHead, state_size
+from chatrlhf.models.tiny import TINY, tiny_model
 from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.planning.few_bits import in_few_bits
 from chatrlhf.planning.paper import Paper

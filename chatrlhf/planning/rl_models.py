@@ -1,4 +1,4 @@
-"""The models of the RL stage on paper, put together as `pipeline.py` and `make_topology` do."""
+"""The models of the RL stage on paper, put together as `stages/rl.py` and `make_topology` do."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chatrlhf.assembly import DEFAULT_NEW_TOKENS
 from chatrlhf.config.schema import Config
 from chatrlhf.functional.logprobs import sample_by_inversion
 from chatrlhf.functional.losses import policy_loss, value_loss
@@ -22,6 +21,7 @@ from chatrlhf.planning.sharding import Sharding
 from chatrlhf.planning.steps import OPTIMIZER, Phase, scores_of
 from chatrlhf.rl.gradients import Gradients
 from chatrlhf.rl.master_weights import MasterWeights
+from chatrlhf.stages.assembly import DEFAULT_NEW_TOKENS
 
 POLICY, CRITIC, REFERENCE, REWARD = "policy", "critic", "reference", "reward model"
 MASTERS, CACHE, TRUNK = "float32 masters", "KV cache", "frozen trunk's states"

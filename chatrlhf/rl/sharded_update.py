@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from chatrlhf.distributed import is_main, largest
 from chatrlhf.lanes import one_lane
-from chatrlhf.models.factory import fingerprint
 from chatrlhf.models.sequences import Sequences, head_is_plain
+from chatrlhf.models.sizes import fingerprint
 from chatrlhf.models.topology import Evaluation, Part, PolicyOnly, Seam
 from chatrlhf.rl.update import Updater
 from chatrlhf.sharding.engine import Engine

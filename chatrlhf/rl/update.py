@@ -18,8 +18,8 @@ from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
 from chatrlhf.heap import give_freed_memory_back
 from chatrlhf.lanes import side_by_side
-from chatrlhf.models.factory import fingerprint
 from chatrlhf.models.sequences import Sequences
+from chatrlhf.models.sizes import fingerprint
 from chatrlhf.models.topology import Evaluation, PolicyOnly, Seam
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradients import Gradients

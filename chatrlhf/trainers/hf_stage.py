@@ -20,7 +20,7 @@ from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.device import resolve_precision
 from chatrlhf.distributed import barrier, is_main, world_size
 from chatrlhf.errors import CheckpointError, Interrupted
-from chatrlhf.models.factory import fingerprint
+from chatrlhf.models.sizes import fingerprint
 from chatrlhf.progress import RunLog
 from chatrlhf.sharding.environment import DeepSpeed, Sharding, environment_for
 from chatrlhf.sharding.whole import outline, put_together

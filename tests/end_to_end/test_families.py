@@ -36,12 +36,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from chatrlhf import load_config, load_reward_model, pipeline, run
+from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.models import reward_model
 from chatrlhf.models.adapters import base_of, has_adapters, save_model
 from chatrlhf.models.backbone import read_by
 from chatrlhf.models.quantization import never_repack
 from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.rl.rewards import FunctionReward
+from chatrlhf.stages import run as stages
 from chatrlhf.trainers.ppo import PPOTrainer
 
 VOCAB, ROWS = 270, 24
@@ -129,7 +131,7 @@ def saved(monkeypatch) -> dict[str, torch.Tensor]:
         seen[_published_as(folder)] = _states(model)
         model.train(training)
 
-    monkeypatch.setattr(pipeline, "save_model", save)
+    monkeypatch.setattr(stages, "save_model", save)
     monkeypatch.setattr(reward_model, "save_model", save)
     return seen
 
@@ -276,9 +278,9 @@ def test_an_encoder_with_a_tokenizer_of_its_own_is_trained_to_judge(method, file
 def test_an_encoder_that_somebody_trained_is_the_reward_as_it_is(files, deberta, sft, monkeypatch, capsys):
     """Without a REWARD stage, and in ALL where there is nothing to train it on."""
     given: list[tuple[list[str], list[str], torch.Tensor]] = []
-    rewards = pipeline.FunctionReward.texts
+    rewards = FunctionReward.texts
     monkeypatch.setattr(
-        pipeline.FunctionReward,
+        FunctionReward,
         "texts",
         lambda self, prompts, replies: (
             given.append((prompts, replies, made := rewards(self, prompts, replies))) or made

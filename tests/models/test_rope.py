@@ -12,8 +12,9 @@ from chatrlhf import load_config
 from chatrlhf.config.rope import RopeScaling
 from chatrlhf.config.schema import ActorConfig
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.factory import context_length, load_actor
+from chatrlhf.models.factory import load_actor
 from chatrlhf.models.rope import positions, refuse_rotations_by_length, stretch_positions
+from chatrlhf.models.sizes import context_length
 
 CPU = torch.device("cpu")
 

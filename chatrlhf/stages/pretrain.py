@@ -1,25 +1,19 @@
-"""The stage before the three: long plain text, for a model that is stretched, or that is made on the spot."""
+"""PRETRAIN, the stage before the three: long plain text, for a model that is stretched, or that is made on the spot."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
-
-from chatrlhf.config.load import load_peft_config
-from chatrlhf.config.schema import ActorConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import corpus
 from chatrlhf.data.templates import FORMATS
-from chatrlhf.models.adapters import save_model, where, with_adapters
-from chatrlhf.models.factory import load_actor, parameter_count, trained_count
-from chatrlhf.models.quantization import ready_for_adapters
+from chatrlhf.models.adapters import save_model
+from chatrlhf.models.factory import load_actor
+from chatrlhf.models.sizes import parameter_count
+from chatrlhf.stages.run import Run, with_fresh_adapters
 from chatrlhf.trainers.checkpoint import publish_folder
 from chatrlhf.trainers.launch import sharding_of
-
-if TYPE_CHECKING:
-    from chatrlhf.pipeline import Run
 
 
 def run_pretrain(this: Run) -> dict[str, Any]:
@@ -48,15 +42,3 @@ def run_pretrain(this: Run) -> dict[str, Any]:
         "output": "pretrained",
         "metrics": this.log.last.get("PRETRAIN", {}),
     }
-
-
-def with_fresh_adapters(
-    this: Run, model: nn.Module, start: ActorConfig, stage: str, gradient_checkpointing: bool
-) -> nn.Module:
-    """The model of a stage on others' trainers with fresh adapters, where adapters are to be trained."""
-    if not start.peft_enable:
-        return model
-    model = ready_for_adapters(model, gradient_checkpointing)
-    model = with_adapters(model, load_peft_config(this.config), where(start.model), start.revision)
-    this.log.note(f"{stage}: trains adapters alone, {trained_count(model):,} parameters")
-    return model

@@ -1,0 +1,143 @@
+"""Models and their configurations from a folder or from the hub, by the keys that say how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from chatrlhf.config.schema import ActorConfig, RewardConfig
+from chatrlhf.errors import ConfigError, MissingError
+from chatrlhf.models.adapters import base_of, config_of, merged, revision_of
+from chatrlhf.models.backbone import backbone_of, head_stays_apart, language_model_class
+from chatrlhf.models.meta_files import how_to_convert
+from chatrlhf.models.quantization import how_quantized, never_repack
+from chatrlhf.models.rope import stretch_positions
+
+
+def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> Any:
+    """A model's configuration file (of adapters their base's), its positions stretched as the section asks.
+
+    Raises:
+        ConfigError: there is none, or nothing in it to stretch; it names the key.
+    """
+    place = config_of(name)
+    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **hub_kwargs(section)))
+    if section is not None and section.rope_scaling is not None:
+        stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
+    return settings
+
+
+def hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:
+    """How a section's model is to be fetched."""
+    if config is None:
+        return {}
+    kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    return kwargs | ({"revision": config.revision} if config.revision else {})
+
+
+def load_backbone(
+    name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
+) -> nn.Module:
+    """A model without its head, adapters merged.
+
+    Raises:
+        ConfigError: it cannot be loaded; the reason is given.
+    """
+    if base_of(name) is not None:
+        return backbone_of(load_language_model(name, key, section))
+    return _from_pretrained(AutoModel, name, key, read_model_config(name, key, section), section, bits)
+
+
+def load_language_model(
+    name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
+) -> nn.Module:
+    """A model with its head, adapters merged. Raises ConfigError as `load_backbone` does."""
+    if base_of(name) is not None:
+        return merged(load_base_model(name, key, section), name)
+    settings = read_model_config(name, key, section)
+    return _from_pretrained(language_model_class(settings), name, key, settings, section, bits)
+
+
+def load_base_model(
+    name: str, key: str, section: ActorConfig | RewardConfig | None = None, bits: dict[str, Any] | None = None
+) -> nn.Module:
+    """What the adapters in a folder belong to, in the revision and with the positions that it had then."""
+    base = str(base_of(name))
+    if base_of(base) is not None:
+        return load_language_model(base, key, section)
+    settings = read_model_config(name, key, section)
+    revision = {"revision": revision_of(name)} if revision_of(name) else {}
+    return _from_pretrained(language_model_class(settings), base, key, settings, section, (bits or {}) | revision)
+
+
+def _from_pretrained(
+    auto: Any,
+    name: str,
+    key: str,
+    settings: Any,
+    section: ActorConfig | RewardConfig | None,
+    bits: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A model made by the given configuration, in float32 but for what lies in few bits."""
+    kwargs = {"config": settings, **hub_kwargs(section), **(bits or {})}
+    if section is not None and section.attn_implementation is not None:
+        kwargs["attn_implementation"] = section.attn_implementation
+    return never_repack(_explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs)))
+
+
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model on a device. What lies in few bits was put in its place when it was loaded, and cannot be moved."""
+    return model if how_quantized(model) else model.to(device)
+
+
+def as_held(section: Any) -> Any:
+    """A section for a folder that this package wrote: what says how to fetch and stretch a model was done."""
+    done = {"revision": None, "rope_scaling": None}
+    return section.model_copy(update=done) if section is not None else None
+
+
+def freeze_as_asked(model: nn.Module, section: ActorConfig | RewardConfig) -> nn.Module:
+    """The model, its embeddings out of training by `froze_embeddings`."""
+    if section.froze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def match_vocabulary(model: nn.Module, tokenizer: Any, section: ActorConfig | RewardConfig, name: str) -> None:
+    """Rows for tokens that a model has no embeddings of, where they are asked for.
+
+    Raises:
+        ConfigError: there are such tokens, and nobody asked.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    if not section.resize_embeddings:
+        raise ConfigError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens but the model only {rows} embeddings; name the "
+            "tokenizer that belongs to the model, or set resize_embeddings to True, and the model gets the rest"
+        )
+    # Each new row is drawn around the mean of the old ones (Hewitt 2021), transformers' usual way.
+    with head_stays_apart(model):
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives, or an error that names the key."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if (command := how_to_convert(name)) is not None:
+            raise ConfigError(
+                f"{key}: {name!r} holds Meta's original LLaMA files; convert them first: {command}"
+            ) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = "a folder without a usable model" if Path(name).is_dir() else "no folder here and not on the hub"
+        missing = isinstance(error, OSError) and not Path(name).exists()
+        refusal = MissingError if missing else ConfigError
+        raise refusal(f"{key}: {name!r} cannot be loaded, it is {kind} ({reason})") from None

@@ -1,0 +1,34 @@
+"""How large a model is, and how much it can read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from torch import nn
+
+from chatrlhf.models.rope import positions
+
+
+def context_length(model: nn.Module) -> int:
+    """Positions a model can take; a large number for models without a bound (ALiBi)."""
+    return positions(model.config)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained_count(model: nn.Module) -> int:
+    """Parameters that are trained, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of all parameters' names, shapes and which are frozen: equal for models that can exchange states."""
+    shapes = sorted(
+        (name, list(parameter.shape) + ([] if parameter.requires_grad else ["frozen"]))
+        for name, parameter in model.named_parameters()
+    )
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The stages, a function each; `pipeline.py` calls them one after the other."""

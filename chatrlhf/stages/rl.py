@@ -1,0 +1,123 @@
+"""RL: the actor learns from the reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatrlhf.config.load import load_peft_config
+from chatrlhf.data.collate import Encoder
+from chatrlhf.data.inputs import corpus
+from chatrlhf.device import resolve_rl_precision
+from chatrlhf.distributed import broadcast, rank
+from chatrlhf.evaluation.table import show_comparison
+from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, where
+from chatrlhf.models.critics import make_topology
+from chatrlhf.models.factory import load_actor, load_policy, trained_reward_model
+from chatrlhf.models.quantization import ready_for_adapters
+from chatrlhf.models.reward_model import scorer_of_critic
+from chatrlhf.models.sharing import Base, share_weights
+from chatrlhf.models.sizes import trained_count
+from chatrlhf.rl.experience import ALGORITHMS
+from chatrlhf.rl.rewards import ModelReward, RewardSource
+from chatrlhf.sharding.environment import Sharding, deals_out_weights, environment_for
+from chatrlhf.stages.assembly import assemble_ppo, sampling_distribution
+from chatrlhf.stages.run import Run, encoder_of, given, publish_policy, record
+from chatrlhf.trainers.checkpoint import publish_folder
+from chatrlhf.trainers.launch import sharding_of
+
+
+def run_rl(this: Run) -> dict[str, Any]:
+    """RL: improve the actor against the reward; leaves ``actor_rl/`` and ``critic/``."""
+    sharding = sharding_of(this.config, "RL")
+    with environment_for(sharding):
+        return _run_rl(this, sharding)
+
+
+def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
+    config, trainer_config, rows = this.config, this.config.trainer_config, given(this.inputs.prompts)
+    # What will be dealt out need not fit on one device first.
+    place = torch.device("cpu") if deals_out_weights(sharding) else this.device
+    policy, encoder, base = _starting_policy(this, place)
+    upon = Base(policy, base) if has_adapters(policy) else None
+    reward_scorer = (
+        None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device, upon)
+    )
+    reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
+    distribution = sampling_distribution(config, encoder)
+    algorithm = ALGORITHMS[trainer_config.algorithm]
+    topology, critic_line = make_topology(
+        policy,
+        encoder.tokenizer,
+        reward_scorer,
+        config.critic_config,
+        distribution,
+        algorithm.needs_critic,
+        config.reward_config.model,
+        trainer_config.num_layers_unfrozen,
+        load_peft_config(config, "critic_config") if config.critic_config.peft_enable else None,
+        base,
+    )
+    topology.to(place)
+    if upon is not None:
+        critic_line += "; the policy is trained by adapters, its reference stands upon the same weights"
+    if upon is not None and reward_scorer is not None and share_weights(policy, reward_scorer.model):
+        critic_line += ", and so does the reward model"
+    broadcast(topology.parameters())
+    reference = topology.reference()
+    this.log.note(f"RL: {trainer_config.algorithm}, {trained_count(topology):,} parameters in training; {critic_line}")
+    files = this.files("RL", trainer_config.n_checkpoints_to_keep)
+    trainer = assemble_ppo(
+        config, topology, reference, encoder, reward, rows, this.device, this.log, files.store, sharding
+    )
+    files.begin()
+    if rank() > 0:
+        from transformers import set_seed
+
+        # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
+        set_seed(this.seed("RL") + rank())
+    trainer.train(this.resume)
+    with trainer.updater.full_precision():
+        publish_policy(this.dir / "actor_rl", policy, encoder)
+        if (critic := topology.value_function()) is not None:
+            # In the reward model's file format: its score of a text is V behind the text's last token.
+            publish_folder(this.dir / "critic", scorer_of_critic(*critic, encoder).save)
+    trainer.updater.close()
+    if trainer.before is not None and trainer.after is not None:
+        show_comparison(this.log.console, trainer.before, trainer.after, trainer_config.eval_best)
+    return record(this, "RL", "actor_rl", config.actor_config.model, rows)
+
+
+def _starting_policy(this: Run, device: torch.device) -> tuple[torch.nn.Module, Encoder, str]:
+    """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run.
+
+    Returns:
+        The policy, with the adapters that it is trained by; its encoder; where its weights are, or those that its
+        adapters stand upon.
+    """
+    settings = this.config.actor_config
+    precision = resolve_rl_precision(this.config.trainer_config.precision, this.device)
+    folder = this.trained("ACTOR", "actor", settings.model)
+    apart = settings.peft_enable
+    if folder is not None:
+        this.warn_of_scaling(str(folder), heeded=False)
+    else:
+        settings = this.start()
+        this.warn_of_scaling(settings.model, heeded=not apart)
+        this.log.warn(f"RL: no fine-tuned actor in this folder, so the policy starts from {this.start_name()} as it is")
+        torch.manual_seed(this.seed("RL"))  # a resumed run's policy and reference start from the same random weights
+        if apart and base_of(settings.model) is not None:
+            folder = Path(settings.model)
+    template = None
+    if folder is not None:
+        model, tokenizer, template = load_policy(folder, device, apart, settings, precision)
+        place = base_of(str(folder)) or where(str(folder))
+    else:
+        model, tokenizer = load_actor(settings, corpus(this.config), device, precision)
+        place = where(settings.model)
+    if apart and not has_adapters(model):
+        model = ready_for_adapters(model)
+        add_adapters(model, load_peft_config(this.config), place, settings.revision if folder is None else None)
+    return model, encoder_of(this.config, model, tokenizer, template), place

@@ -1,0 +1,124 @@
+"""What all stages of a run share, and how each hands over what it made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from chatrlhf.config.load import load_peft_config
+from chatrlhf.config.schema import ActorConfig, Config
+from chatrlhf.data.collate import Encoder
+from chatrlhf.data.inputs import Inputs, Rows
+from chatrlhf.data.templates import get_template
+from chatrlhf.manifest import Manifest
+from chatrlhf.models.adapter_scaling import scaling_warning
+from chatrlhf.models.adapters import base_of, save_model, where, with_adapters
+from chatrlhf.models.factory import encoder_class
+from chatrlhf.models.quantization import ready_for_adapters
+from chatrlhf.models.sizes import context_length, trained_count
+from chatrlhf.progress import RunLog
+from chatrlhf.rl.prompts import step_seed
+from chatrlhf.rl.rewards import FunctionReward
+from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, publish_folder
+
+
+@dataclass
+class Run:
+    """What all stages of one run share."""
+
+    config: Config
+    inputs: Inputs
+    log: RunLog
+    manifest: Manifest
+    device: torch.device
+    reward: FunctionReward | None  # takes the reward model's place
+    resume: bool
+
+    @property
+    def dir(self) -> Path:
+        return self.manifest.run_dir
+
+    def files(self, stage: str, keep: int) -> StageFiles:
+        """Where a stage keeps its checkpoints."""
+        checkpoints = self.dir / "checkpoints"
+        store = CheckpointStore(checkpoints / stage, keep, self.log.warn)
+        scratch = checkpoints / f".scratch-{stage}"
+        return StageFiles(stage, store, scratch, self.resume, lambda: self.manifest.set_aside(stage, self.log.note))
+
+    def seed(self, stage: str) -> int:
+        return step_seed(self.config.seed, 0, stage) % 2**31
+
+    def trained(self, stage: str, folder: str, model: str | None) -> Path | None:
+        """Folder of a stage's result, if it is there and was made from ``model``."""
+        made_from = self.manifest.stages.get(stage, {}).get("model")
+        return self.dir / folder if made_from == model and (self.dir / folder).exists() else None
+
+    def start(self) -> ActorConfig:
+        """The actor's settings with the model that it starts from: what PRETRAIN has left, or what they name."""
+        settings = self.config.actor_config
+        folder = self.trained("PRETRAIN", "pretrained", settings.model)
+        if folder is None:
+            return settings
+        # Its tokenizer lies beside it; of what adapters belong to the revision goes on to matter.
+        revision = settings.revision if base_of(str(folder)) is not None else None
+        return settings.model_copy(update={"model": str(folder), "tokenizer_path": None, "revision": revision})
+
+    def start_name(self) -> str:
+        """Of `start`, for people."""
+        return "actor_config.model" if self.start() is self.config.actor_config else "the pretrained model"
+
+    def warn_of_scaling(self, model: str, heeded: bool = True) -> None:
+        """Where adapters are about to meet other rotary positions than they were trained with."""
+        warning = scaling_warning(model, self.config.actor_config.rope_scaling, heeded)
+        if warning is not None:
+            self.log.warn(warning)
+
+
+def encoder_of(config: Config, model: nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
+    """What makes ids of the actor's rows; the template is the configuration's unless one is given."""
+    limit = min(config.actor_config.max_sequence_length, context_length(model))
+    template = template or get_template(config.actor_config.template, tokenizer=tokenizer, folder=config.base_dir)
+    return encoder_class(model.config).of(tokenizer, template, limit)
+
+
+def publish_policy(target: Path, model: nn.Module, encoder: Encoder) -> None:
+    """A folder that transformers' Auto classes load, complete or absent."""
+
+    def write(folder: Path) -> None:
+        save_model(model, folder)
+        encoder.save(folder)
+
+    publish_folder(target, write)
+
+
+def record(this: Run, stage: str, output: str, model: str | None, rows: Rows) -> dict[str, Any]:
+    """What the manifest keeps of a finished stage; ``model`` is what it was made from."""
+    return {
+        "model": model,
+        "inputs": rows.files,
+        "rows": {"train": rows.epochs.size, "held_out": len(rows.held_out)},
+        "output": output,
+        "metrics": this.log.last.get(stage, {}),
+    }
+
+
+def given(rows: Rows | None) -> Rows:
+    """A stage's rows, which were read before anything ran."""
+    assert rows is not None, "a stage runs only after its inputs were read"
+    return rows
+
+
+def with_fresh_adapters(
+    this: Run, model: nn.Module, start: ActorConfig, stage: str, gradient_checkpointing: bool
+) -> nn.Module:
+    """The model of a stage on others' trainers with fresh adapters, where adapters are to be trained."""
+    if not start.peft_enable:
+        return model
+    model = ready_for_adapters(model, gradient_checkpointing)
+    model = with_adapters(model, load_peft_config(this.config), where(start.model), start.revision)
+    this.log.note(f"{stage}: trains adapters alone, {trained_count(model):,} parameters")
+    return model
