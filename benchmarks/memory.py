@@ -49,7 +49,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         max_position_embeddings=512,
         tie_word_embeddings=True,
     ),
+    "t5": dict(
+        model_type="t5",
+        d_model=640,
+        d_ff=1792,
+        d_kv=64,
+        num_layers=8,
+        num_heads=10,
+        feed_forward_proj="gated-gelu",
+        vocab_size=32128,
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    ),
 }
+TRUNK = "RL, 2 blocks"
 LORA = {"actor_config.peft_enable": True}
 # Settings of a stage beside those of `configuration`.
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +73,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "RL, own critic": ("RL", {"reward_config.reward_fn": "benchmarks.memory:score"}),
     "RL, shared critic": ("RL", {"critic_config.model": "shared"}),
     "RL by LoRA": ("RL", {"critic_config.model": "shared", "trainer_config.precision": "bf16", **LORA}),
-    "RL, 2 blocks": ("RL", {"trainer_config.num_layers_unfrozen": 2}),
+    TRUNK: ("RL", {"trainer_config.num_layers_unfrozen": 2}),
     "RL in bf16": ("RL", {"critic_config.model": "shared", "trainer_config.precision": "bf16"}),
 }
 
@@ -116,10 +129,12 @@ def configuration(folder: Path, changes: dict[str, Any]) -> Any:
 def make(folder: Path, shape: dict[str, Any]) -> None:
     """A model with random weights, a tokenizer of bytes, a reward model, and rows that fill the context."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from chatrlhf.data.collate import Encoder
     from chatrlhf.data.templates import get_template
+    from chatrlhf.models.backbone import backbone_of, language_model_class
+    from chatrlhf.models.factory import pooling_for
     from chatrlhf.models.reward_model import RewardModel, RewardScorer
     from chatrlhf.models.scalar_head import ScalarHead, state_size
     from chatrlhf.models.tokenizer import train_tokenizer
@@ -127,12 +142,14 @@ def make(folder: Path, shape: dict[str, Any]) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer([], 258)
     fields = dict(shape, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    settings = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = language_model_class(settings).from_config(settings)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     encoder = Encoder.of(tokenizer, get_template("{user_input}", tokenizer=tokenizer), PROMPT + RESPONSE)
-    backbone = model.base_model
-    reward = RewardScorer(RewardModel(backbone, ScalarHead(state_size(backbone))), encoder)
+    backbone = backbone_of(model)
+    judge = RewardModel(backbone, ScalarHead(state_size(backbone)), pooling_for(backbone))
+    reward = RewardScorer(judge, encoder)
     (folder / "run" / "reward").mkdir(parents=True)
     reward.save(folder / "run" / "reward")
     prompts = [f"{i:02d}" * (PROMPT // 2) for i in range(8)]
@@ -156,7 +173,7 @@ def measure(folder: Path, stage: str, changes: dict[str, Any]) -> int:
     import psutil
     import trl.trainer.reward_trainer
     import trl.trainer.sft_trainer  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: F401
 
     import chatrlhf.pipeline
     import chatrlhf.trainers.reward
@@ -193,6 +210,8 @@ def _case(shape: str, stages: list[str]) -> None:
     try:
         _child("--make", str(folder), "--shape", shape)
         for name in stages:
+            if (shape, name) == ("t5", TRUNK):
+                continue  # an encoder–decoder has no trunk that could be frozen
             found = Measured(
                 *_child("--plan", str(folder), "--stage", name), _child("--run", str(folder), "--stage", name)
             )

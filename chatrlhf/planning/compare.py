@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chatrlhf.config.load import load_config
@@ -16,7 +16,7 @@ from chatrlhf.planning.rl import rl_stage
 from chatrlhf.planning.rl_phases import rollout_batch
 from chatrlhf.planning.sharding import Sharding
 from chatrlhf.planning.stages import BESIDE
-from chatrlhf.planning.steps import Batch, actor_stage, reward_stage
+from chatrlhf.planning.steps import Batch, actor_stage, can_be_laid_out, reward_stage
 
 ADAPTERS = {"peft_enable": True}
 IN_4_BIT = ADAPTERS | {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}
@@ -68,11 +68,13 @@ def compare(
         tokens: of a row.
 
     Raises:
-        ConfigError: a model is not known.
+        ConfigError: a model is not known, or cannot be laid out.
     """
     for name in names:
         for way in ways:
-            yield _compared(name, way, hardware, tokens, sharding or usual(hardware))
+            with can_be_laid_out(f"{name}, {way.name}"):
+                found = _compared(name, way, hardware, tokens, sharding or usual(hardware))
+            yield found
 
 
 def usual(hardware: Hardware) -> Sharding:
@@ -98,6 +100,8 @@ def memory_of(
     models = Models(configuration(name, way, tokens, rows), Paper(hardware.device.type, hardware.device.bf16))
     # Several backwards an optimizer step: gradients are there while the next one is computed.
     batch = Batch(rows, tokens, backwards=2)
+    if way.stage == "ACTOR" and models.actor_is_paired():
+        batch = replace(batch, tokens=tokens - tokens // 2, reply=tokens // 2)
     if way.stage == "ACTOR":
         made = actor_stage(models, batch, sharding)
     elif way.stage == "REWARD":

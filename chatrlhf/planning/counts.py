@@ -12,7 +12,7 @@ from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
 from chatrlhf.data.templates import get_template
 from chatrlhf.data.views import Demonstration, PlainText, Preference
 from chatrlhf.errors import ConfigError, MissingError
-from chatrlhf.models.factory import tokenizer_and_settings
+from chatrlhf.models.factory import encoder_class, tokenizer_and_settings
 
 SAMPLED = 2000  # rows whose tokens are counted
 EVALUATED = 16  # held-out rows that are assumed where the data are not here
@@ -23,6 +23,15 @@ STAGES_AND_PARTS = (("PRETRAIN", "pretrain"), ("ACTOR", "actor"), ("REWARD", "re
 
 
 @dataclass(frozen=True)
+class Sides:
+    """Tokens of what an encoder and a decoder read, where a model has both."""
+
+    prompt: int  # of the longest
+    reply: int  # of the longest
+    mean_reply: float
+
+
+@dataclass(frozen=True)
 class Counted:
     """A stage's rows."""
 
@@ -30,6 +39,7 @@ class Counted:
     held_out: int
     longest: int  # tokens
     mean: float  # tokens, of what is within the context
+    sides: Sides
     how: str  # where this is from
 
 
@@ -65,11 +75,11 @@ def read_what_is_there(config: Config, stages: list[str], needs_judgements: bool
 def encoder_if_there(config: Config, limit: int) -> tuple[Encoder | None, str | None]:
     """The actor's, or why there is none."""
     try:
-        tokenizer, _ = tokenizer_and_settings(config.actor_config, corpus(config))
+        tokenizer, settings = tokenizer_and_settings(config.actor_config, corpus(config))
         template = get_template(config.actor_config.template, tokenizer=tokenizer, folder=config.base_dir)
     except MissingError as error:
         return None, str(error)
-    return Encoder.of(tokenizer, template, limit), None
+    return encoder_class(settings).of(tokenizer, template, limit), None
 
 
 def count(
@@ -91,12 +101,17 @@ def count(
     held_out = EVALUATED if holds_out else 0
     if rows is None:
         how = "as --rows says" if said else f"not known; --rows {stage}=N says how many"
-        return Counted(said, held_out, limit, min(tokens or limit, limit), how)
-    lengths = [] if encoder is None else [_length(row, encoder, config) for row in _some(rows.train)]
-    kept = [min(each, limit) for each in lengths]
+        mean = min(tokens or limit, limit)
+        return Counted(said, held_out, limit, mean, Sides(limit - limit // 2, limit // 2, mean / 2), how)
+    sides = [] if encoder is None else [_sides(row, encoder, config) for row in _some(rows.train)]
+    kept = [min(sum(each), limit) for each in sides]
     longest = max(kept, default=limit)
     mean = tokens or (sum(kept) / len(kept) if kept else limit)
-    return Counted(said or rows.epochs.size, len(rows.held_out), longest, mean, "as --rows says" if said else "counted")
+    prompts, replies = zip(*sides, strict=True) if sides else ((limit - limit // 2,), (limit // 2,))
+    share = sum(replies) / (sum(prompts) + sum(replies))
+    apart = Sides(min(max(prompts), limit), min(max(replies), limit), share * mean)
+    how = "as --rows says" if said else "counted"
+    return Counted(said or rows.epochs.size, len(rows.held_out), longest, mean, apart, how)
 
 
 def parse_assumed(rows: list[str], tokens: list[str]) -> Assumed:
@@ -123,11 +138,12 @@ def _some(rows: Any) -> list[Any]:
     return [rows[i] for i in range(0, len(rows), step)][:SAMPLED]
 
 
-def _length(row: Any, encoder: Encoder, config: Config) -> int:
-    """Tokens of a row as its stage reads it."""
+def _sides(row: Any, encoder: Encoder, config: Config) -> tuple[int, int]:
+    """Tokens of a row as its stage reads it; behind what is read as one there are none."""
     if isinstance(row, Prompt):
-        return len(encoder.prompt(row))
+        return len(encoder.prompt(row)), 0
     if isinstance(row, (Demonstration, PlainText)):
-        return len(encoder.actor_row(row, config.actor_config.loss_on)[0])
+        ids, labels = encoder.actor_row(row, config.actor_config.loss_on)
+        return len(ids), encoder.row_length(ids, labels) - len(ids)
     replies = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
-    return len(encoder.prompt(row.prompt)) + max(len(encoder.completion(each)) for each in replies)
+    return len(encoder.prompt(row.prompt)), max(len(encoder.completion(each)) for each in replies)

@@ -14,11 +14,15 @@ BLOCK, BLOCK_OF_SCALES = 64, 256  # weights with a scale of their own, and scale
 
 
 def in_few_bits(model: nn.Module, keys: QuantizationKeys, computes: torch.dtype) -> None:
-    """Replace a model's linear layers, its output head excepted, in place; nothing of it is trained then."""
+    """Replace a model's linear layers, but for its output head and those that transformers keeps in float32 (T5's).
+
+    It is done in place, and nothing of the model is trained then.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    whole = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-            parent, _, child = name.rpartition(".")
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and child not in whole:
             setattr(model.get_submodule(parent), child, FewBits(module, stored_bytes(module, keys), computes))
     model.requires_grad_(False)
 

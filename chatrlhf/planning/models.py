@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModel
 
 from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.peft import PeftConfig
@@ -15,8 +15,9 @@ from chatrlhf.config.quantization import QuantizationKeys
 from chatrlhf.config.schema import Config
 from chatrlhf.data.inputs import corpus
 from chatrlhf.device import resolve_precision, resolve_rl_precision
-from chatrlhf.errors import MissingError
+from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.models.adapters import add_adapters, with_adapters
+from chatrlhf.models.backbone import backbone_of, is_encoder_decoder, language_model_class
 from chatrlhf.models.loading import read_model_config
 from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.rope import stretch_positions
@@ -78,11 +79,16 @@ class Models:
                 add_adapters(model, load_peft_config(self.config), actor.model)
         return self.paper.taken_up(model).eval()
 
+    def actor_is_paired(self) -> bool:
+        """Whether the actor is an encoder–decoder."""
+        actor = self.config.actor_config
+        return actor.model != TINY and is_encoder_decoder(self.settings(actor.model, "actor_config.model", actor))
+
     def reward_model(self) -> RewardModel:
         """As the REWARD stage trains it."""
         reward, name = self.config.reward_config, self.config.reward_config.model
         if name in ("actor", TINY):
-            backbone = (self._language_model() if name == "actor" else self._tiny()).base_model
+            backbone = backbone_of(self._language_model() if name == "actor" else self._tiny())
         else:
             backbone = self._drawn(AutoModel, self.settings(name, "reward_config.model", reward), reward)
         backbone.requires_grad_(True)
@@ -92,9 +98,8 @@ class Models:
                 add_adapters(backbone, load_peft_config(self.config, "reward_config"), str(name))
         elif reward.froze_embeddings:
             backbone.get_input_embeddings().requires_grad_(False)
-        causal = backbone.config.model_type not in BIDIRECTIONAL
         head = self.head(backbone, reward.model_head_hidden_size)
-        return RewardModel(self.paper.taken_up(backbone), head, "last" if causal else "first")
+        return RewardModel(self.paper.taken_up(backbone), head, pooling_of(backbone.config))
 
     def backbone(self, name: str, key: str) -> nn.Module:
         """A model without a head, whole."""
@@ -148,8 +153,11 @@ class Models:
             model = self._tiny()
         else:
             settings = self.settings(actor.model, "actor_config.model", actor)
-            auto = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
-            model = self._drawn(auto, settings, actor)
+            try:
+                model = self._drawn(language_model_class(settings), settings, actor)
+            except ValueError as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"actor_config.model: {actor.model!r} is no language model ({reason})") from None
         if actor.froze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
         text = model.config.get_text_config()
@@ -176,6 +184,13 @@ class Models:
             computes = getattr(torch, named) if named else torch.bfloat16 if bf16 else torch.float32
             with META:
                 in_few_bits(model, keys, computes)
+
+
+def pooling_of(settings: Any) -> str:
+    """As `pooling_for` has it of a backbone in earnest."""
+    if is_encoder_decoder(settings):
+        return "start"
+    return "first" if settings.model_type in BIDIRECTIONAL else "last"
 
 
 def _bare(name: str) -> str:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+from transformers.integrations import moe
 
 from chatrlhf.functional import logprobs
 from chatrlhf.lanes import one_lane
@@ -164,11 +165,13 @@ class Paper:
             if not padded:
                 stack.enter_context(_masks_may_look())
             stack.enter_context(_two_pieces())
+            stack.enter_context(_experts())
             logprobs.id_tensor.cache_clear()
             stack.callback(logprobs.id_tensor.cache_clear)  # a run has no use for ids without content
             stack.enter_context(self.fake)
             stack.enter_context(ledger)
             if self.device.type != "cpu":
+                stack.enter_context(_modes_stay_on())
                 stack.enter_context(FusedAttention())
             if bf16:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
@@ -196,6 +199,33 @@ def _two_pieces() -> Iterator[None]:
 
 
 @contextmanager
+def _experts() -> Iterator[None]:
+    """Which expert reads which token is not known on paper; how many tokens they read is."""
+    own = moe._grouped_mm
+    moe._grouped_mm = lambda states, weights, offs: _Grouped.apply(states.to(weights.dtype), weights)
+    try:
+        yield
+    finally:
+        moe._grouped_mm = own
+
+
+class _Grouped(torch.autograd.Function):
+    """States [S, d] and weights [experts, d, e], to [S, e]."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(states, weights)
+        return states.new_empty(len(states), weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return tuple(
+            torch.empty_like(each) if needed else None
+            for each, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        )
+
+
+@contextmanager
 def _masks_may_look() -> Iterator[None]:
     """transformers makes a mask wherever it may not look whether one is needed; here the ledger answers."""
     own = masking_utils.is_tracing
@@ -204,6 +234,21 @@ def _masks_may_look() -> Iterator[None]:
         yield
     finally:
         masking_utils.is_tracing = own
+
+
+@contextmanager
+def _modes_stay_on() -> Iterator[None]:
+    """A mode is off inside of what it was shown: of a backward it would miss what is computed again there."""
+    own, method = torch.autograd.has_torch_function, Tensor.backward
+
+    def backward(self: Tensor, gradient: Tensor | None = None, **rest: Any) -> None:
+        torch.autograd.backward(self, gradient, **rest)
+
+    torch.autograd.has_torch_function, Tensor.backward = (lambda tensors: False), backward
+    try:
+        yield
+    finally:
+        torch.autograd.has_torch_function, Tensor.backward = own, method
 
 
 class InFloat32(TorchFunctionMode):
@@ -251,7 +296,8 @@ def _fused(
     if enable_gqa and key.shape[1] < query.shape[1]:
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype)  # from bool: there is a number to add for each pair then
+        # From bool: there is a number to add for each pair then. T5 learns it; the CPU's kernel has no gradient of it.
+        attn_mask = attn_mask.to(query.dtype).detach()
     # The CPU's kernel keeps what a GPU's does: queries, keys, values, the result and a number a row.
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

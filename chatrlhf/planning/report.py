@@ -110,7 +110,7 @@ def _rl_lines(config: Config, planned: Planned) -> Iterator[str]:
         seen = t.total_episodes / t.samples_per_prompt / planned.counted.rows
         yield f"  {planned.counted.rows:,} prompts, each seen {seen:.1f} times; {planned.counted.held_out} held out"
     if t.num_layers_unfrozen != ALL_BLOCKS:
-        blocks = planned.made.settings.get_text_config().num_hidden_layers
+        blocks = planned.made.dimensions.layers
         yield f"  RL: trains the top {t.num_layers_unfrozen} of {blocks} blocks"
     if config.actor_config.peft_enable:
         yield f"  RL: trains adapters of rank {load_peft_config(config).r}, or goes on with the actor's"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from chatrlhf.errors import ConfigError
+from chatrlhf.models.backbone import backbone_of
 from chatrlhf.planning.models import Models
 from chatrlhf.planning.paper import Ledger
 from chatrlhf.planning.rl_models import critic_of, made_ready, preparation, reward_of, topology_of
@@ -18,11 +18,10 @@ from chatrlhf.planning.rl_phases import (
     dealt_out,
     rollout,
     scoring,
-    sequences_of,
     update,
 )
 from chatrlhf.planning.sharding import Sharding
-from chatrlhf.planning.steps import StagePlan, numbers, products
+from chatrlhf.planning.steps import StagePlan, dimensions, numbers
 
 
 def rl_stage(models: Models, batch: RolloutBatch, sharding: Sharding, has_function: bool) -> StagePlan:
@@ -30,23 +29,18 @@ def rl_stage(models: Models, batch: RolloutBatch, sharding: Sharding, has_functi
 
     Args:
         has_function: a function gives the reward, and there is no reward model.
-
-    Raises:
-        ConfigError: the policy is one that the plan cannot lay out.
     """
     config, paper = models.config, models.paper
     trainer = config.trainer_config
     policy = models.policy()
     reward = None if has_function else reward_of(models, policy)
-    if policy.config.is_encoder_decoder:
-        raise ConfigError(f"actor_config.model: there is no plan for the RL stage of a {policy.config.model_type} yet")
     critic = critic_of(models, policy, reward)
     with paper.computing(Ledger()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch itself, where it copies
         topology = topology_of(config, policy, critic)
         reference = topology.reference()
         for each in (*topology.backbones(), reference.model):
-            each.base_model._chatrlhf_packs = False  # rows of one length go side by side
+            backbone_of(each)._chatrlhf_packs = False  # rows of one length go side by side
         frozen = [reference.model] + ([reward.backbone] if reward else [])
         # Where weights are dealt out, models lie in the CPU's memory by then.
         prepared = [] if sharding.stage == 3 else preparation(topology, frozen, models)
@@ -62,17 +56,18 @@ def rl_stage(models: Models, batch: RolloutBatch, sharding: Sharding, has_functi
     phases = [
         *prepared,
         rollout(topology, resident, batch, paper),
-        scoring(topology, reference, reward, sequences_of(batch.scored, batch, paper), resident, batch, paper),
+        scoring(topology, reference, reward, resident, batch, paper),
         update(topology, groups, masters, resident, batch, paper, config),
     ]
     trained = sum(each.numel() for each in improved)
-    apart = 0 if topology.value_function() is None else products(topology.value_function()[0])
+    beside = {REWARD: dimensions(reward)} if reward else {}
+    if topology.critic_is_apart:
+        beside[CRITIC] = dimensions(topology.value_function()[0])
     return StagePlan(
         parameters=numbers(topology.policy)[0],
         trained=trained,
         phases=[dealt_out(each, sharding, trained) for each in phases],
-        products=products(topology.policy),
-        settings=topology.policy.config,
-        beside={CRITIC: apart if topology.critic_is_apart else 0, REWARD: products(reward) if reward else 0},
+        dimensions=dimensions(topology.policy),
+        beside=beside,
         in_bf16=masters is not None,
     )

@@ -11,6 +11,7 @@ from chatrlhf.config.schema import Config
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.adapters import has_adapters
 from chatrlhf.models.attention import prefer_fast_attention
+from chatrlhf.models.backbone import backbone_of
 from chatrlhf.models.critics import ALL_BLOCKS
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.gate import prefer_lean_gates
@@ -20,7 +21,7 @@ from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sharing import sharing_copy
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
-from chatrlhf.planning.models import Models
+from chatrlhf.planning.models import Models, pooling_of
 from chatrlhf.planning.rl_phases import PREPARATION
 from chatrlhf.planning.steps import Phase
 from chatrlhf.rl.experience import ALGORITHMS
@@ -44,7 +45,7 @@ def topology_of(config: Config, policy: nn.Module, critic: tuple[nn.Module | Non
         made = SharedTrunk(policy, critic[1], distribution)
     else:
         backbone, head = critic
-        made = SeparateCritic(policy, backbone or sharing_copy(policy.base_model), head, distribution)
+        made = SeparateCritic(policy, backbone or sharing_copy(backbone_of(policy)), head, distribution)
     return made if unfrozen == ALL_BLOCKS else FrozenTrunk(made, unfrozen)
 
 
@@ -56,9 +57,9 @@ def reward_of(models: Models, policy: nn.Module) -> RewardModel:
     if not (same and reward.peft_enable and config.actor_config.peft_enable and bits[0] == bits[1]):
         return models.reward_model().requires_grad_(False).eval()
     adapters = load_peft_config(config, "reward_config")
-    backbone = models.upon(policy.base_model, adapters, reward)
+    backbone = models.upon(backbone_of(policy), adapters, reward)
     head = models.head(backbone, reward.model_head_hidden_size)
-    return RewardModel(backbone, head, "last").requires_grad_(False).eval()
+    return RewardModel(backbone, head, pooling_of(backbone.config)).requires_grad_(False).eval()
 
 
 def critic_of(
@@ -70,7 +71,7 @@ def critic_of(
         return None
     if named == "shared":
         return None, models.head(policy, config.model_head_hidden_size)
-    mlp_size, start, keys = config.model_head_hidden_size, policy.base_model, models.config.actor_config
+    mlp_size, start, keys = config.model_head_hidden_size, backbone_of(policy), models.config.actor_config
     if named not in (None, models.config.reward_config.model):
         start, keys = models.backbone(named, "critic_config.model"), QuantizationKeys()
     elif reward is not None and reward.pooling == "last" and _alike(reward.backbone, policy):
@@ -79,7 +80,7 @@ def critic_of(
     head = models.head(start, mlp_size)
     if config.peft_enable:
         return models.upon(start, load_peft_config(models.config, "critic_config"), keys), head
-    if start is policy.base_model and not has_adapters(policy):
+    if start is backbone_of(policy) and not has_adapters(policy):
         return None, head
     return models.like(start), head
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutput
 
 from chatrlhf.config.schema import Config
 from chatrlhf.functional.logprobs import sample_by_inversion
 from chatrlhf.functional.losses import policy_loss, value_loss
-from chatrlhf.generation.cache import make_cache
+from chatrlhf.generation.cache import make_cache, width_for
+from chatrlhf.generation.paired import PairedCache
 from chatrlhf.lanes import side_by_side
+from chatrlhf.models.backbone import is_encoder_decoder
+from chatrlhf.models.pairs import sequences_for
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.reward_model import RewardModel
-from chatrlhf.models.sequences import Sequences, join
+from chatrlhf.models.sequences import Sequences
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.planning.paper import ACTIVATIONS, GRADIENTS, Ledger, Paper
 from chatrlhf.planning.sharding import Sharding
@@ -67,18 +75,18 @@ def rollout_batch(config: Config, ranks: int, context: int, prompt: int | None) 
     return RolloutBatch(rollouts, slots, own, response, scored, micro, -(-minibatch // micro))
 
 
-def sequences_of(rows: int, batch: RolloutBatch, paper: Paper) -> Sequences:
-    """Rows of one length, on paper."""
+def sequences_of(rows: int, topology: PolicyOnly, batch: RolloutBatch, paper: Paper) -> Sequences:
+    """Rows of one length as the policy reads them, on paper."""
     prompt = torch.zeros(rows, batch.prompt, dtype=torch.long)
     response = torch.zeros(rows, batch.response, dtype=torch.long)
-    real = join(prompt, prompt.bool() | True, response, response.bool() | True)
+    real = sequences_for(topology.policy.config)(prompt, prompt == 0, response, response == 0)
     tokens, slots = real.tokens, real.padded_slots
 
     def drawn(tensor: Tensor) -> Tensor:
         return paper.fake.from_tensor(tensor)
 
-    names = ("input_ids", "attention_mask", "response_ids", "response_mask", "slots", "positions", "min_new_tokens")
-    made = Sequences(*(drawn(getattr(real, name)) for name in names))
+    given = {each.name: getattr(real, each.name) for each in fields(real)}
+    made = type(real)(**{name: None if value is None else drawn(value) for name, value in given.items()})
     made.__dict__.update(tokens=drawn(tokens), padded_slots=drawn(slots), stream=None)
     return made
 
@@ -92,32 +100,69 @@ def _opened(resident: list[tuple[str, list[Tensor]]], paper: Paper) -> Ledger:
 
 @torch.no_grad()
 def rollout(topology: PolicyOnly, resident: list, batch: RolloutBatch, paper: Paper) -> Phase:
-    """Prompts are read, room is made for the longest response, and one more token is drawn."""
+    """Prompts are read, room is made for the longest response, and its last token is drawn, which nobody reads."""
     policy, ledger = topology.policy, _opened(resident, paper)
-    with paper.computing(ledger):
-        cache = make_cache(policy.config)
+    read = _read_by_encoder if is_encoder_decoder(policy.config) else _read_as_one
+    with paper.computing(ledger, padded=True):
         ids = torch.zeros(batch.slots, batch.prompt, dtype=torch.long)
-        logits = policy(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits, caches, one_more = read(policy, ids, batch)
         _draw(topology, logits)
         del logits
-        for layer in cache.layers:
-            for each in (layer.keys, layer.values):
-                ledger.rename(each, CACHE)
-        for layer in cache.layers:
+        for layer in chain(*(cache.layers for cache in caches)):
+            _rename(layer, ledger)
+        for layer in caches[0].layers if batch.response > 2 else ():
             rows, heads, _, size = layer.keys.shape
-            more = layer.keys.new_zeros(rows, heads, max(batch.response - 1, 1), size)
+            more = layer.keys.new_zeros(rows, heads, batch.response - 2, size)
             layer.update(more, more)
             del more
-            for each in (layer.keys, layer.values):
-                ledger.rename(each, CACHE)
-        width = cache.layers[0].keys.shape[2]
-        mask = torch.ones(batch.slots, 1, 1, width, dtype=torch.bool)
-        position = torch.full((batch.slots, 1), batch.tokens - 1)
-        logits = policy(
+            _rename(layer, ledger)
+        _draw(topology, one_more())
+    return Phase(ROLLOUT, ledger.peak)
+
+
+def _read_as_one(
+    policy: nn.Module, ids: Tensor, batch: RolloutBatch
+) -> tuple[Tensor, list[Cache], Callable[[], Tensor]]:
+    """Logits behind the prompts, the cache that grows with the responses, and what gives the last token's logits."""
+    cache = make_cache(policy.config)
+    logits = policy(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def one_more() -> Tensor:
+        read = batch.prompt + max(batch.response - 1, 1)
+        mask = torch.ones(batch.slots, width_for(read), dtype=torch.long)
+        position = torch.full((batch.slots, 1), read - 1)
+        return policy(
             input_ids=ids[:, :1], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).logits[:, -1]
-        _draw(topology, logits)
-    return Phase(ROLLOUT, ledger.peak)
+
+    return logits, [cache], one_more
+
+
+def _read_by_encoder(
+    policy: nn.Module, ids: Tensor, batch: RolloutBatch
+) -> tuple[Tensor, list[Cache], Callable[[], Tensor]]:
+    """The same, the prompts in a cache of their own, as `PairedDecoding` has it."""
+    mask = torch.ones_like(ids)
+    states = policy.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    cache = PairedCache(make_cache(policy.get_decoder().config), states, mask.bool())
+
+    def one_more() -> Tensor:
+        width, _ = cache.self_attention_cache.layers[0].get_mask_sizes(1)
+        return policy(
+            encoder_outputs=BaseModelOutput(last_hidden_state=cache.states),
+            attention_mask=mask,
+            decoder_input_ids=ids[:, :1],
+            decoder_attention_mask=torch.ones(batch.slots, width, dtype=torch.long),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    return one_more(), [cache.self_attention_cache, cache.cross_attention_cache], one_more
+
+
+def _rename(layer: Any, ledger: Ledger) -> None:
+    for each in (layer.keys, layer.values):
+        ledger.rename(each, CACHE)
 
 
 def _draw(topology: PolicyOnly, logits: Tensor) -> None:
@@ -131,11 +176,11 @@ def scoring(
     topology: PolicyOnly,
     reference: Reference,
     reward: RewardModel | None,
-    sequences: Sequences,
     resident: list,
     batch: RolloutBatch,
     paper: Paper,
 ) -> Phase:
+    sequences = sequences_of(batch.scored, topology, batch, paper)
     ledger = _opened(resident, paper)
     with paper.computing(ledger):
         sequences = replace_states(sequences, topology.trunk_states(sequences))
@@ -161,7 +206,7 @@ def update(
 ) -> Phase:
     """Two backwards, where a minibatch has as many: behind the first there is room for the sums of gradients."""
     ledger = _opened(resident, paper)
-    sequences = sequences_of(batch.learned, batch, paper)
+    sequences = sequences_of(batch.learned, topology, batch, paper)
     improved = [each for group in groups for each in group["params"]]
     weights = masters.working(improved) if masters is not None else improved
     gradients = Gradients([group["params"] for group in groups], weights)

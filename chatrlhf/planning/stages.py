@@ -12,7 +12,7 @@ from chatrlhf.distributed import world_size
 from chatrlhf.errors import MissingError
 from chatrlhf.models.classifier import is_used_as_it_is
 from chatrlhf.models.rope import positions
-from chatrlhf.planning.counts import Assumed, Counted, count, encoder_if_there, read_what_is_there
+from chatrlhf.planning.counts import Assumed, Counted, Sides, count, encoder_if_there, read_what_is_there
 from chatrlhf.planning.hardware import Hardware, this_machine
 from chatrlhf.planning.models import Models
 from chatrlhf.planning.paper import Paper
@@ -20,8 +20,8 @@ from chatrlhf.planning.rl import rl_stage
 from chatrlhf.planning.rl_phases import CRITIC, REWARD, RolloutBatch, rollout_batch
 from chatrlhf.planning.shapes import has_shape
 from chatrlhf.planning.sharding import Sharding, sharding_of
-from chatrlhf.planning.steps import Batch, Phase, StagePlan, actor_stage, reward_stage
-from chatrlhf.planning.work import Dimensions, decoding_seconds, seconds, training_forwards
+from chatrlhf.planning.steps import Batch, Phase, StagePlan, actor_stage, can_be_laid_out, reward_stage
+from chatrlhf.planning.work import decoding_seconds, seconds, training_forwards
 from chatrlhf.preflight import check_rows, check_settings
 from chatrlhf.trainers.global_batches import rows_a_backward
 from chatrlhf.trainers.hf_stage import rows_judged_at_once
@@ -105,7 +105,8 @@ def plan_run(
         if stage == "REWARD" and given:
             continue
         if stage == "PRETRAIN":
-            planned.append(_pretrain(models, where))
+            with can_be_laid_out(stage):
+                planned.append(_pretrain(models, where))
             continue
         rows = {"ACTOR": inputs.actor, "REWARD": inputs.reward, "RL": inputs.prompts}[stage]
 
@@ -113,7 +114,8 @@ def plan_run(
             return count(stage, rows, encoder, limit, assumed, _holds_out(config, stage), config)
 
         sharding = sharding_of(config, SECTION[stage], where.count)
-        planned.append(_stage(stage, models, rows, counted, sharding, where, has_function))
+        with can_be_laid_out(stage):
+            planned.append(_stage(stage, models, rows, counted, sharding, where, has_function))
     for each in planned:
         each.made.phases = [_with_process(phase, where.device.type) for phase in each.phases]
     return RunPlan(where, planned, inputs, list(dict.fromkeys(notes + models.notes)))
@@ -128,6 +130,8 @@ def _stage(stage, models, rows, counted, sharding, where, has_function) -> Plann
     micro, backwards = rows_a_backward(section, SECTION[stage], where.count)
     held_out = min(rows_judged_at_once(micro, section.max_sequence_length), counts.held_out)
     batch = Batch(micro, counts.longest, backwards, held_out)
+    if stage == "ACTOR" and models.actor_is_paired():
+        batch = replace(batch, tokens=counts.sides.prompt, reply=counts.sides.reply)
     if stage == "ACTOR":
         made = actor_stage(models, batch, sharding)
     else:
@@ -150,7 +154,8 @@ def _pretrain(models: Models, where: Hardware) -> Planned:
     micro, backwards = rows_a_backward(keys, "pretrain_config", where.count)
     length, rows = keys.max_sequence_length, keys.steps * keys.batch_size
     held_out = micro if keys.validation_fraction or keys.validation_dataset_path else 0
-    batch, counts = Batch(micro, length, backwards, held_out), Counted(rows, held_out, length, length, "given")
+    batch = Batch(micro, length, backwards, held_out)
+    counts = Counted(rows, held_out, length, length, Sides(length, 0, 0), "given")
     sharding = sharding_of(config, "actor_config", where.count)
     made = actor_stage(models, batch, sharding, "PRETRAIN")
     duration = _training_seconds("ACTOR", actor, made, counts, where, False)
@@ -160,8 +165,8 @@ def _pretrain(models: Models, where: Hardware) -> Planned:
 def _training_seconds(
     stage: str, section: ActorConfig | RewardConfig, made: StagePlan, counts: Counted, where: Hardware, pairs: bool
 ) -> float | None:
-    dimensions = Dimensions.of(made.products, made.settings)
-    forward = dimensions.forward(counts.mean, counts.mean if stage == "ACTOR" else 0)
+    trained_on = counts.sides.mean_reply if made.dimensions.in_encoder else counts.mean
+    forward = made.dimensions.forward(counts.mean, trained_on if stage == "ACTOR" else 0)
     if stage == "REWARD" and pairs:
         forward *= 2
     checkpointing = getattr(section, "gradient_checkpointing", False)
@@ -189,35 +194,29 @@ def _rl_step_seconds(
 ) -> float | None:
     """Of one rollout batch and its update, every response as long as it may be."""
     trainer, device = config.trainer_config, where.device
-    model = Dimensions.of(made.products, made.settings)
+    model = made.dimensions
     prompt = counts.mean if counts.how == "counted" else batch.prompt
     total = prompt + batch.response
-    whole, states = model.forward(total, batch.response), model.forward(total, 0)
+    whole = model.forward(total, batch.response)
     size = 2 if made.in_bf16 else 4
-    heads = getattr(made.settings.get_text_config(), "num_key_value_heads", None) or model.width
-    cache = 2 * size * model.layers * (model.width if heads == model.width else _cached(made.settings))
-    read = size * (model.products + model.hidden * model.vocab) * -(-batch.rollouts // batch.slots) * batch.response
+    cache = 2 * size * model.layers * model.cached
+    read = size * (model.in_decoder + model.hidden * model.vocab) * -(-batch.rollouts // batch.slots) * batch.response
     read += cache * batch.rollouts * batch.response * (prompt + batch.response / 2)
-    decoded = batch.rollouts * (model.forward(total - 1, 0) + 2 * model.hidden * model.vocab * batch.response)
+    decoded = batch.rollouts * model.forward(total - 1, batch.response)
     rollout = decoding_seconds(read, device, decoded, made.in_bf16)
-    beside = sum(2 * made.beside[name] * total for name in (CRITIC, REWARD))
-    score = batch.rollouts * (2 * whole + beside)
+    critic = made.beside[CRITIC].states(total, batch.response) if CRITIC in made.beside else 0
+    judged = made.beside[REWARD].states(total, 0) if REWARD in made.beside else 0
+    score = batch.rollouts * (2 * whole + critic + judged)
     share = min(made.trained / made.parameters, 1.0)
     if trainer.num_layers_unfrozen > 0:
         # What is frozen ran once; of the rest there are a forward and a backward an epoch.
+        states = model.states(total, batch.response)
         update = 3 * (whole - states * (1 - trainer.num_layers_unfrozen / model.layers))
     else:
         update = training_forwards(share, False) * whole
-    update = trainer.ppo_epochs * batch.rollouts * (update + 3 * 2 * made.beside[CRITIC] * total)
+    update = trainer.ppo_epochs * batch.rollouts * (update + 3 * critic)
     rest = seconds(score + update, device, made.in_bf16, 1)
     return None if rollout is None or rest is None else rollout + rest
-
-
-def _cached(settings) -> int:
-    """Width of a token's keys, or values, in one block."""
-    text = settings.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_key_value_heads * size
 
 
 def _with_process(phase: Phase, device_type: str) -> Phase:

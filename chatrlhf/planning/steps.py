@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
+from chatrlhf.errors import ConfigError, UserError
 from chatrlhf.models.adapters import is_adapter
+from chatrlhf.models.backbone import is_encoder_decoder
 from chatrlhf.planning.few_bits import FewBits
 from chatrlhf.planning.models import Models
 from chatrlhf.planning.paper import ACTIVATIONS, GRADIENTS, IDLE, Ledger
 from chatrlhf.planning.sharding import Sharding
+from chatrlhf.planning.work import Dimensions
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
@@ -38,9 +41,10 @@ class Batch:
     """What a device gets at once."""
 
     rows: int
-    tokens: int  # of the longest row
+    tokens: int  # of the longest row; of an encoder–decoder, of the longest prompt
     backwards: int = 1  # of an optimizer step
     held_out: int = 0  # rows that are read at once where held-out rows are judged; 0: there are none
+    reply: int | None = None  # tokens of the longest reply, which a decoder reads
 
     @property
     def padded(self) -> bool:
@@ -55,10 +59,28 @@ class StagePlan:
     parameters: int
     trained: int
     phases: list[Phase]
-    products: int  # of the model's weights, those in matrix products, heads over a vocabulary left out
-    settings: Any  # the model's configuration
+    dimensions: Dimensions
     in_bf16: bool = False  # what products are computed in
-    beside: dict[str, int] = field(default_factory=dict)  # the same of other models, by name
+    beside: dict[str, Dimensions] = field(default_factory=dict)  # of other models that read all rows, by name
+
+
+@contextmanager
+def can_be_laid_out(what: str) -> Iterator[None]:
+    """A model's own code runs inside, on tensors without content, and not every model's can.
+
+    Raises:
+        ConfigError: this one's cannot.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the model's code has made of them
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{what}: there is no plan for this model, whose code needs what its tensors hold "
+            f"({type(error).__name__}: {reason}); a run may do well all the same"
+        ) from error
 
 
 def actor_stage(models: Models, batch: Batch, sharding: Sharding, name: str = "ACTOR") -> StagePlan:
@@ -73,10 +95,11 @@ def actor_stage(models: Models, batch: Batch, sharding: Sharding, name: str = "A
 
     def of_rows(rows: int) -> Tensor:
         ids = torch.zeros(rows, batch.tokens, dtype=torch.long)
-        return loss(ids, torch.ones_like(ids), ids)
+        labels = ids if batch.reply is None else torch.zeros(rows, batch.reply, dtype=torch.long)
+        return loss(ids, torch.ones_like(ids), labels)
 
     phases = _phases(name, model, of_rows, config, batch, sharding, models)
-    return StagePlan(*counts, phases, products(model), model.config, models.in_bf16(config.precision))
+    return StagePlan(*counts, phases, dimensions(model), models.in_bf16(config.precision))
 
 
 def reward_stage(models: Models, batch: Batch, sharding: Sharding, pairs: bool) -> StagePlan:
@@ -97,7 +120,7 @@ def reward_stage(models: Models, batch: Batch, sharding: Sharding, pairs: bool) 
         return -nn.functional.logsigmoid(scores[:rows] - scores[-rows:]).mean()
 
     phases = _phases("REWARD", model, of_rows, config, batch, sharding, models)
-    return StagePlan(*counts, phases, products(model), model.config, models.in_bf16(config.precision))
+    return StagePlan(*counts, phases, dimensions(model), models.in_bf16(config.precision))
 
 
 def scores_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -196,8 +219,18 @@ def numbers(model: nn.Module) -> tuple[int, int]:
     return total, sum(each.numel() for each in model.parameters() if each.requires_grad)
 
 
+def dimensions(model: nn.Module) -> Dimensions:
+    """Of a model with a head or without, or of a reward model."""
+    backbone = getattr(model, "backbone", model)
+    encoder = products(backbone.get_encoder()) if is_encoder_decoder(backbone.config) else 0
+    return Dimensions.of(products(model), backbone.config, encoder)
+
+
 def products(model: nn.Module) -> int:
-    """N of the bound: weights in matrix products, the embeddings and what is tied to them left out."""
+    """N of the bound: weights in matrix products, the embeddings and what is tied to them left out.
+
+    Of experts those count that read a token.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     total = 0
     for name, module in model.named_modules():
@@ -207,4 +240,8 @@ def products(model: nn.Module) -> int:
             total += module.in_features * module.out_features
         elif isinstance(module, (nn.Linear, Conv1D)):
             total += module.weight.numel()
+        elif type(module).__name__.endswith("Experts"):
+            stacked = [each for each in module.parameters(recurse=False) if each.dim() == 3]
+            text = model.config.get_text_config()
+            total += sum(each.numel() // len(each) for each in stacked) * text.num_experts_per_tok
     return total

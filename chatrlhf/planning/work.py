@@ -5,7 +5,12 @@ A forward of one row over S tokens with logits at n of them is
     F(S, n) = 2 N S + 2 L d S^2 + 2 d V n        FLOP
 
 N the weights in matrix products, L blocks, d the width of attention, V the vocabulary; attention counted once over the
-triangle. A backward is two forwards, or one where the weights are frozen and only states have a gradient; activations
+triangle. Of an encoder–decoder S - n tokens are read by the encoder, each of which sees all of them, and n by the
+decoder, which sees all of those and the triangle of its own:
+
+    F(S, n) = 2 N_e (S - n) + 4 L d (S - n)^2 + 2 N_d n + 4 L d n (S - n) + 2 L d n^2 + 2 d V n        FLOP
+
+A backward is two forwards, or one where the weights are frozen and only states have a gradient; activations
 that are not kept cost a forward more.
 """
 
@@ -26,23 +31,41 @@ class Dimensions:
     """What the bound needs to know of a model."""
 
     products: int
-    layers: int
+    layers: int  # of an encoder–decoder, of either
     width: int
+    cached: int  # of the width, what keys have, or values
     hidden: int
     vocab: int
+    in_encoder: int = 0  # of the products
 
     @classmethod
-    def of(cls, products: int, settings: Any) -> Dimensions:
+    def of(cls, products: int, settings: Any, in_encoder: int = 0) -> Dimensions:
         """From a transformers configuration."""
         text = settings.get_text_config()
         heads = text.num_attention_heads
-        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-        return cls(products, text.num_hidden_layers, width, text.hidden_size, text.vocab_size)
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        cached = size * (getattr(text, "num_key_value_heads", None) or heads)
+        return cls(
+            products, text.num_hidden_layers, size * heads, cached, text.hidden_size, text.vocab_size, in_encoder
+        )
 
     def forward(self, tokens: float, logits: float) -> float:
         """F(S, n), FLOP."""
-        attention = 2 * self.layers * self.width * tokens**2
-        return 2 * self.products * tokens + attention + 2 * self.hidden * self.vocab * logits
+        return self.states(tokens, logits) + 2 * self.hidden * self.vocab * logits
+
+    def states(self, tokens: float, reply: float) -> float:
+        """F(S, n) without the head; ``reply`` is n, of which a model that reads all as one knows nothing."""
+        square = 2 * self.layers * self.width
+        if not self.in_encoder:
+            return 2 * self.products * tokens + square * tokens**2
+        prompt = tokens - reply
+        encoder = 2 * self.in_encoder * prompt + 2 * square * prompt**2
+        return encoder + 2 * self.in_decoder * reply + square * (2 * reply * prompt + reply**2)
+
+    @property
+    def in_decoder(self) -> int:
+        """Weights in the products of a token that is decoded."""
+        return self.products - self.in_encoder
 
 
 def training_forwards(share_trained: float, checkpointing: bool) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from chatrlhf.config.schema import ActorConfig
 from chatrlhf.data.collate import IGNORED, pad_right
 from chatrlhf.models.backbone import decoder_start
 from chatrlhf.models.pairs import shifted
@@ -85,6 +86,26 @@ def reply_loss(
     if num_items_in_batch is None:
         num_items_in_batch = (labels != IGNORED).sum()
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+
+
+def loss_of_a_backward(model: nn.Module, config: ActorConfig) -> Callable[..., Tensor]:
+    """What `PairedTrainer` computes of a microbatch, for a plan; the model is changed as the trainer changes it.
+
+    Returns:
+        From input_ids and attention_mask, [B, P] each, and labels, [B, R], to the loss.
+    """
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.peft_enable:
+            model.enable_input_require_grads()
+
+    def loss(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        read = shifted(labels, decoder_start(model.config))
+        with noise_on_embeddings(model, config.neftune_noise_alpha):
+            outputs = model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=read)
+        return reply_loss(outputs, labels, labels.numel(), config.label_smoothing_factor)
+
+    return loss
 
 
 @contextmanager

@@ -96,8 +96,12 @@ def loss_of_a_backward(model: nn.Module, config: ActorConfig) -> Callable[..., t
     """What the trainer computes of a microbatch, for a plan; the model is changed as the trainer changes it.
 
     Returns:
-        From input_ids, attention_mask and labels, [B, T] each, to the loss.
+        From input_ids, attention_mask and labels, [B, T] each, to the loss; of an encoder–decoder labels are [B, R].
     """
+    if is_encoder_decoder(model.config):
+        from chatrlhf.trainers import paired
+
+        return paired.loss_of_a_backward(model, config)
     from transformers.integrations.neftune import activate_neftune
     from transformers.trainer_pt_utils import LabelSmoother
     from trl.trainer.utils import add_fused_lm_head

@@ -7,12 +7,15 @@ import json
 import pytest
 import yaml
 from small_run import settings, write_config, write_files
+from transformers import T5Config
 
 from chatrlhf.cli import main
 from chatrlhf.config import load_config
+from chatrlhf.models.tokenizer import train_tokenizer
 from chatrlhf.planning.counts import Assumed
 from chatrlhf.planning.hardware import hardware
 from chatrlhf.planning.stages import plan_run
+from chatrlhf.planning.work import Dimensions
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,41 @@ def planned_weights(keys):
     tree = {"actor_config": {"model": "gpt2", "train_dataset_path": "nowhere.json", "max_sequence_length": 8, **keys}}
     (stage,) = plan_run(load_config(tree), ["ACTOR"], hardware("24GB")).stages
     return stage.phases[0].parts["weights"]
+
+
+def test_an_encoder_decoder_reads_prompts_and_writes_replies(files, tmp_path):
+    tokenizer = train_tokenizer([], 258)  # a token a byte
+    tokenizer.save_pretrained(tmp_path)
+    ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    sizes = dict(vocab_size=258, d_model=32, d_kv=128, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    T5Config(**sizes, **ids).save_pretrained(tmp_path)
+    changes = {"actor_config.model": str(tmp_path), "actor_config.template": "{user_input}"}
+    changes |= {"actor_config.validation_fraction": 0.0}
+    plan = plan_run(load_config(settings(files), changes), ["ACTOR", "REWARD"], hardware("24GB"))
+    actor, reward = plan.stages
+    rows = json.loads((files / "actor.json").read_text())
+    assert actor.batch.tokens == max(len(row["user_input"]) for row in rows)
+    assert actor.batch.reply == 1 + max(len(row["completion"]) for row in rows)  # EOS
+    assert actor.counted.longest == actor.batch.tokens + actor.batch.reply  # here they are one row's
+    # A reward model's encoder reads both; its decoder a token of each text.
+    assert reward.batch.tokens == reward.counted.longest and reward.batch.reply is None
+    changes |= {"reward_config.reward_fn": "builtins:len", "trainer_config.gen_kwargs.max_new_tokens": 64}
+    (rl,) = plan_run(load_config(settings(files), changes), ["RL"], hardware("24GB")).stages
+    rollout, update = (next(each for each in rl.phases if each.name == name) for name in ("RL rollout", "RL update"))
+    # Keys and values of 2 heads of 128: of the prompts in both blocks, and of the responses, for which the first block
+    # has room for 64 tokens already while the second's 32 are about to be replaced.
+    assert (rl.batch.slots, rl.batch.prompt, rl.batch.response) == (8, 13, 64)
+    assert rollout.parts["KV cache"] == (2 * 2 * 128 * 4) * 8 * (13 + 13 + 64 + 32)
+    assert update.parts["policy"] == 4 * rl.made.parameters
+
+
+def test_a_forward_costs_what_is_counted_by_hand():
+    sizes = dict(products=10, layers=1, width=2, cached=2, hidden=2, vocab=3)
+    assert Dimensions(**sizes).forward(5, 2) == 2 * 10 * 5 + 2 * 1 * 2 * 25 + 2 * 2 * 3 * 2 == 224
+    # 3 tokens in the encoder, where each sees 3; 2 in the decoder, which see those 3 and a triangle.
+    assert (
+        Dimensions(**sizes, in_encoder=4).forward(5, 2) == 24 + 4 * 2 * 9 + 24 + 4 * 2 * 2 * 3 + 2 * 2 * 4 + 24 == 208
+    )
 
 
 @pytest.mark.slow
