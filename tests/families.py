@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import (
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -12,9 +13,11 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 VOCAB = 270
@@ -41,4 +44,7 @@ CAUSAL = {
     "Gemma": GemmaConfig(**GROUPED),
     "Gemma 2": Gemma2Config(**GROUPED, sliding_window=8),
     "Gemma 3": Gemma3TextConfig(**GROUPED, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    "Falcon": FalconConfig(**WIDE, alibi=True),
+    "StableLM": StableLmConfig(**LLAMA, num_key_value_heads=2, partial_rotary_factor=0.5),
+    "Mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
 }

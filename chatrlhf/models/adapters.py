@@ -90,7 +90,7 @@ def train_on_adapters(base: nn.Module, folder: str) -> nn.Module:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model has adapters inside."""
-    return bool(adapted_layers(model))
+    return bool(adapted_weights(model))
 
 
 def is_adapter(name: str) -> bool:
@@ -156,14 +156,13 @@ def merged(model: nn.Module, folder: str) -> nn.Module:
 
 @torch.no_grad()
 def _merged(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    layers = adapted_layers(model)
+    adapted = adapted_weights(model)
     for name, value in weights:
-        owner, _, rest = name.partition(".base_layer.")
-        if rest:
-            added = layers[owner].get_delta_weight(TRAINED) if rest == "weight" else 0
-            yield f"{owner}.{rest}", value + added
+        bare = bare_name(name)
+        if bare in adapted:
+            yield bare, value + adapted[bare].get_delta_weight(TRAINED)
         elif not is_adapter(name):
-            yield name, value
+            yield bare, value
 
 
 def _lora_config(model: nn.Module, settings: PeftConfig, revision: str | None) -> Any:
@@ -206,8 +205,21 @@ def _explained(settings: PeftConfig) -> Iterator[None]:
         raise ConfigError(f"{KEY}: no adapters for target_modules {settings.target_modules!r} ({reason})") from None
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers with adapters, by name."""
+def adapted_weights(model: nn.Module) -> dict[str, Any]:
+    """peft's layers, by the names that what they add to has without them.
+
+    A layer adds to a module's ``weight``, or to one parameter of a module that has several, as experts have: then there
+    is a layer for each, one around the other.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {
+        f"{bare_name(name)}.{getattr(module, 'parameter_name', 'weight')}": module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+def bare_name(name: str) -> str:
+    """The name that a module or a weight has without adapters around it."""
+    return name.replace(".base_layer", "")

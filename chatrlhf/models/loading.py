@@ -27,9 +27,20 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     """
     place = config_of(name)
     settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **hub_kwargs(section)))
+    leave_router_logits(settings)
     if section is not None and section.rope_scaling is not None:
         stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
     return settings
+
+
+def leave_router_logits(settings: Any) -> None:
+    """A mixture of experts gives its router's logits only where a trainer asks for them: TRL does, and leaves it so.
+
+    They are of no use to a rollout, whose mask transformers' loss on them cannot read.
+    """
+    text = settings.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        text.output_router_logits = False
 
 
 def hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:

@@ -103,10 +103,10 @@ def in_whole_weights(model: nn.Module, added: dict[str, Tensor]) -> set[str]:
     """Read all weights in few bits back into float32, in place.
 
     Args:
-        added: what is to be added to them, by the name of the layer.
+        added: what is to be added to them, by the weight's name.
 
     Returns:
-        The names of the layers whose weights lay in few bits.
+        The names of the weights that lay in few bits.
     """
     read_back: set[str] = set()
     if how_quantized(model) is None:
@@ -118,8 +118,8 @@ def in_whole_weights(model: nn.Module, added: dict[str, Tensor]) -> set[str]:
         if not hasattr(module, "source_cls"):  # what transformers notes on bitsandbytes' layers: what they were
             continue
         weight = dequantize_module_weight(module).float()
-        if name in added:
-            weight = weight + added[name].float()
+        if f"{name}.weight" in added:
+            weight = weight + added[f"{name}.weight"].float()
         if issubclass(module.source_cls, Conv1D):  # GPT-2's lie transposed
             whole, weight = Conv1D(module.out_features, module.in_features), weight.T.contiguous()
         else:
@@ -127,6 +127,6 @@ def in_whole_weights(model: nn.Module, added: dict[str, Tensor]) -> set[str]:
         whole.weight = nn.Parameter(weight)
         whole.bias = module.bias
         model.set_submodule(name, whole)
-        read_back.add(name)
+        read_back.add(f"{name}.weight")
     del model.config.quantization_config
     return read_back

@@ -18,7 +18,7 @@ from torch import nn
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.models.adapters import (
     TRAINED,
-    adapted_layers,
+    adapted_weights,
     add_adapters,
     base_of,
     has_adapters,
@@ -78,8 +78,8 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 def bare_copy(model: nn.Module) -> nn.Module:
     """The same without the adapters."""
     copied = sharing_copy(model)
-    for name, layer in adapted_layers(copied).items():
-        copied.set_submodule(name, layer.get_base_layer())
+    for name, layer in adapted_weights(copied).items():
+        copied.set_submodule(name.rpartition(".")[0], layer.get_base_layer())
     for known in ("peft_config", "_hf_peft_config_loaded"):
         copied.__dict__.pop(known, None)
     return copied
@@ -88,12 +88,12 @@ def bare_copy(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def whole_copy(model: nn.Module) -> nn.Module:
     """A copy in weights of its own, all trained: with what adapters add to them, and in float32 if in few bits."""
-    added = {name: layer.get_delta_weight(TRAINED) for name, layer in adapted_layers(model).items()}
+    added = {name: layer.get_delta_weight(TRAINED) for name, layer in adapted_weights(model).items()}
     bare = bare_copy(model)
     read_back = in_whole_weights(bare, added)
     copied = copy.deepcopy(bare)
     for name in added.keys() - read_back:
-        weight = copied.get_submodule(name).weight
+        weight = copied.get_parameter(name)
         weight += added[name].to(weight.dtype)
     return copied.requires_grad_(True)
 

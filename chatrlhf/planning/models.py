@@ -16,7 +16,7 @@ from chatrlhf.config.schema import Config
 from chatrlhf.data.inputs import corpus
 from chatrlhf.device import resolve_precision, resolve_rl_precision
 from chatrlhf.errors import ConfigError, MissingError
-from chatrlhf.models.adapters import add_adapters, with_adapters
+from chatrlhf.models.adapters import add_adapters, bare_name, with_adapters
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder, language_model_class
 from chatrlhf.models.loading import read_model_config
 from chatrlhf.models.reward_model import RewardModel
@@ -120,10 +120,10 @@ class Models:
         with META:
             add_adapters(model, adapters, "")
         model = self.paper.taken_up(model)
-        shared = {_bare(name): each for name, each in backbone.named_parameters()}
+        shared = {bare_name(name): each for name, each in backbone.named_parameters()}
         for name, module in model.named_modules():
             for own, each in module._parameters.items():
-                known = shared.get(_bare(f"{name}.{own}"))
+                known = shared.get(bare_name(f"{name}.{own}"))
                 if each is not None and known is not None and known.shape == each.shape and not each.requires_grad:
                     module._parameters[own] = known
         return model
@@ -191,7 +191,3 @@ def pooling_of(settings: Any) -> str:
     if is_encoder_decoder(settings):
         return "start"
     return "first" if settings.model_type in BIDIRECTIONAL else "last"
-
-
-def _bare(name: str) -> str:
-    return name.replace(".base_layer", "")

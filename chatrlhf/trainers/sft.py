@@ -17,6 +17,7 @@ from chatrlhf.data.collate import IGNORED, Encoder, fitting
 from chatrlhf.data.inputs import Rows
 from chatrlhf.data.views import ActorRow
 from chatrlhf.models.backbone import is_encoder_decoder
+from chatrlhf.models.loading import leave_router_logits
 from chatrlhf.progress import RunLog
 from chatrlhf.sharding.environment import Sharding
 from chatrlhf.trainers.checkpoint import StageFiles
@@ -70,7 +71,9 @@ def train_actor(
             order=order,
         )
 
-    return run_trainer(make_trainer, model, files, log, config.iteration_per_print, sharding=sharding)
+    trained = run_trainer(make_trainer, model, files, log, config.iteration_per_print, sharding=sharding)
+    leave_router_logits(trained.config)
+    return trained
 
 
 def _causal_trainer() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import CAUSAL as SMALL
 from tiny import (
     BRANCHES,
     FAMILIES,
@@ -18,7 +19,7 @@ from tiny import (
     rollout,
     take,
 )
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from chatrlhf.models import attention as attention_module
 from chatrlhf.models import packing
@@ -92,6 +93,12 @@ def test_which_families_pack():
         prefer_fast_attention(model, CPU)
         found += [family] if packs(model.base_model) else []
     assert found == PACKING
+
+
+def test_a_model_that_loses_the_segments_does_not_pack():
+    model = AutoModelForCausalLM.from_config(SMALL["StableLM"]).train()
+    prefer_fast_attention(model, CPU)
+    assert not packs(model.base_model) and model.base_model.training
 
 
 @pytest.mark.parametrize("branch", BRANCHES)

@@ -6,15 +6,13 @@ import copy
 
 import pytest
 import torch
-from families import CAUSAL, GROUPED, VOCAB, WIDE
+from families import CAUSAL, VOCAB
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
-    FalconConfig,
     GPTNeoConfig,
     MambaConfig,
-    MixtralConfig,
     T5Config,
 )
 
@@ -49,11 +47,9 @@ PAIRED = {
 
 
 MORE = {
-    "Falcon": FalconConfig(**WIDE, alibi=True),
     "GPT-Neo": GPTNeoConfig(
         vocab_size=VOCAB, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8
     ),
-    "Mixtral": MixtralConfig(**GROUPED, num_local_experts=4),
 }
 AT_ONCE = ("LLaMA", "BLOOM", "Mixtral", "Flan-T5")
 FAMILIES = CAUSAL | MORE | PAIRED
