@@ -134,14 +134,7 @@ def test_an_encoder_decoder_is_dealt_out(config, tmp_path):
     for stage in STAGES:
         assert f"{stage}: trained by DeepSpeed ZeRO-3 in 2 processes (DeepSpeedEngine" in out
     for stage in ("ACTOR", "REWARD"):
-        got, want = (
-            [
-                row["loss/train"]
-                for row in records(each, "metrics.jsonl")
-                if row["stage"] == stage and "loss/train" in row
-            ]
-            for each in (two, one)
-        )
+        got, want = (losses(each, stage, "loss/train") for each in (two, one))
         assert len(got) == len(want) >= 5 and got[:5] == pytest.approx(want[:5], rel=1e-4)
     # RL rests on a reward model that has gone its way for some more steps: its first step is that of one process.
     for name in STAGES["RL"]:
