@@ -31,12 +31,16 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def _warn(line: str) -> None:
+    print(f"warning: {line}")
+
+
 def _merge(options: argparse.Namespace) -> Path:
     import torch
 
     from chatrlhf.export.merge import merge
 
-    compared = merge(options.model, options.output, getattr(torch, options.dtype))
+    compared = merge(options.model, options.output, getattr(torch, options.dtype), _warn)
     print(
         f"wrote {options.output}: its logits differ from those of base and adapters by {compared.difference:.3g} "
         f"(root mean square; their own deviation is {compared.spread:.3g})"
@@ -55,7 +59,7 @@ def _delta(options: argparse.Namespace) -> Path:
 def _apply_delta(options: argparse.Namespace) -> Path:
     from chatrlhf.export.delta import apply_delta
 
-    apply_delta(options.base, options.delta, options.output, lambda line: print(f"warning: {line}"))
+    apply_delta(options.base, options.delta, options.output, _warn)
     print(f"wrote {options.output}")
     return options.output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.export.delta import refuse_existing
 from chatrlhf.export.origin import public_name, write_origin
-from chatrlhf.models.adapters import base_of, config_of
+from chatrlhf.models.adapter_scaling import scaling_warning
+from chatrlhf.models.adapters import base_of, config_of, revision_of_base
 from chatrlhf.models.backbone import language_model_class, read_by
 from chatrlhf.trainers.checkpoint import publish_folder
 
@@ -28,8 +30,13 @@ class Comparison:
     spread: float  # standard deviation of the logits
 
 
-def merge(adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> Comparison:
+def merge(
+    adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16, warn: Callable[[str], None] = print
+) -> Comparison:
     """Write base + adapters as one model, with tokenizer and template.
+
+    Args:
+        warn: is told where the base is stretched otherwise than the one that the adapters were trained upon.
 
     Raises:
         ConfigError: the folder holds no adapters, their base is not to be found, or the output is there already.
@@ -42,11 +49,14 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> 
     if base is None:
         raise ConfigError(f"--model: {adapters} holds no adapters (adapter_config.json); it is whole already")
     try:
-        config = AutoConfig.from_pretrained(config_of(str(adapters)))
-        model = language_model_class(config).from_pretrained(base, config=config, dtype=dtype)
+        fetched = revision_of_base(str(adapters))
+        config = AutoConfig.from_pretrained(config_of(str(adapters)), **fetched)
+        model = language_model_class(config).from_pretrained(base, config=config, dtype=dtype, **fetched)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"--model: the base of these adapters, {base!r}, cannot be loaded ({reason})") from None
+    if (warning := scaling_warning(str(adapters), None)) is not None:
+        warn(warning)
     ids = torch.randint(
         0, model.config.get_text_config().vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
     )

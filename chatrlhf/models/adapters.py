@@ -129,9 +129,11 @@ def base_of(name: str) -> str | None:
     return str(beside) if was_here and is_whole else base
 
 
-def revision_of(name: str) -> str | None:
-    """The revision of the base that the adapters in a folder belong to, where that is the hub's."""
-    return json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("revision")
+def revision_of_base(name: str) -> dict[str, str]:
+    """How the base of the adapters in a folder is to be fetched: in the revision that they name, if they name one."""
+    path = Path(name) / ADAPTER_CONFIG
+    revision = json.loads(path.read_text(encoding="utf-8")).get("revision") if path.exists() else None
+    return {"revision": revision} if revision else {}
 
 
 def where(model: str) -> str:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.errors import ConfigError, MissingError
-from chatrlhf.models.adapters import base_of, config_of, merged, revision_of
+from chatrlhf.models.adapters import base_of, config_of, merged, revision_of_base
 from chatrlhf.models.backbone import backbone_of, head_stays_apart, language_model_class
 from chatrlhf.models.meta_files import how_to_convert
 from chatrlhf.models.quantization import how_quantized, never_repack
@@ -26,7 +26,8 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
         ConfigError: there is none, or nothing in it to stretch; it names the key.
     """
     place = config_of(name)
-    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **hub_kwargs(section)))
+    kwargs = hub_kwargs(section) | revision_of_base(name)
+    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **kwargs))
     leave_router_logits(settings)
     if section is not None and section.rope_scaling is not None:
         stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
@@ -82,8 +83,8 @@ def load_base_model(
     if base_of(base) is not None:
         return load_language_model(base, key, section)
     settings = read_model_config(name, key, section)
-    revision = {"revision": revision_of(name)} if revision_of(name) else {}
-    return _from_pretrained(language_model_class(settings), base, key, settings, section, (bits or {}) | revision)
+    fetched = (bits or {}) | revision_of_base(name)
+    return _from_pretrained(language_model_class(settings), base, key, settings, section, fetched)
 
 
 def _from_pretrained(

@@ -25,7 +25,7 @@ from chatrlhf.models.adapters import (
     has_adapters,
     is_adapter,
     merged,
-    revision_of,
+    revision_of_base,
     save_model,
 )
 from chatrlhf.models.backbone import decoder_start, is_encoder_decoder
@@ -255,11 +255,10 @@ def _backbone(
     place = base_of(str(folder))
     if place is None:
         return AutoModel.from_pretrained(folder, **kwargs), str(folder.resolve())
-    config = AutoConfig.from_pretrained(config_of(str(folder)))
+    config = AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))
     if base is not None and base.carries(folder, config, how):
         return base.backbone(folder), place
-    bits, revision = quantization_from(how, "reward_config"), revision_of(str(folder))
-    fetched = kwargs | ({"revision": revision} if revision else {})
+    bits, fetched = quantization_from(how, "reward_config"), kwargs | revision_of_base(str(folder))
     backbone = never_repack(AutoModel.from_pretrained(place, config=config, **bits, **fetched))
     if not bits:
         return merged(backbone, str(folder)), place

@@ -71,6 +71,29 @@ def test_stretched_positions_beside_the_adapters_go_with_them(adapted, tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.rope_parameters["factor"] == 4
 
 
+def test_a_base_that_is_stretched_otherwise_is_named(adapted, tmp_path, capsys):
+    base = llama()
+    stretch_positions(base.config, RopeScaling(type="linear", factor=2), "k")
+    adapters, wrapped = adapted(base, ["q_proj"])
+    stretch_positions(wrapped.config, RopeScaling(type="linear", factor=4), "k")
+    wrapped.config.to_json_file(adapters / BASE_CONFIG)
+    assert main(["export", "merge", "--model", str(adapters), "--output", str(tmp_path / "merged")]) == 0
+    out = capsys.readouterr().out
+    assert f"warning: {adapters}: its adapters were trained upon rotary positions 'linear' (factor 4" in out
+
+
+def test_the_base_is_fetched_in_the_revision_that_the_adapters_name(adapted, tmp_path, monkeypatch):
+    adapters, _ = adapted(llama(), ["q_proj"])
+    config = adapters / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": "v2"}))
+    asked, usual = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k.get("revision")) or usual(*a, **k)
+    )
+    merge(adapters, tmp_path / "merged", torch.float32)
+    assert asked == ["v2"]
+
+
 def test_a_merge_that_computes_something_else_is_not_written(adapted, tmp_path, monkeypatch):
     adapters, _ = adapted(llama(), ["q_proj"])
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.unload())  # without what they add
