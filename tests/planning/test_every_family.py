@@ -62,8 +62,11 @@ def test_a_family_has_a_plan_in_every_way(family, tmp_path):
     settings = copy.deepcopy(FAMILIES[family])
     settings.hidden_size = 512  # adapters are to be small beside the weights
     settings.save_pretrained(tmp_path)
-    found = {each.way.name: each for each in compare([str(tmp_path)], hardware("24GB"), 64)}
-    assert list(found) == [way.name for way in WAYS] and all(each.fits for each in found.values())
+    # Where not even a row fits, no second one is planned: the others are quicker so.
+    gpu = "24GB" if family in AT_ONCE else "1GB"
+    found = {each.way.name: each for each in compare([str(tmp_path)], hardware(gpu), 64)}
+    assert list(found) == [way.name for way in WAYS]
+    assert {each.fits for each in found.values()} == {family in AT_ONCE}
     memory = {name: each.memory for name, each in found.items()}
     assert memory["SFT, QLoRA"] < memory["SFT, LoRA"] < memory["SFT"]
     assert memory["PPO, QLoRA"] < memory["PPO, LoRA"] < memory["PPO"]
