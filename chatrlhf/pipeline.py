@@ -1,4 +1,4 @@
-"""The stages and what they hand over. `ALL` is nothing but a loop over the same functions."""
+"""A run: what is checked first, its stages, what they left. `ALL` is nothing but a loop over them."""
 
 from __future__ import annotations
 

@@ -30,9 +30,7 @@ class Comparison:
     spread: float  # standard deviation of the logits
 
 
-def merge(
-    adapters: Path, output: Path, dtype: torch.dtype = torch.bfloat16, warn: Callable[[str], None] = print
-) -> Comparison:
+def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str], None]) -> Comparison:
     """Write base + adapters as one model, with tokenizer and template.
 
     Args:

@@ -158,13 +158,15 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
     """softmax(scaling q k' + bias) v by plain products: [B, h, T, e] over keys [B, h / groups, width, e].
 
     Args:
-        bias: [B or 1, 1, T, width].
+        bias: [B or 1, 1, T, width], or what can be expanded to that: a stream's in a model that loses its segments.
     """
     batch, heads, length, size = query.shape
     kv_heads, width = key.shape[1:3]
     groups = heads // kv_heads
     if len(bias) > 1 or groups > 1:
         bias = bias.expand(batch, kv_heads, length, width)[:, :, None].expand(-1, -1, groups, -1, -1)
+    else:
+        bias = bias.expand(-1, -1, length, width)
     # The query heads that share a key head stand below each other, as more rows of its product.
     folded = _PlainAttention.apply(
         query.reshape(batch * kv_heads, groups * length, size),

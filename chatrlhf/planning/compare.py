@@ -11,12 +11,12 @@ from chatrlhf.config.schema import Config
 from chatrlhf.errors import ConfigError, UserError
 from chatrlhf.planning.hardware import GB, Hardware
 from chatrlhf.planning.models import Models
-from chatrlhf.planning.paper import Paper
+from chatrlhf.planning.paper import Paper, can_be_laid_out
 from chatrlhf.planning.rl import rl_stage
 from chatrlhf.planning.rl_phases import rollout_batch
 from chatrlhf.planning.sharding import Sharding
 from chatrlhf.planning.stages import BESIDE
-from chatrlhf.planning.steps import Batch, actor_stage, can_be_laid_out, reward_stage
+from chatrlhf.planning.steps import Batch, actor_stage, reward_stage
 
 ADAPTERS = {"peft_enable": True}
 IN_4_BIT = ADAPTERS | {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}

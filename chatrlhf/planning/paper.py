@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 from transformers.integrations import moe
 
+from chatrlhf.errors import ConfigError, UserError
 from chatrlhf.functional import logprobs
 from chatrlhf.lanes import one_lane
 from chatrlhf.models import attention
@@ -112,6 +113,25 @@ class Ledger(TorchDispatchMode):
         idle = self.heap.idle if self.heap is not None else 0
         if (now := self.total() + idle) > self.most:
             self.most, self.peak = now, self.alive | ({IDLE: idle} if idle else {})
+
+
+@contextmanager
+def can_be_laid_out(what: str) -> Iterator[None]:
+    """A model's own code runs inside, on tensors without content, and not every model's can.
+
+    Raises:
+        ConfigError: this one's cannot; or the plan has no name for what it has.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the model's code has made of them
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{what}: there is no plan for this model, which cannot be laid out without weights "
+            f"({type(error).__name__}: {reason}); a run may do well all the same"
+        ) from error
 
 
 class Paper:

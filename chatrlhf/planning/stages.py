@@ -15,12 +15,12 @@ from chatrlhf.models.rope import positions
 from chatrlhf.planning.counts import Assumed, Counted, Sides, count, encoder_if_there, read_what_is_there
 from chatrlhf.planning.hardware import Hardware, this_machine
 from chatrlhf.planning.models import Models
-from chatrlhf.planning.paper import Paper
+from chatrlhf.planning.paper import Paper, can_be_laid_out
 from chatrlhf.planning.rl import rl_stage
 from chatrlhf.planning.rl_phases import CRITIC, REWARD, RolloutBatch, rollout_batch
 from chatrlhf.planning.shapes import has_shape
 from chatrlhf.planning.sharding import Sharding, sharding_of
-from chatrlhf.planning.steps import Batch, Phase, StagePlan, actor_stage, can_be_laid_out, reward_stage
+from chatrlhf.planning.steps import Batch, Phase, StagePlan, actor_stage, reward_stage
 from chatrlhf.planning.work import decoding_seconds, seconds, training_forwards
 from chatrlhf.preflight import check_rows, check_settings
 from chatrlhf.trainers.global_batches import rows_a_backward

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
-from chatrlhf.errors import ConfigError, UserError
 from chatrlhf.models.adapters import is_adapter
 from chatrlhf.models.backbone import is_encoder_decoder
 from chatrlhf.planning.few_bits import FewBits
@@ -62,25 +60,6 @@ class StagePlan:
     dimensions: Dimensions
     in_bf16: bool = False  # what products are computed in
     beside: dict[str, Dimensions] = field(default_factory=dict)  # of other models that read all rows, by name
-
-
-@contextmanager
-def can_be_laid_out(what: str) -> Iterator[None]:
-    """A model's own code runs inside, on tensors without content, and not every model's can.
-
-    Raises:
-        ConfigError: this one's cannot.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever the model's code has made of them
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"{what}: there is no plan for this model, whose code needs what its tensors hold "
-            f"({type(error).__name__}: {reason}); a run may do well all the same"
-        ) from error
 
 
 def actor_stage(models: Models, batch: Batch, sharding: Sharding, name: str = "ACTOR") -> StagePlan:

@@ -11,7 +11,7 @@ from chatrlhf.data.templates import FORMATS
 from chatrlhf.models.adapters import save_model
 from chatrlhf.models.factory import load_actor
 from chatrlhf.models.sizes import parameter_count
-from chatrlhf.stages.run import Run, with_fresh_adapters
+from chatrlhf.stages.run import Run, given, with_fresh_adapters
 from chatrlhf.trainers.checkpoint import publish_folder
 from chatrlhf.trainers.launch import sharding_of
 
@@ -20,8 +20,7 @@ def run_pretrain(this: Run) -> dict[str, Any]:
     """PRETRAIN: language modelling on plain text; leaves ``pretrained/``, from which the actor starts."""
     from chatrlhf.trainers.pretrain import train_on_text
 
-    config, actor, documents = this.config.pretrain_config, this.config.actor_config, this.inputs.pretrain
-    assert documents is not None, "a stage runs only after its inputs were read"
+    config, actor, documents = this.config.pretrain_config, this.config.actor_config, given(this.inputs.pretrain)
     model, tokenizer = load_actor(actor, corpus(this.config), this.device, config.precision)
     encoder = Encoder(tokenizer, FORMATS["raw"], config.max_sequence_length)
     this.log.note(f"PRETRAIN: {actor.model}, {parameter_count(model):,} parameters, {len(documents.train):,} documents")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from chatrlhf.progress import RunLog
 from chatrlhf.rl.prompts import step_seed
 from chatrlhf.rl.rewards import FunctionReward
 from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, publish_folder
+
+Read = TypeVar("Read")
 
 
 @dataclass
@@ -106,7 +108,7 @@ def record(this: Run, stage: str, output: str, model: str | None, rows: Rows) ->
     }
 
 
-def given(rows: Rows | None) -> Rows:
+def given(rows: Read | None) -> Read:
     """A stage's rows, which were read before anything ran."""
     assert rows is not None, "a stage runs only after its inputs were read"
     return rows

@@ -16,6 +16,7 @@ from small_run import settings, write_files
 from tiny import flan_t5
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -27,7 +28,7 @@ from transformers import (
 
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.models import reward_model
-from chatrlhf.models.adapters import base_of, has_adapters, save_model
+from chatrlhf.models.adapters import base_of, config_of, has_adapters, save_model
 from chatrlhf.models.backbone import read_by
 from chatrlhf.models.quantization import never_repack
 from chatrlhf.models.tokenizer import train_tokenizer
@@ -166,6 +167,8 @@ def test_a_family_goes_through_all_stages_and_is_read_back(family, method, files
     start = _states(_loaded(auto, base, method))
     for name in ("actor", "actor_rl"):
         assert (base_of(str(out / name)) is not None) == (method != "full")
+        made = AutoConfig.from_pretrained(config_of(str(out / name)))
+        assert not getattr(made, "output_router_logits", False)  # which TRL turns on for experts
         got = _states(_loaded(auto, out / name, method))
         torch.testing.assert_close(got, saved[name], rtol=1e-4, atol=1e-4)
         assert (got - start).abs().max() > 1e-2

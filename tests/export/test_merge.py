@@ -48,7 +48,7 @@ def adapted(tmp_path):
 )
 def test_what_is_merged_computes_what_base_and_adapters_do(adapted, tmp_path, make, targets, dtype):
     adapters, wrapped = adapted(make() if make is llama else gpt2(), targets)
-    compared = merge(adapters, tmp_path / "merged", dtype)
+    compared = merge(adapters, tmp_path / "merged", dtype, print)
     ids = torch.arange(20)[None]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
@@ -67,7 +67,7 @@ def test_stretched_positions_beside_the_adapters_go_with_them(adapted, tmp_path)
     adapters, wrapped = adapted(llama(), ["q_proj"])
     stretch_positions(wrapped.config, RopeScaling(type="linear", factor=4), "k")
     wrapped.config.to_json_file(adapters / BASE_CONFIG)
-    merge(adapters, tmp_path / "merged", torch.float32)
+    merge(adapters, tmp_path / "merged", torch.float32, print)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.rope_parameters["factor"] == 4
 
 
@@ -90,7 +90,7 @@ def test_the_base_is_fetched_in_the_revision_that_the_adapters_name(adapted, tmp
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k.get("revision")) or usual(*a, **k)
     )
-    merge(adapters, tmp_path / "merged", torch.float32)
+    merge(adapters, tmp_path / "merged", torch.float32, print)
     assert asked == ["v2"]
 
 
@@ -98,14 +98,14 @@ def test_a_merge_that_computes_something_else_is_not_written(adapted, tmp_path, 
     adapters, _ = adapted(llama(), ["q_proj"])
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.unload())  # without what they add
     with pytest.raises(CheckpointError, match="too much for rounding"):
-        merge(adapters, tmp_path / "merged")
+        merge(adapters, tmp_path / "merged", torch.float32, print)
     assert not (tmp_path / "merged").exists()
 
 
 def test_what_cannot_be_merged(adapted, tmp_path, capsys):
     adapters, _ = adapted(llama(), ["q_proj"])
     with pytest.raises(ConfigError, match="holds no adapters"):
-        merge(tmp_path / "base", tmp_path / "merged")
+        merge(tmp_path / "base", tmp_path / "merged", torch.float32, print)
     config = adapters / "adapter_config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"base_model_name_or_path": str(tmp_path / "gone")}))
