@@ -31,6 +31,7 @@ class Prompt:
     system: str | None = None
     narrative: str | None = None  # the scene in which a dialogue takes place
     reply_name: str | None = None  # of who answers
+    place: str | None = field(default=None, compare=False, repr=False)  # file and row it was read from, for messages
 
     @staticmethod
     def of(prompt: Prompt | str) -> Prompt:

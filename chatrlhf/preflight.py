@@ -13,7 +13,7 @@ from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.collate import Encoder, fitting
 from chatrlhf.data.inputs import Inputs, Rows, corpus
-from chatrlhf.data.templates import OWN, get_template
+from chatrlhf.data.templates import actor_template, is_own, reward_template
 from chatrlhf.data.views import Preference, ScoredCompletion
 from chatrlhf.device import pick_device, resolve_precision, resolve_rl_precision
 from chatrlhf.errors import ConfigError
@@ -61,8 +61,8 @@ def check_settings(
         ranks: of a launch that is planned; None: this one's.
     """
     actor, reward, trainer = config.actor_config, config.reward_config, config.trainer_config
-    if reward.template and reward.template != OWN:
-        get_template(reward.template, "reward_config.template", folder=config.base_dir)
+    if reward.template and not is_own(reward.template):
+        reward_template(config, None)
     if "RL" in stages and trainer.rollout_backend == "vllm":
         temperature = trainer.gen_kwargs.temperature or actor.temperature or 1.0
         require_vllm(temperature, len(trainer.gen_kwargs.forbidden_tokens) + 1)
@@ -109,7 +109,7 @@ def check_rows(config: Config, stages: list[str], inputs: Inputs) -> None:
             f"the {positions(settings):,} positions of {actor.model}; lower it, or stretch them "
             "(actor_config.rope_scaling)"
         )
-    template = get_template(actor.template, tokenizer=tokenizer, folder=config.base_dir)
+    template = actor_template(config, tokenizer)
     encoder = encoder_class(settings).of(tokenizer, template, longest)
     _check_lengths(config, inputs, encoder)
 
@@ -212,7 +212,7 @@ def _check_lengths(config: Config, inputs: Inputs, encoder: Encoder) -> None:
         _some_fit(inputs.actor, lengths, encoder.max_length)
     if inputs.reward is not None and config.reward_config.over_length == "drop":
         rows = inputs.reward.train
-        lengths = [len(encoder.prompt(row.prompt)) + len(encoder.completion(_longer_reply(row))) for row in rows]
+        lengths = [len(encoder.judged(row.prompt, _longer_reply(row))) for row in rows]
         _some_fit(inputs.reward, lengths, reward_limit)
     if inputs.prompts is not None:
         lengths = [len(encoder.prompt(prompt)) + 1 for prompt in inputs.prompts.train]

@@ -316,7 +316,7 @@ def tokenizer(vocab: int = 270, pad_is_eos: bool = False) -> PreTrainedTokenizer
 def said(encoder: Encoder, users: list[str], replies: list[str], finished: bool = True) -> Rollout:
     """A rollout as if the policy of ``encoder`` had answered each user with a reply, tokenised the usual way."""
     batch = prompt_batch([encoder.prompt(user) for user in users], users, encoder.tokenizer.pad_token_id)
-    rows = [encoder.completion(reply) for reply in replies]
+    rows = [encoder.completion("a", reply) for reply in replies]
     ids, mask = pad_right([row if finished else row[:-1] for row in rows], encoder.tokenizer.pad_token_id)
     flags, fewest = torch.full((len(rows),), finished), torch.zeros(len(rows), dtype=torch.long)
     return Rollout(batch, ids, mask, torch.zeros(mask.shape), flags, fewest, list(replies))

@@ -5,6 +5,7 @@ Sections carry ChatLLaMA's names, PPO's keys trlX's; `aliases.py` translates the
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,9 @@ class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchKe
     validation_dataset_path: str | None = None
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="held out where no validation file is named")
     template: str = "chatllama"
+    chat_template_kwargs: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="values that the template asks for, such as enable_thinking: false"
+    )
     loss_on: Literal["completion", "all_turns", "all"] = "completion"
     lr: float = Field(9e-6, ge=0)
     epochs: int = Field(1, ge=1)
@@ -110,6 +114,9 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchK
     validation_dataset_path: str | None = None
     validation_fraction: float = Field(0.1, ge=0, lt=1)
     template: str | None = Field(None, description="null: the actor's")
+    chat_template_kwargs: dict[str, bool | int | str] = Field(
+        default_factory=dict, description="values that the template asks for, such as enable_thinking: false"
+    )
     loss: Literal["regression", "pairwise"] | None = Field(None, description="null: chosen by the data")
     reward_fn: str | None = Field(None, description="'package.module:function' or an http(s) URL; no model needed")
     lr: float = Field(9e-6, ge=0)
@@ -181,6 +188,8 @@ class Config(Section):
     _base_dir: Path | None = PrivateAttr(default=None)
     # What the reader should be told once: translated names, surprising values.
     _notes: list[str] = PrivateAttr(default_factory=list)
+    # The day that templates show which ask for the date; None: today.
+    _day: date | None = PrivateAttr(default=None)
     # What was written, translated but not yet completed: overriding it derives the rest anew.
     _written: dict[str, Any] | None = PrivateAttr(default=None)
 
@@ -202,3 +211,12 @@ class Config(Section):
     @property
     def base_dir(self) -> Path | None:
         return self._base_dir
+
+    @property
+    def day(self) -> date:
+        """The date that is shown to a model whose template asks for one; the same for a whole run, also resumed."""
+        return self._day or date.today()
+
+    def fix_day(self, day: date) -> None:
+        """Set `day`."""
+        self._day = day

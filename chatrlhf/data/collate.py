@@ -1,36 +1,35 @@
-"""From text segments to token ids, and from rows of ids to padded tensors."""
+"""From conversations to token ids, and from rows of ids to padded tensors."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from chatrlhf.conversation import Prompt
-from chatrlhf.data.templates import Piece, SpecialTokens, Template
+from chatrlhf.data.rendering import Rendered, Renderer
+from chatrlhf.data.templates import SpecialTokens, Template
+from chatrlhf.data.tokenization import Tokenization
 from chatrlhf.data.views import ActorRow, Demonstration, PlainText
 from chatrlhf.errors import DataError
 from chatrlhf.types import PromptBatch
 
 IGNORED = -100  # a label that takes no part in the loss
 PART_OF_TEXT = 2**18  # characters that are tokenised at once
-Part = str | int  # of what is tokenised: a text, or the id of a special token
 
 
 @dataclass(frozen=True)
 class Encoder:
     """Text to ids and back for one tokenizer and template; the one place where prompts and completions are tokenised.
 
-    Prompt, earlier replies and completion are tokenised separately and joined as ids, for every use alike. Special
-    tokens come from the template alone: what looks like one in the data is tokenised as the text that it is.
+    A prompt's ids are those of `apply_chat_template`; a completion is tokenised as what follows it; both are joined
+    as ids, for every use alike (`rendering.py`, `tokenization.py`). Special tokens come from the template alone: what
+    looks like one in the data is tokenised as the text that it is.
     """
 
     tokenizer: Any
@@ -41,28 +40,27 @@ class Encoder:
     def of(cls, tokenizer: Any, template: Template, max_length: int) -> Encoder:
         """An encoder whose replies end as the template closes them.
 
-        Where the template closes a reply by a special token that is not the tokenizer's EOS (``<|im_end|>`` with a base
+        Where the template closes a reply by a token that is not the tokenizer's EOS (``<|im_end|>`` with a base
         model's tokenizer), it becomes that: it is what a policy has to give, and what ends a rollout.
         """
-        closing = template.around_reply(special_tokens(tokenizer))[1]
-        encoder = cls(tokenizer, template, max_length)
-        closers = encoder._special_pattern.findall(closing) if encoder._special_pattern else []
+        closing = template.frame(special_tokens(tokenizer)).closing
+        pattern = Tokenization(tokenizer).closers
+        closers = pattern.findall(closing) if pattern else []
         if closers and tokenizer.eos_token not in closers:
-            tokenizer.eos_token = closers[0].strip()
+            tokenizer.eos_token = closers[0]
         return cls(tokenizer, template, max_length)
 
     def prompt(self, prompt: Prompt | str) -> list[int]:
-        """Ids of a rendered prompt, with BOS where the tokenizer is used to one."""
-        return self._labelled_prompt(prompt, loss_on="completion")[0]
+        """Ids of a prompt: those of `apply_chat_template` with ``add_generation_prompt``."""
+        return self._tokens.ids(self._renderer.prompt(Prompt.of(prompt)))
 
-    def completion(self, text: str) -> list[int]:
-        """Ids of a completion, closed by exactly one EOS."""
-        return [*self._ids_of(self._completion_parts(text)), self.tokenizer.eos_token_id]
+    def completion(self, prompt: Prompt | str, text: str) -> list[int]:
+        """Ids of what a model has to give behind a prompt, closed by exactly one EOS.
 
-    def reply(self, ids: Sequence[int]) -> str:
-        """The text of a completion that a model gave, without what the template puts around it."""
-        before, behind = self._shown_around_reply
-        return self.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(before).removesuffix(behind)
+        Raises:
+            DataError: the template shows the reply in another way than it asks for it.
+        """
+        return self._closed(self._renderer.reply(Prompt.of(prompt), text, self._eos))
 
     def labelled(self, prompt: Prompt | str, completion: str, loss_on: str) -> tuple[list[int], list[int]]:
         """Ids of prompt and completion with the labels of the SFT loss; what is not trained is `IGNORED`.
@@ -70,9 +68,32 @@ class Encoder:
         Args:
             loss_on: ``completion``, ``all_turns`` (earlier assistant replies too) or ``all``.
         """
-        ids, labels = self._labelled_prompt(prompt, loss_on)
-        answer = self.completion(completion)
-        return ids + answer, labels + answer
+        prompt = Prompt.of(prompt)
+        asked = self._renderer.prompt(prompt)
+        ids = self._tokens.ids(asked)
+        answer = self._closed(self._renderer.reply(prompt, completion, self._eos, asked.text))
+        return ids + answer, self._prompt_labels(prompt, asked, ids, loss_on) + answer
+
+    def judged(self, prompt: Prompt | str, completion: str, finished: bool = True) -> list[int]:
+        """Ids of prompt and completion as a reward model reads them; EOS at the end where the completion came to one.
+
+        They are those of `labelled`. Where a template shows a reply in another way than it asks for it, they are those
+        of the conversation as it is shown.
+        """
+        prompt = Prompt.of(prompt)
+        asked, whole = self._renderer.prompt(prompt), self._renderer.whole(prompt, completion, self._eos)
+        if whole.text.startswith(asked.text):
+            ids = self._tokens.ids(asked) + self._following(whole.slice(len(asked.text)))
+        else:
+            ids = self._tokens.ids(whole)
+        return [*ids, self.tokenizer.eos_token_id] if finished else ids
+
+    def reply(self, ids: Sequence[int]) -> str:
+        """The text of a completion that a model gave, without what the template puts around it."""
+        openings, behind = self._around_reply
+        text = self._tokens.text(ids)
+        opening = next((each for each in openings if text.startswith(each)), "")
+        return text.removeprefix(opening).removesuffix(behind)
 
     def actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
         """Ids and labels of a row of the ACTOR stage; of plain text everything is trained.
@@ -97,7 +118,7 @@ class Encoder:
         """The row without as many of its prompt's oldest turns as have to go for the context."""
         if not isinstance(row, Demonstration):
             return row
-        room = self.max_length - len(self.completion(row.completion))
+        room = self.max_length - len(self.completion(row.prompt, row.completion))
         return replace(row, prompt=self.recent(row.prompt, room))
 
     def recent(self, prompt: Prompt, room: int) -> Prompt:
@@ -111,7 +132,7 @@ class Encoder:
 
     def plain(self, text: str, ends: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of plain text, all of it trained; EOS where the document ends."""
-        ids = [*self._ids(text), *([self.tokenizer.eos_token_id] if ends else [])]
+        ids = [*self._tokens.plain_ids(text), *([self.tokenizer.eos_token_id] if ends else [])]
         return [*self._bos, *ids], [*([IGNORED] * len(self._bos)), *ids]
 
     def plain_parts(self, text: str, ends: bool = True) -> Iterator[list[int]]:
@@ -122,145 +143,101 @@ class Encoder:
             end = start + PART_OF_TEXT
             if end < len(text):
                 end = max(text.rfind(" ", start + 1, end), 0) or end
-            yield self._ids(text[start:end])
+            yield self._tokens.plain_ids(text[start:end])
             start = end
         yield [self.tokenizer.eos_token_id] if ends else []
 
     def prompt_lengths(self, prompts: Sequence[Prompt | str]) -> list[int]:
         """How many ids `prompt` gives of each; many are tokenised at once, which takes less time."""
-        rows = [[part for _, parts in self._prompt_parts(prompt) for part in parts] for prompt in prompts]
-        return [len(ids) + (len(self._bos) if ids[:1] != self._bos else 0) for ids in self._ids_of_many(rows)]
+        return self._tokens.lengths([self._renderer.prompt(Prompt.of(prompt)) for prompt in prompts])
 
-    def completion_lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many ids `completion` gives of each, its EOS included."""
-        return [len(ids) + 1 for ids in self._ids_of_many([self._completion_parts(text) for text in texts])]
+    def completion_lengths(self, rows: Sequence[tuple[Prompt | str, str]]) -> list[int]:
+        """How many ids `completion` gives of each prompt with its completion, the EOS included."""
+        replies = [self._renderer.reply(Prompt.of(prompt), text, self._eos) for prompt, text in rows]
+        return [length + 1 for length in self._following_lengths(replies)]
 
     def plain_lengths(self, texts: Sequence[str]) -> list[int]:
         """How many ids `plain` gives of each document that ends."""
-        rows = [self._parts([Piece(text, True, False)]) for text in texts]
-        return [len(self._bos) + len(ids) + 1 for ids in self._ids_of_many(rows)]
+        return [len(self._bos) + length + 1 for length in self._tokens.plain_lengths(texts)]
 
     @cached_property
     def chat_template(self) -> Template:
-        """The template as it is saved: for transformers' users too it gives the ids that this encoder gives."""
-        opens_itself = self.prompt("a")[:1] == self._bos and self._rendered("a")[:1] == self._bos
-        if not self._bos or opens_itself:
+        """The template as it is rendered and saved: it opens a text with BOS where the tokenizer does."""
+        special = special_tokens(self.tokenizer)
+        bos = self.tokenizer.bos_token
+        shown = self.template.render({"messages": [{"role": "user", "content": "a"}]}, special, True)
+        if not self._bos or shown.startswith(bos):
             return self.template
-        return Template("{{- bos_token -}}" + self.template.source)
+        # A tokenizer that puts a blank before a text (Llama's) does so behind its own BOS, and not behind one that is
+        # written in the text: then the template writes the blank as well.
+        natural = self.tokenizer(shown)["input_ids"]
+        openings = {f"{bos} ": "{{- bos_token + ' ' }}", bos: "{{- bos_token }}"}
+        written = {opening: self._tokens.ids(Rendered(opening + shown)) for opening in openings}
+        fitting = [opening for opening, ids in written.items() if natural[: len(ids)] == ids]
+        return replace(self.template, source=openings[(fitting or [bos])[-1]] + self.template.source)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer and template beside a model's weights."""
         self.tokenizer.save_pretrained(folder)
-        self.chat_template.save(folder)
+        self.saved_template.save(folder)
 
-    def _labelled_prompt(self, prompt: Prompt | str, loss_on: str) -> tuple[list[int], list[int]]:
-        # One path for all uses, so that the ids of a prompt never depend on what is trained.
-        ids: list[int] = []
-        labels: list[int] = []
-        for is_reply, parts in self._prompt_parts(prompt):
-            piece = self._ids_of(parts)
-            ids += piece
-            trained = loss_on == "all" or (loss_on == "all_turns" and is_reply)
-            labels += piece if trained else [IGNORED] * len(piece)
-        if self._bos and ids[:1] != self._bos:  # a template may bring its own
-            return [*self._bos, *ids], [IGNORED, *labels]
-        return ids, labels
+    @property
+    def saved_template(self) -> Template:
+        """As transformers' users are to render it."""
+        return self.chat_template
 
-    def _prompt_parts(self, prompt: Prompt | str) -> list[tuple[bool, list[Part]]]:
-        """Parts of a prompt, in stretches that belong to an earlier reply or do not."""
-        pieces = self.template.pieces(Prompt.of(prompt), self._special_tokens)
-        stretches = groupby(pieces, key=lambda piece: piece.is_reply)
-        return [(is_reply, self._parts(stretch)) for is_reply, stretch in stretches]
-
-    def _completion_parts(self, text: str) -> list[Part]:
-        before, behind = self._around_reply
-        return self._parts([Piece(before, False, True), Piece(text, True, True), Piece(behind, False, True)])
-
-    def _rendered(self, prompt: str) -> list[int]:
-        return self._rendered_ids(self.template.pieces(Prompt.of(prompt), self._special_tokens))
-
-    def _rendered_ids(self, pieces: Iterable[Piece]) -> list[int]:
-        return self._ids_of(self._parts(pieces))
-
-    def _parts(self, pieces: Iterable[Piece]) -> list[Part]:
-        """Template and data as texts to tokenise; special tokens cut the text as they do in any tokenizer."""
-        parts: list[Part] = []
-        run = ""
-        for piece in pieces:
-            if piece.is_data:
-                run += piece.text
-                continue
-            texts = self._special_pattern.split(piece.text) if self._special_pattern else [piece.text]
-            for i, text in enumerate(texts):
-                if i % 2:
-                    parts += [run, self._special_ids[text.strip()]]
-                    run = ""
-                else:
-                    run += text
-        return [part for part in [*parts, run] if part != ""]
-
-    def _ids_of(self, parts: Iterable[Part]) -> list[int]:
-        return list(chain.from_iterable(self._ids(part) if isinstance(part, str) else (part,) for part in parts))
-
-    def _ids(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def _ids_of_many(self, rows: Sequence[list[Part]]) -> Iterator[list[int]]:
-        """What `_ids_of` gives of each row."""
-        texts = [part for parts in rows for part in parts if isinstance(part, str)]
-        if self._backend is not None:
-            encoded = (encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False))
+    def _prompt_labels(self, prompt: Prompt, asked: Rendered, ids: list[int], loss_on: str) -> list[int]:
+        if loss_on == "completion":
+            return [IGNORED] * len(ids)
+        if loss_on == "all":
+            trained = [True] * len(ids)
         else:
-            encoded = map(self._ids, texts)
-        for parts in rows:
-            yield list(chain.from_iterable(next(encoded) if isinstance(part, str) else (part,) for part in parts))
-
-    @cached_property
-    def _backend(self) -> Tokenizer | None:
-        """What the tokenizer itself asks, where it has one: without the offsets it takes a third less time.
-
-        A copy, because every call of the tokenizer sets its own anew, and threads may use this one together.
-        """
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return None
-        copy = Tokenizer.from_str(backend.to_str())
-        copy.no_padding()
-        copy.no_truncation()
-        copy.encode_special_tokens = True  # as text
-        return copy
-
-    @cached_property
-    def _around_reply(self) -> tuple[str, str]:
-        """What the template puts before a reply's text, and between it and its EOS."""
-        before, closing = self.template.around_reply(self._special_tokens)
-        behind, eos, _ = closing.partition(self.tokenizer.eos_token)
-        return before, behind if eos else ""
-
-    @cached_property
-    def _shown_around_reply(self) -> tuple[str, str]:
-        before, behind = (self._rendered_ids([Piece(text, False, True)]) for text in self._around_reply)
-        return tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, behind))
-
-    @cached_property
-    def _special_tokens(self) -> SpecialTokens:
-        return special_tokens(self.tokenizer)
-
-    @cached_property
-    def _special_ids(self) -> dict[str, int]:
-        return {token.content.strip(): id for id, token in self.tokenizer.added_tokens_decoder.items()}
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
-        tokens = sorted(self.tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
-        # Some swallow the blanks beside them.
-        texts = [
-            (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-            for token in tokens
+            spans = self._renderer.earlier_replies(prompt, asked, self._eos)
+            trained = self._tokens.inside(asked, ids, spans)
+        opens = bool(self._bos) and ids[:1] == self._bos  # BOS is nothing that a model gives
+        return [
+            id if learned and not (opens and i == 0) else IGNORED
+            for i, (id, learned) in enumerate(zip(ids, trained, strict=True))
         ]
-        return re.compile(f"({'|'.join(texts)})") if texts else None
+
+    def _closed(self, reply: Rendered) -> list[int]:
+        return [*self._following(reply), self.tokenizer.eos_token_id]
+
+    def _following(self, reply: Rendered) -> list[int]:
+        return self._tokens.following_ids(reply, self._asks)
+
+    def _following_lengths(self, replies: Sequence[Rendered]) -> list[int]:
+        return [len(self._following(reply)) for reply in replies]
+
+    @cached_property
+    def _tokens(self) -> Tokenization:
+        return Tokenization(self.tokenizer)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.chat_template, special_tokens(self.tokenizer), self._tokens.control)
+
+    @cached_property
+    def _asks(self) -> str:
+        """The template's own text before a reply, behind the last special token in it."""
+        asks = self.chat_template.frame(self._renderer.special_tokens).asks
+        return self._tokens.control.split(asks)[-1] if self._tokens.control else asks
+
+    @cached_property
+    def _around_reply(self) -> tuple[list[str], str]:
+        """What the decoded ids of a reply of plain words have before the words, the longest first, and behind them.
+
+        Some tokenizers put a blank before the words, and not before all words.
+        """
+        lead, closing, _ = self.chat_template.frame(self._renderer.special_tokens)
+        behind, eos, _ = closing.partition(self._eos)
+        opening, whole = (self._tokens.text(self._following(Rendered(lead + end))) for end in ("a", f"a{behind}"))
+        before = opening.removesuffix("a")
+        return [before, lead, before.rstrip()], whole.removeprefix(opening) if eos else ""
+
+    @property
+    def _eos(self) -> str:
+        return self.tokenizer.eos_token
 
     @cached_property
     def _bos(self) -> list[int]:

@@ -60,7 +60,9 @@ class Ingredient:
                 made.append(record)
                 continue
             try:
-                rows = [piece for row in self.draw(self._told(record)) for piece in self._pieces(row)]
+                told = self._told(record)
+                told = replace(told, prompt=replace(told.prompt, place=self.rows[index].place))
+                rows = [piece for row in self.draw(told) for piece in self._pieces(row)]
             except DataError as error:
                 raise DataError(f"{self.rows[index].place}, {error}") from None
             made += [(row, record) for row in rows] or [LeftOut("records without use for this stage")]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from chatrlhf.conversation import Prompt
-from chatrlhf.data.collate import IGNORED, Encoder
+from chatrlhf.data.collate import Encoder
+from chatrlhf.data.rendering import Rendered
 from chatrlhf.data.templates import Template
 from chatrlhf.data.views import ActorRow, Demonstration
 from chatrlhf.errors import DataError
@@ -25,7 +26,7 @@ class PairEncoder(Encoder):
             DataError: see `refuse_row`.
         """
         refuse_row(row)
-        return self.prompt(row.prompt), self.completion(row.completion)
+        return self.labelled(row.prompt, row.completion, loss_on)
 
     def cut_actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
         """As `actor_row`, within the context: without the oldest turns, and if that is not enough without its end."""
@@ -35,17 +36,23 @@ class PairEncoder(Encoder):
     def row_length(self, ids: Sequence[int], labels: Sequence[int]) -> int:
         return len(ids) + len(labels)
 
+    def prompt(self, prompt: Prompt | str) -> list[int]:
+        return super().prompt(prompt) + self._closing
+
     def prompt_lengths(self, prompts: Sequence[Prompt | str]) -> list[int]:
         return [length + len(self._closing) for length in super().prompt_lengths(prompts)]
 
-    @cached_property
-    def chat_template(self) -> Template:
-        opened = super().chat_template
-        return opened.closing_prompts() if self._closing else opened
+    def labelled(self, prompt: Prompt | str, completion: str, loss_on: str) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and of the completion, which are two texts here."""
+        return self.prompt(prompt), self.completion(prompt, completion)
 
-    def _labelled_prompt(self, prompt: Prompt | str, loss_on: str) -> tuple[list[int], list[int]]:
-        ids, labels = super()._labelled_prompt(prompt, loss_on)
-        return ids + self._closing, labels + [IGNORED] * len(self._closing)
+    @property
+    def saved_template(self) -> Template:
+        return self.chat_template.closing_prompts() if self._closing else self.chat_template
+
+    def _following(self, reply: Rendered) -> list[int]:
+        # A decoder begins afresh, so its text stands at the start.
+        return self._tokens.ids(reply)
 
     @cached_property
     def _closing(self) -> list[int]:

@@ -20,7 +20,7 @@ TRL's users have them become these in `messages.py`. Files are only ever read.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ PROMPT_PARTS = ("turns", "system", "narrative", "reply_name")
 def from_json(row: Row) -> Conversation:
     """A record from its JSON object, in this project's shapes or in TRL's. Raises DataError with place and field."""
     row = in_our_shape(row)
-    return Conversation(**{part: read(row) for part, read in PARTS.items()})
+    record = Conversation(**{part: read(row) for part, read in PARTS.items()})
+    return replace(record, prompt=replace(record.prompt, place=row.place))
 
 
 def faults_of(row: Row) -> list[DataError]:

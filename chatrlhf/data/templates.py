@@ -1,38 +1,44 @@
-"""How a prompt becomes the text a model sees.
+"""Chat templates: where they come from, and what each makes of a conversation.
 
 Every template is a Jinja chat template: one of the formats that published models were trained with (`formats/`), the
-model's own, or a file of the user's. It is rendered with stand-ins in the place of all texts of the data, which are
-put in afterwards. So nothing in a user's text can act on the template, no part of it is taken for a special token,
-and where each reply begins and ends is known by construction. Rendering is transformers', in its sandbox: a template
-cannot reach Python.
+model's own, or a file of the user's. It is rendered by transformers, in its sandbox (a template cannot reach Python),
+with the conversation itself, so a template that trims, splits off thoughts or looks at its content does here what it
+does in `apply_chat_template`. What is text of the data in a rendering and what is the template's: `rendering.py`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chatrlhf.conversation import Prompt, Turn
+from chatrlhf.config.schema import Config
+from chatrlhf.conversation import Prompt
 from chatrlhf.errors import ConfigError, DataError
 
 PLACEHOLDER = "{user_input}"
 FILE_NAME = "chat_template.jinja"  # transformers' name: AutoTokenizer finds it there
-OWN = "chat"  # the name that stands for the model's own template
-SpecialTokens = tuple[tuple[str, str], ...]  # a tokenizer's, each with its name: ("eos_token", "</s>")
+OWN = "chat"  # the name that stands for the model's own template; one of several is "chat:NAME"
 CLOSES_PROMPTS = '{{ eos_token if add_generation_prompt else "" }}'  # behind all else, where an encoder reads prompts
-STAND_IN = re.compile("CHATRLHF([0-9]{6})TEXT")
+SpecialTokens = tuple[tuple[str, str], ...]  # a tokenizer's, each with its name: ("eos_token", "</s>")
+
+# Transformers' function for the date, called with a format: `strftime_now("%d %b %Y")`.
+DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\n]*"|'[^'\n]*')\s*\)""")
+# Words that no template says itself, to find out where it shows what.
+USER, REPLY, USER_NAME, REPLY_NAME = "Xq7-User", "Xq7-Reply", "Xq7-Name", "Xq7-Replier"
 
 
-class Piece(NamedTuple):
-    """A stretch of a rendered prompt."""
+class ReplyFrame(NamedTuple):
+    """What a template puts around a reply of plain words."""
 
-    text: str
-    is_data: bool  # it comes from the data, where a special token's text is but text
-    is_reply: bool  # it belongs to an earlier reply: its text, and the EOS token behind it
+    lead: str  # between what asks for a reply and its text: the blank behind "Assistant:", an empty thought
+    closing: str  # behind its text, to the end
+    asks: str  # the template's own text at the end of a prompt, behind the last text of the data
 
 
 @dataclass(frozen=True)
@@ -45,73 +51,97 @@ class Template:
     """
 
     source: str
+    origin: str = field(default="the chat template", compare=False)  # for messages: key and value, or a file
 
-    def pieces(self, prompt: Prompt, special_tokens: SpecialTokens) -> list[Piece]:
-        """The prompt up to where its reply begins.
+    def render(self, arguments: Mapping[str, Any], special_tokens: SpecialTokens, asks: bool) -> str:
+        """The text of a conversation, as `apply_chat_template(..., tokenize=False)` gives it.
 
-        Raises:
-            DataError: the template cannot show this prompt.
-        """
-        data = _Data()
-        frames = self._frames(data.arguments(prompt, "narrative" in self.source), special_tokens, True)
-        turns = [i for i, role in enumerate(data.roles) if role is not None]
-        if [part for part in frames if isinstance(part, int) and part in turns] != turns:
-            raise DataError(f"the template leaves out or repeats a part of the prompt {_short(prompt)}; choose another")
-        lead, _ = self.around_reply(special_tokens)
-        eos = dict(special_tokens).get("eos_token", "")
-        replies = [isinstance(part, int) and data.roles[part] == "assistant" for part in frames]
-        pieces: list[Piece] = []
-        for part, is_reply, before, after in zip(
-            frames, replies, [False, *replies], [*replies[1:], False], strict=False
-        ):
-            if isinstance(part, int):
-                pieces.append(Piece(data.texts[part], True, is_reply))
-                continue
-            if before and eos and eos in part:
-                closing, _, part = part.partition(eos)
-                pieces.append(Piece(closing + eos, False, True))
-            cut = len(part) - len(lead) if after and part.endswith(lead) else len(part)
-            pieces += [Piece(part[:cut], False, False), Piece(part[cut:], False, True)]
-        return [piece for piece in pieces if piece.text]
-
-    @lru_cache(maxsize=64)  # noqa: B019 (a template is a few lines of text)
-    def around_reply(self, special_tokens: SpecialTokens) -> tuple[str, str]:
-        """What a reply's text begins with (the blank behind "Assistant:"), and what stands behind its last word.
-
-        The former belongs to the reply because byte-pair tokenizers keep a blank with the word that follows.
+        Args:
+            arguments: from `arguments_of`.
+            asks: transformers' ``add_generation_prompt``.
 
         Raises:
-            ConfigError: a reply does not begin as the prompt for one ends, so that what a model is trained to
-                give is not what it would be asked for.
+            DataError: the template refuses the conversation, or fails; with the template's line.
+            ConfigError: it is no valid Jinja.
         """
-        prompt = Prompt((Turn("user", "a", "A"),), reply_name="B")
-        answered = Prompt((*prompt.turns, Turn("assistant", "b", "B")), reply_name="B")
-        asked, _ = self._shown(prompt, special_tokens, True)
-        whole, reply = self._shown(answered, special_tokens, False)
-        last = next((place for place in STAND_IN.finditer(whole) if int(place[1]) == reply), None)
-        if last is None:
-            raise ConfigError("the template does not show the reply of a turn; choose another")
-        opening, closing = whole[: last.start()], whole[last.end() :]
-        if not opening.startswith(asked):
-            opens, asks = (STAND_IN.split(text)[-1] for text in (opening, asked))
-            raise ConfigError(
-                f"the template opens a reply with {opens!r} and asks for one with {asks!r}; a reply has to begin with "
-                "what add_generation_prompt adds"
+        return self._rendered(arguments, special_tokens, asks, False)[0]
+
+    def marked_replies(self, arguments: Mapping[str, Any], special_tokens: SpecialTokens) -> list[tuple[int, int]]:
+        """Where `{% generation %}` and `{% endgeneration %}` stand in a prompt, as (start, end) in characters."""
+        return self._rendered(arguments, special_tokens, True, True)[1]
+
+    @property
+    def marks_replies(self) -> bool:
+        """Whether it says by `{% generation %}` what an assistant wrote."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+
+    def _rendered(
+        self, arguments: Mapping[str, Any], special_tokens: SpecialTokens, asks: bool, marks: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from jinja2 import TemplateError, TemplateSyntaxError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        values = dict(special_tokens) | arguments
+        try:
+            rendered, spans = render_jinja_template(
+                [values.pop("messages")],
+                chat_template=self.source,
+                add_generation_prompt=asks,
+                return_assistant_tokens_mask=marks,
+                **values,
             )
-        return opening[len(asked) :], closing
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"{self.origin}, line {error.lineno}: it is not valid Jinja ({error.message}); correct it"
+            ) from None
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            line = _line_of(error)
+            where = f"{self.origin}, line {line}" if line else self.origin
+            raise DataError(
+                f"{where}: the template cannot show this conversation ({error}); change the row, or name another "
+                "template (one of chatrlhf's, or a .jinja file)"
+            ) from None
+        return rendered[0], spans[0] if marks else []
 
-    def _shown(self, prompt: Prompt, special_tokens: SpecialTokens, opens_reply: bool) -> tuple[str, int]:
-        """A prompt with its stand-ins, and the number of that for its last turn's text."""
-        data = _Data()
-        frames = self._frames(data.arguments(prompt, "narrative" in self.source), special_tokens, opens_reply)
-        shown = "".join(f"CHATRLHF{part:06d}TEXT" if isinstance(part, int) else part for part in frames)
-        return shown, len(data.texts) - 1
+    def frame(self, special_tokens: SpecialTokens) -> ReplyFrame:
+        """What it puts around a reply of plain words behind one user's turn.
 
-    def _frames(
-        self, arguments: dict[str, Any], special_tokens: SpecialTokens, opens_reply: bool
-    ) -> tuple[str | int, ...]:
-        key = json.dumps(arguments, sort_keys=True)
-        return _frames(self.source, key, special_tokens, opens_reply)
+        Raises:
+            ConfigError: it does not show a reply at all.
+        """
+        return _frames(self, special_tokens)
+
+    @property
+    def takes_narrative(self) -> bool:
+        return "narrative" in self.source
+
+    @property
+    def asking_line(self) -> int:
+        """The line of its last look at ``add_generation_prompt``; 1 where there is none."""
+        lines = [number for number, line in enumerate(self.source.split("\n"), 1) if "add_generation_prompt" in line]
+        return lines[-1] if lines else 1
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> Template:
+        """The same with other values where none are given: whoever renders it later gets them too."""
+        given = "".join(
+            f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} %}}"
+            for name, value in arguments.items()
+        )
+        return replace(self, source=given + self.source)
+
+    def on(self, day: date) -> Template:
+        """The same with this day's date in place of the clock's.
+
+        Raises:
+            ConfigError: it asks for the date by something other than a constant format.
+        """
+        fixed = DATE_CALL.sub(lambda call: json.dumps(day.strftime(call[1][1:-1]), ensure_ascii=False), self.source)
+        if "strftime_now(" in fixed:
+            raise ConfigError(
+                f"{self.origin}: line {_line_with(fixed, 'strftime_now(')} asks for the date by a format that is "
+                "computed, so prompts would change by the day; save the template as a .jinja file with a fixed date"
+            )
+        return replace(self, source=fixed)
 
     def save(self, folder: Path) -> None:
         """Write it beside a model's weights, where transformers looks for a tokenizer's chat template."""
@@ -119,117 +149,150 @@ class Template:
 
     def closing_prompts(self) -> Template:
         """The same, with an EOS token behind a prompt, for whoever renders it without this package."""
-        return Template(self.source.removesuffix("\n") + CLOSES_PROMPTS)
+        return replace(self, source=self.source.removesuffix("\n") + CLOSES_PROMPTS)
 
     @staticmethod
     def load(folder: Path) -> Template | None:
         """The template saved beside a model's weights, if there is one; what `closing_prompts` added is left out."""
         path = folder / FILE_NAME
-        return Template(path.read_text(encoding="utf-8").removesuffix(CLOSES_PROMPTS)) if path.exists() else None
+        if not path.exists():
+            return None
+        return Template(path.read_text(encoding="utf-8").removesuffix(CLOSES_PROMPTS), str(path))
 
 
-class _Data:
-    """The texts of a prompt, each with a number, and a template's arguments with stand-ins in their place."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.roles: list[str | None] = []  # of messages; None for what a template may leave out or say twice
-        self._names: dict[str, str] = {}
-
-    def arguments(self, prompt: Prompt, takes_narrative: bool) -> dict[str, Any]:
-        # In the order in which a template shows them.
-        narrative = self._hold(prompt.narrative, "narrative") if prompt.narrative and takes_narrative else None
-        system = [prompt.system, None if takes_narrative else prompt.narrative]
-        system_text = "\n\n".join(part for part in system if part)
-        messages = [{"role": "system", "content": self._hold(system_text, "system")}] if system_text else []
-        for turn in prompt.turns:
-            name = {"name": self._name(turn.name)} if turn.name else {}
-            messages.append({"role": turn.role, "content": self._hold(turn.text, turn.role), **name})
-        arguments: dict[str, Any] = {"messages": messages}
-        if narrative:
-            arguments["narrative"] = narrative
-        if prompt.reply_name:
-            arguments["reply_name"] = self._name(prompt.reply_name)
-        return arguments
-
-    def _hold(self, text: str, role: str | None) -> str:
-        if not text:
-            return text  # a template may look whether there is any
-        self.texts.append(text)
-        self.roles.append(role)
-        return f"CHATRLHF{len(self.texts) - 1:06d}TEXT"
-
-    def _name(self, name: str) -> str:
-        if name not in self._names:
-            self._names[name] = self._hold(name, None)
-        return self._names[name]
+def arguments_of(prompt: Prompt, takes_narrative: bool, reply: str | None = None) -> dict[str, Any]:
+    """What a template is given to show a prompt, or a prompt with its reply."""
+    narrative = prompt.narrative if takes_narrative else None
+    system = "\n\n".join(part for part in (prompt.system, None if takes_narrative else prompt.narrative) if part)
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in prompt.turns:
+        messages.append({"role": turn.role, "content": turn.text, **({"name": turn.name} if turn.name else {})})
+    name = {"name": prompt.reply_name} if prompt.reply_name else {}
+    if reply is not None:
+        messages.append({"role": "assistant", "content": reply, **name})
+    arguments: dict[str, Any] = {"messages": messages}
+    if narrative:
+        arguments["narrative"] = narrative
+    return arguments | ({"reply_name": prompt.reply_name} if prompt.reply_name else {})
 
 
-@lru_cache(maxsize=4096)
-def _frames(source: str, arguments: str, special_tokens: SpecialTokens, opens_reply: bool) -> tuple[str | int, ...]:
-    """A rendering: the template's own text, and between it the number of each text that stands there.
-
-    It depends on the shape of a prompt alone, not on its words, so that few are made for a whole dataset.
-    """
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    values = json.loads(arguments)
-    try:
-        rendered, _ = render_jinja_template(
-            [values.pop("messages")],
-            chat_template=source,
-            add_generation_prompt=opens_reply,
-            **values,
-            **dict(special_tokens),
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the template cannot show a prompt of this shape ({error}); choose another") from None
-    parts = STAND_IN.split(rendered[0])
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts) if i % 2 or part)
+@lru_cache(maxsize=64)
+def _frames(template: Template, special_tokens: SpecialTokens) -> ReplyFrame:
+    arguments = {"messages": [{"role": "user", "content": USER, "name": USER_NAME}], "reply_name": REPLY_NAME}
+    asked = template.render(arguments, special_tokens, True)
+    arguments["messages"].append({"role": "assistant", "content": REPLY, "name": REPLY_NAME})
+    whole = template.render(arguments, special_tokens, False)
+    before, shown, closing = whole.rpartition(REPLY)
+    if not shown:
+        raise ConfigError(f"{template.origin}: the template does not show the reply of a turn; choose another")
+    lead = before[len(asked) :] if before.startswith(asked) else ""
+    asks = re.split("|".join(map(re.escape, (USER, USER_NAME, REPLY_NAME))), asked)[-1]
+    return ReplyFrame(lead, closing, asks)
 
 
-def _short(prompt: Prompt) -> str:
-    text = prompt.text
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+def _line_of(error: BaseException) -> int | None:
+    """The line of a template that an error came from; Jinja writes its lines into tracebacks."""
+    if getattr(error, "lineno", None):
+        return int(error.lineno)
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def _line_with(source: str, text: str) -> int:
+    return source[: source.index(text)].count("\n") + 1
+
+
+def _literal(value: Any) -> str:
+    """A value as Jinja writes it."""
+    names = {True: "true", False: "false", None: "none"}
+    is_name = value is None or isinstance(value, bool)
+    return names[value] if is_name else json.dumps(value, ensure_ascii=False)
 
 
 FORMATS = {
-    path.stem: Template(path.read_text(encoding="utf-8"))
+    path.stem: Template(path.read_text(encoding="utf-8"), f"template {path.stem}")
     for path in sorted((Path(__file__).parent / "formats").glob("*.jinja"))
 }
 
 
 def get_template(
-    name: str, key: str = "actor_config.template", tokenizer: Any = None, folder: Path | None = None
+    name: str,
+    key: str = "actor_config.template",
+    tokenizer: Any = None,
+    folder: Path | None = None,
+    day: date | None = None,
 ) -> Template:
     """A template by name, from a Jinja file, or made from a text that holds ``{user_input}`` once.
 
     Args:
-        name: a key of `FORMATS`; ``chat``, the tokenizer's own; a path that ends with ``.jinja``; or a text.
+        name: a key of `FORMATS`; ``chat``, the tokenizer's own (``chat:NAME`` where it has several); a path that ends
+            with ``.jinja``; or a text.
         tokenizer: whose own template is meant.
         folder: where a path that is not absolute is looked for first, before the working directory.
+        day: the date that a template shows which asks for one; None: today.
 
     Raises:
         ConfigError: it is none of them; the known names are listed.
     """
+    return replace(_found(name, key, tokenizer, folder), origin=f"{key} ({name})").on(day or date.today())
+
+
+def actor_template(config: Config, tokenizer: Any) -> Template:
+    """The template of `actor_config`. Raises ConfigError as `get_template` does."""
+    section = config.actor_config
+    template = get_template(section.template, "actor_config.template", tokenizer, config.base_dir, config.day)
+    return template.with_arguments(section.chat_template_kwargs)
+
+
+def reward_template(config: Config, tokenizer: Any) -> Template:
+    """The template of `reward_config`, or the actor's. Raises ConfigError as `get_template` does."""
+    section = config.reward_config
+    if section.template is None:
+        return actor_template(config, tokenizer)
+    template = get_template(section.template, "reward_config.template", tokenizer, config.base_dir, config.day)
+    return template.with_arguments(section.chat_template_kwargs)
+
+
+def _found(name: str, key: str, tokenizer: Any, folder: Path | None) -> Template:
     if name in FORMATS:
         return FORMATS[name]
-    if name == OWN:
-        if not isinstance(getattr(tokenizer, "chat_template", None), str):
-            raise ConfigError(f"{key}: the model's tokenizer brings no chat template; choose one of {_known()}")
-        return Template(tokenizer.chat_template)
+    if is_own(name):
+        return Template(_own(name.partition(":")[2], key, tokenizer))
     if name.endswith(".jinja"):
-        places = [base / Path(name).expanduser() for base in (folder, Path.cwd()) if base is not None]
-        for place in places:
-            if place.is_file():
-                return Template(place.read_text(encoding="utf-8"))
-        raise ConfigError(f"{key}: there is no file {' or '.join(map(str, dict.fromkeys(places)))}; correct the path")
+        paths = [base / Path(name).expanduser() for base in (folder, Path.cwd()) if base is not None]
+        for path in paths:
+            if path.is_file():
+                return Template(path.read_text(encoding="utf-8"))
+        raise ConfigError(f"{key}: there is no file {' or '.join(map(str, dict.fromkeys(paths)))}; correct the path")
     if name.count(PLACEHOLDER) == 1:
         return _from_text(*name.split(PLACEHOLDER))
     raise ConfigError(
         f"{key}: {name!r} is none of {_known()}, no path of a .jinja file and no text that holds {PLACEHOLDER} once"
     )
+
+
+def is_own(name: str) -> bool:
+    """Whether a template's name stands for the model's own."""
+    return name == OWN or name.startswith(f"{OWN}:")
+
+
+def _own(wanted: str, key: str, tokenizer: Any) -> str:
+    """The source of a tokenizer's template, of several the one that is wanted or the default one."""
+    own = getattr(tokenizer, "chat_template", None)
+    if not own:
+        raise ConfigError(f"{key}: the model's tokenizer brings no chat template; choose one of {_known()}")
+    templates = own if isinstance(own, dict) else {"default": own}
+    source = templates.get(wanted or "default")
+    if source is None:
+        names = ", ".join(f"{OWN}:{name}" for name in sorted(templates))
+        raise ConfigError(
+            f"{key}: the model's tokenizer brings no template {wanted or 'default'!r}; choose one of {names}"
+        )
+    return source
 
 
 def _known() -> str:

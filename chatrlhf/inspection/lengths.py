@@ -64,7 +64,9 @@ def _of_chunk(records: Sequence[Conversation], encoder: Encoder) -> list[Lengths
     talks = [record for record in records if record.text is None]
     texts = iter(encoder.plain_lengths([record.text for record in records if record.text is not None]))
     prompts = iter(encoder.prompt_lengths([record.prompt for record in talks]))
-    completions = iter(encoder.completion_lengths([text for record in talks for text in completions_of(record)]))
+    completions = iter(
+        encoder.completion_lengths([(record.prompt, text) for record in talks for text in completions_of(record)])
+    )
     lengths = []
     for record in records:
         if record.text is not None:

@@ -13,7 +13,7 @@ from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.pairs import PairEncoder
-from chatrlhf.data.templates import Template, get_template
+from chatrlhf.data.templates import Template, reward_template
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import (
     add_adapters,
@@ -154,8 +154,7 @@ def new_reward_model(
         add_adapters(backbone, adapters, where(place), revision)
     model = RewardModel(backbone, head, pooling).to(device)
     if template is None:
-        name = config.template or actor.template
-        template = get_template(name, "reward_config.template", tokenizer, whole.base_dir)
+        template = reward_template(whole, tokenizer)
     return RewardScorer(model, Encoder.of(tokenizer, template, max_length))
 
 

@@ -138,9 +138,7 @@ class RewardScorer:
 
         A row beyond the context loses tokens from the front of its prompt: the completion is what is judged.
         """
-        ids = self.encoder.completion(completion)
-        ids = self.encoder.prompt(prompt) + (ids if finished else ids[:-1])
-        return ids[-self.encoder.max_length :]
+        return self.encoder.judged(prompt, completion, finished)[-self.encoder.max_length :]
 
     @torch.no_grad()
     def score_ids(self, rows: list[Any], batch_size: int = 64) -> Tensor:
@@ -191,7 +189,7 @@ class ReplyScorer(RewardScorer):
     """
 
     def encode(self, prompt: Prompt | str, completion: str, finished: bool = True) -> tuple[list[int], list[int]]:
-        reply = self.encoder.completion(completion)
+        reply = self.encoder.completion(prompt, completion)
         reply = reply if finished else reply[:-1]
         return self.encoder.prompt(prompt)[-max(self.encoder.max_length - len(reply), 1) :], reply
 

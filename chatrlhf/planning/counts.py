@@ -9,7 +9,7 @@ from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows, corpus, read_inputs
-from chatrlhf.data.templates import get_template
+from chatrlhf.data.templates import actor_template
 from chatrlhf.data.views import Demonstration, PlainText, Preference
 from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.models.factory import encoder_class, tokenizer_and_settings
@@ -76,7 +76,7 @@ def encoder_if_there(config: Config, limit: int) -> tuple[Encoder | None, str | 
     """The actor's, or why there is none."""
     try:
         tokenizer, settings = tokenizer_and_settings(config.actor_config, corpus(config))
-        template = get_template(config.actor_config.template, tokenizer=tokenizer, folder=config.base_dir)
+        template = actor_template(config, tokenizer)
     except MissingError as error:
         return None, str(error)
     return encoder_class(settings).of(tokenizer, template, limit), None
@@ -146,4 +146,5 @@ def _sides(row: Any, encoder: Encoder, config: Config) -> tuple[int, int]:
         ids, labels = encoder.actor_row(row, config.actor_config.loss_on)
         return len(ids), encoder.row_length(ids, labels) - len(ids)
     replies = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
-    return len(encoder.prompt(row.prompt)), max(len(encoder.completion(each)) for each in replies)
+    prompt = len(encoder.prompt(row.prompt))
+    return prompt, max(len(encoder.judged(row.prompt, each)) for each in replies) - prompt

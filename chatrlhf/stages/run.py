@@ -13,7 +13,7 @@ from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import ActorConfig, Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows
-from chatrlhf.data.templates import get_template
+from chatrlhf.data.templates import actor_template
 from chatrlhf.manifest import Manifest
 from chatrlhf.models.adapter_scaling import scaling_warning
 from chatrlhf.models.adapters import base_of, save_model, where, with_adapters
@@ -83,7 +83,7 @@ class Run:
 def encoder_of(config: Config, model: nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
     """What makes ids of the actor's rows; the template is the configuration's unless one is given."""
     limit = min(config.actor_config.max_sequence_length, context_length(model))
-    template = template or get_template(config.actor_config.template, tokenizer=tokenizer, folder=config.base_dir)
+    template = template or actor_template(config, tokenizer)
     return encoder_class(model.config).of(tokenizer, template, limit)
 
 

@@ -160,12 +160,12 @@ def _that_fit(
     """
     encoder, limit = scorer.encoder, scorer.encoder.max_length
 
-    def reply(row: Any) -> int:
+    def length(row: Any) -> int:
         replies = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
-        return max(len(encoder.completion(reply)) for reply in replies)
+        return max(len(encoder.judged(row.prompt, reply)) for reply in replies)
 
-    replies = [reply(row) for row in rows]
-    lengths = [len(encoder.prompt(row.prompt)) + own for row, own in zip(rows, replies, strict=True)]
+    lengths = [length(row) for row in rows]
+    replies = [length - len(encoder.prompt(row.prompt)) for row, length in zip(rows, lengths, strict=True)]
     if config.over_length == "cut":
         if long := sum(length > limit for length in lengths):
             log.warn(f"{STAGE}: {long} of {len(rows)} rows of {source} exceed {limit} tokens and are cut")

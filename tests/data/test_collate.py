@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from chatrlhf.conversation import Prompt, Turn
 from chatrlhf.data.collate import IGNORED, Encoder, fitting, pad_right, prompt_batch, special_tokens
-from chatrlhf.data.templates import FORMATS, Template, get_template
+from chatrlhf.data.templates import FORMATS, Template, arguments_of, get_template
 from chatrlhf.data.views import Demonstration, PlainText
 from chatrlhf.errors import DataError
 from chatrlhf.models.reward_model import RewardScorer
@@ -51,21 +51,22 @@ def eos(made: Encoder) -> int:
 
 
 def shown(made: Encoder, prompt: Prompt | str) -> str:
-    return "".join(piece.text for piece in made.template.pieces(Prompt.of(prompt), special_tokens(made.tokenizer)))
+    arguments = arguments_of(Prompt.of(prompt), made.template.takes_narrative)
+    return made.template.render(arguments, special_tokens(made.tokenizer), True)
 
 
 def test_segments_are_tokenised_separately():
     # With nothing between them "th" + "e cat" would merge to "the" if they were tokenised as one text.
     made = encoder("raw")
-    assert made.prompt("th") + made.completion("e cat") == [*ids(made, "th"), *ids(made, "e cat"), eos(made)]
-    assert made.prompt("th") + made.completion("e cat") != made.completion("the cat")
+    assert made.prompt("th") + made.completion("a", "e cat") == [*ids(made, "th"), *ids(made, "e cat"), eos(made)]
+    assert made.prompt("th") + made.completion("a", "e cat") != made.completion("a", "the cat")
 
 
 @pytest.mark.parametrize("template", FORMATS)
 @pytest.mark.parametrize("text", ["the mat", "the mat\n", "", "{user_input} {} }{"])
 def test_a_completion_ends_with_exactly_one_eos(template, text):
     made = encoder(template)
-    completion = made.completion(text)
+    completion = made.completion("a", text)
     assert completion.count(eos(made)) == 1 and completion[-1] == eos(made)
     before = " " if template in ("chatllama", "hh", "stable_vicuna", "airoboros", "shurale") else ""
     assert made.tokenizer.decode(completion[:-1]) == before + text
@@ -77,7 +78,7 @@ def test_a_completion_ends_with_exactly_one_eos(template, text):
 @pytest.mark.parametrize("text", ["the cat", TALK, "{user_input} {0} }{"])
 def test_the_ids_of_a_prompt_are_the_same_for_every_use(template, bos, text):
     made = encoder(template, bos)
-    prompt, answer = made.prompt(text), made.completion("sat")
+    prompt, answer = made.prompt(text), made.completion("a", "sat")
     for loss_on in LOSSES:
         trained, labels = made.labelled(text, "sat", loss_on)
         assert trained == prompt + answer
@@ -142,7 +143,7 @@ def test_a_special_token_written_by_a_user_is_text(template, literal):
         return Prompt(turns, system=text, narrative=text, reply_name=text)
 
     assert specials(talk(literal), literal) == specials(talk("the cat"), "sat")
-    assert made.reply(made.completion(literal)) == literal
+    assert made.reply(made.completion("a", literal)) == literal
 
 
 @pytest.mark.parametrize("template", [*FORMATS, "chat", "Q: {user_input}\nA:"])
@@ -163,10 +164,12 @@ def test_every_token_of_a_reply_is_trained_and_no_other(template):
         replies = [turn.text for turn in turns if turn.role == "assistant"]
         runs = trained_text(made, prompt, "is on", "all_turns")
         end = "" if template == "shurale" else tokenizer.eos_token
-        lead = made.tokenizer.decode(made.completion("is on")[:-1]).removesuffix("is on")
+        lead = made.tokenizer.decode(made.completion("a", "is on")[:-1]).removesuffix("is on")
         assert runs == [lead + reply + end for reply in replies] + [f"{lead}is on{tokenizer.eos_token}"]
         final = made.labelled(prompt, "is on", "completion")
-        assert final[0] == token_ids and [label for label in final[1] if label != IGNORED] == made.completion("is on")
+        assert final[0] == token_ids and [label for label in final[1] if label != IGNORED] == made.completion(
+            "a", "is on"
+        )
         assert made.labelled(prompt, "is on", "all")[1] == token_ids
 
 
@@ -183,7 +186,7 @@ def test_a_token_that_closes_turns_becomes_the_eos():
     tokenizer = words_tokenizer()
     made = Encoder.of(tokenizer, get_template("chat", tokenizer=tokenizer), 64)
     assert tokenizer.eos_token == "<|im_end|>"
-    assert made.completion("sat")[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert made.completion("a", "sat")[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     plain = tiny.tokenizer()
     Encoder.of(plain, FORMATS["orca"], 64)
     assert plain.eos_token == tiny.tokenizer().eos_token
@@ -194,9 +197,9 @@ def test_what_a_template_puts_around_a_reply_is_trained_and_not_shown():
     source += "{{ m.content + '\n' + eos_token + '\n' }}{% endfor %}"
     source += "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
     made = Encoder.of(words_tokenizer(), Template(source), 64)
-    assert made.tokenizer.decode(made.completion("sat")) == f"<think>\n\nsat\n{made.tokenizer.eos_token}"
-    assert made.reply(made.completion("sat")) == "sat"
-    assert made.tokenizer.convert_tokens_to_ids("<think>") in made.completion("sat")
+    assert made.tokenizer.decode(made.completion("a", "sat")) == f"<think>\n\nsat\n{made.tokenizer.eos_token}"
+    assert made.reply(made.completion("a", "sat")) == "sat"
+    assert made.tokenizer.convert_tokens_to_ids("<think>") in made.completion("a", "sat")
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -308,7 +311,7 @@ def sentence_pieces(kind: str) -> PreTrainedTokenizerFast:
 def test_replies_come_back_from_a_tokenizer_that_adds_blanks(kind, template):
     made = Encoder(sentence_pieces(kind), FORMATS[template], 64)
     for text in ("sat on", "the </s> mat", "é{x}"):
-        ids = made.completion(text)
+        ids = made.completion("a", text)
         assert made.reply(ids) == made.reply(ids[:-1]) == text
         assert ids.count(made.tokenizer.eos_token_id) == 1
 
@@ -358,7 +361,9 @@ def test_lengths_of_many_are_those_of_each(kind, template):
         Prompt((*talks[0], Turn("user", "on", "Bo")), reply_name="A"),
     ]
     assert made.prompt_lengths(prompts) == [len(made.prompt(prompt)) for prompt in prompts]
-    assert made.completion_lengths(AWKWARD) == [len(made.completion(text)) for text in AWKWARD]
+    assert made.completion_lengths([("a", text) for text in AWKWARD]) == [
+        len(made.completion("a", text)) for text in AWKWARD
+    ]
     assert made.plain_lengths(AWKWARD) == [len(made.plain(text)[0]) for text in AWKWARD]
     assert made.prompt_lengths([]) == made.completion_lengths([]) == made.plain_lengths([]) == []
 
@@ -374,4 +379,6 @@ def test_lengths_by_the_template_of_a_chat_model(bos):
     made = Encoder.of(tokenizer, get_template("chat", tokenizer=tokenizer), 64)
     prompts = [TALK, *map(Prompt.of, AWKWARD)]
     assert made.prompt_lengths(prompts) == [len(made.prompt(prompt)) for prompt in prompts]
-    assert made.completion_lengths(AWKWARD) == [len(made.completion(text)) for text in AWKWARD]
+    assert made.completion_lengths([("a", text) for text in AWKWARD]) == [
+        len(made.completion("a", text)) for text in AWKWARD
+    ]

@@ -13,7 +13,7 @@ from chatrlhf.conversation import Prompt
 from chatrlhf.data.download import ACTOR, PROMPTS, REWARD, download
 from chatrlhf.data.records import read_demonstrations, read_judgements, read_prompts
 from chatrlhf.data.sources import shp
-from chatrlhf.data.templates import FORMATS
+from chatrlhf.data.templates import FORMATS, arguments_of
 from chatrlhf.data.views import Demonstration, PlainText, Preference
 from chatrlhf.errors import DataError
 
@@ -24,7 +24,7 @@ REAL_HH = ROOT.parent / "shared" / "data" / "hh-rlhf"
 
 def transcript(prompt: Prompt, reply: str) -> str:
     """As template `hh` shows it, without the EOS token that closes each reply."""
-    return "".join(piece.text for piece in FORMATS["hh"].pieces(prompt, (("eos_token", ""),))) + " " + reply
+    return FORMATS["hh"].render(arguments_of(prompt, False), (("eos_token", ""),), True) + " " + reply
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -61,7 +61,7 @@ BAD = {
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
 @pytest.fixture
@@ -173,11 +173,11 @@ def test_errors_say_what_to_change(hh_copy, tmp_path, options, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b'{"chosen": "a"}\n{"chosen": '), r"test.jsonl.gz, row 2, column \d+: broken JSON"),
-        (gzip.compress(b"[1]"), "test.jsonl.gz, row 1: expected an object"),
+        (gzip.compress(b'{"chosen": "a"}\n{"chosen": ', mtime=0), r"test.jsonl.gz, row 2, column \d+: broken JSON"),
+        (gzip.compress(b"[1]", mtime=0), "test.jsonl.gz, row 1: expected an object"),
         (b"no gzip", "test.jsonl.gz: it cannot be read"),
-        (gzip.compress(b"{}" * 1000)[:20], "test.jsonl.gz: it cannot be read"),
-        (gzip.compress(b""), "no usable row was found .there are no rows"),
+        (gzip.compress(b"{}" * 1000, mtime=0)[:20], "test.jsonl.gz: it cannot be read"),
+        (gzip.compress(b"", mtime=0), "no usable row was found .there are no rows"),
         (
             gzip.compress(json.dumps(BAD["empty replies"]).encode()),
             "no usable row was found .1 empty replies",

@@ -33,8 +33,8 @@ def test_a_prompt_is_closed_as_its_tokenizer_closes_texts(template, closes):
     for prompt in ("the cat", LONG):
         assert made.prompt(prompt) == plain.prompt(prompt) + closing
     assert made.prompt_lengths(["the cat", LONG]) == [len(made.prompt(each)) for each in ("the cat", LONG)]
-    assert made.completion("sat") == plain.completion("sat")
-    assert made.reply(made.completion("sat")) == "sat"
+    assert made.completion("a", "sat") == made.completion("the cat", "sat")
+    assert made.reply(made.completion("a", "sat")) == "sat"
 
 
 def test_raw_prompts_are_what_the_tokenizer_itself_gives():
@@ -50,18 +50,18 @@ def test_the_saved_template_gives_the_same_ids_and_is_read_again_as_it_was(templ
     talk = [{"role": turn.role, "content": turn.text} for turn in LONG.turns]
     assert loaded.apply_chat_template(talk, add_generation_prompt=True, return_dict=False) == made.prompt(LONG)
     again = PairEncoder.of(loaded, Template.load(tmp_path), 64)
-    assert again.prompt(LONG) == made.prompt(LONG) and again.chat_template == made.chat_template
+    assert again.prompt(LONG) == made.prompt(LONG) and again.saved_template == made.saved_template
 
 
 def test_a_row_is_a_prompt_and_a_completion_and_both_are_bounded_together():
     made = encoder(max_length=8)
     ids, labels = made.actor_row(Demonstration(Prompt.of("the cat"), "sat"), "completion")
-    assert (ids, labels) == (made.prompt("the cat"), made.completion("sat"))
+    assert (ids, labels) == (made.prompt("the cat"), made.completion("a", "sat"))
     assert made.row_length(ids, labels) == len(ids) + len(labels)
     long = Demonstration(LONG, "sat " * 20)
     ids, labels = made.cut_actor_row(long, "completion")
     # Its oldest turns have gone, and then its end.
-    assert ids == made.prompt("the cat") and labels == made.completion("sat " * 20)[: 8 - len(ids)]
+    assert ids == made.prompt("the cat") and labels == made.completion("a", "sat " * 20)[: 8 - len(ids)]
     assert made.cut_actor_row(Demonstration(Prompt.of("on the mat " * 9), "sat"), "completion")[1] == []
 
 

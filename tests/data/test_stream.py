@@ -12,6 +12,7 @@ from chatrlhf.data import collate, stream
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.stream import StreamOrder, Windows, write_stream
 from chatrlhf.data.templates import FORMATS
+from chatrlhf.data.tokenization import Tokenization
 from chatrlhf.data.views import PlainText
 from chatrlhf.trainers import global_batches
 from chatrlhf.trainers.global_batches import RankBatches
@@ -62,8 +63,8 @@ def test_what_looks_like_a_special_token_is_text(encoder, tmp_path):
 def test_a_long_document_is_tokenised_a_part_at_a_time(encoder, tmp_path, monkeypatch, size):
     monkeypatch.setattr(collate, "PART_OF_TEXT", size)
     sizes = []
-    whole = Encoder._ids
-    monkeypatch.setattr(Encoder, "_ids", lambda self, text: sizes.append(len(text)) or whole(self, text))
+    whole = Tokenization.plain_ids
+    monkeypatch.setattr(Tokenization, "plain_ids", lambda self, text: sizes.append(len(text)) or whole(self, text))
     assert written(encoder, tmp_path)[1] == by_hand(encoder, TEXTS)  # cut between words it is the same
     assert max(sizes) <= size
     _, ids = written(encoder, tmp_path, [PlainText("x" * 50)])

@@ -1,11 +1,15 @@
 """Templates: what a model is given, what it is trained to give, and where earlier replies stand."""
 
+import re
+
 import pytest
 
 from chatrlhf.conversation import Prompt, Turn
+from chatrlhf.data.rendering import Renderer
 from chatrlhf.data.templates import FORMATS, Template, get_template
 from chatrlhf.errors import ConfigError, DataError
 
+CONTROL = re.compile("<s>|</s>")
 SPECIAL = (("bos_token", "<s>"), ("eos_token", "</s>"))
 TALK = Prompt((Turn("user", "One?"), Turn("assistant", "Two."), Turn("user", "Three?")), system="Be brief.")
 CHATML = (
@@ -46,7 +50,7 @@ BLANK_BEFORE_REPLY = {"chatllama", "hh", "stable_vicuna", "airoboros", "shurale"
 
 
 def shown(template: Template, prompt: Prompt | str) -> str:
-    return "".join(piece.text for piece in template.pieces(Prompt.of(prompt), SPECIAL))
+    return Renderer(template, SPECIAL, CONTROL).prompt(Prompt.of(prompt)).text
 
 
 def test_every_format_is_shown_here():
@@ -57,7 +61,7 @@ def test_every_format_is_shown_here():
 def test_what_a_format_shows(name):
     template = get_template(name)
     assert (shown(template, "Hi?"), shown(template, TALK)) == SHOWN[name]
-    assert template.around_reply(SPECIAL)[0] == (" " if name in BLANK_BEFORE_REPLY else "")
+    assert template.frame(SPECIAL).lead == (" " if name in BLANK_BEFORE_REPLY else "")
 
 
 def test_shurale_has_a_scene_and_names():
@@ -78,16 +82,17 @@ def test_a_scene_is_part_of_the_system_text_elsewhere():
 @pytest.mark.parametrize(
     ("name", "replies"),
     [
-        ("hh", [" ", "Two.", "</s>"]),
-        ("orca", ["Two.", "</s>"]),
-        ("raw", ["Two.", "</s>"]),
-        ("shurale", [" ", "Two."]),  # its replies end where the line ends
+        ("hh", [" Two.</s>"]),
+        ("orca", ["Two.</s>"]),
+        ("raw", ["Two.</s>"]),
+        ("shurale", [" Two."]),  # its replies end where the line ends
     ],
 )
-def test_earlier_replies_are_known_without_looking_for_them(name, replies):
-    pieces = FORMATS[name].pieces(TALK, SPECIAL)
-    assert [piece.text for piece in pieces if piece.is_reply] == replies
-    assert [piece.text for piece in pieces if piece.is_data] == ["Be brief.", "One?", "Two.", "Three?"]
+def test_earlier_replies_are_found_in_a_prompt(name, replies):
+    renderer = Renderer(FORMATS[name], SPECIAL, CONTROL)
+    rendered = renderer.prompt(TALK)
+    spans = renderer.earlier_replies(TALK, rendered, "</s>")
+    assert [rendered.text[start:end] for start, end in spans] == replies
 
 
 AWKWARD = [
@@ -108,9 +113,10 @@ def test_a_users_text_is_inserted_as_it_is(name, text):
     frame = shown(template, "unlikely words")
     assert shown(template, text) == frame.replace("unlikely words", text)
     prompt = Prompt((Turn("user", text), Turn("assistant", text), Turn("user", "?")), system=text)
-    data = [piece for piece in template.pieces(prompt, SPECIAL) if piece.is_data]
-    assert [piece.text for piece in data] == [text, text, text, "?"]
-    assert [piece.is_reply for piece in data] == [False, False, True, False]
+    rendered = Renderer(template, SPECIAL, CONTROL).prompt(prompt)
+    assert rendered.text.count(text) == 3
+    written = [text[found.start() : found.end()] for found in CONTROL.finditer(text)]
+    assert [rendered.text[start:end] for start, end in rendered.quoted] == written * 3
 
 
 def test_a_template_written_out():
@@ -119,7 +125,7 @@ def test_a_template_written_out():
     assert shown(template, TALK) == (
         'Be brief.\n\nQuestion: "One?"\n\tAnswer {{x}}:Two.</s>Question: "Three?"\n\tAnswer {{x}}:'
     )
-    assert template.around_reply(SPECIAL) == ("", "</s>")
+    assert template.frame(SPECIAL)[:2] == ("", "</s>")
 
 
 class Words:
@@ -131,7 +137,7 @@ class Words:
 def test_a_models_own_template(tmp_path):
     own = get_template("chat", tokenizer=Words())
     assert shown(own, "Hi?") == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
-    assert own.around_reply(SPECIAL) == ("", "<|im_end|>\n")
+    assert own.frame(SPECIAL) == ("", "<|im_end|>\n", "<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(ConfigError, match=r"actor_config.template: the model's tokenizer brings no chat template"):
         get_template("chat", tokenizer=object())
 
@@ -168,7 +174,7 @@ def test_an_unknown_template_names_the_key_and_the_known_ones(name):
     ],
 )
 def test_a_template_cannot_reach_python(reach):
-    with pytest.raises(DataError, match="the template cannot show a prompt of this shape"):
+    with pytest.raises(DataError, match="line 1: the template cannot show this conversation"):
         shown(Template(reach + "{{ messages[0].content }}"), "Hi?")
 
 
@@ -176,33 +182,36 @@ def test_a_template_cannot_reach_python(reach):
     "source",
     [
         "{{ messages[-1].content }}",  # leaves out earlier turns
-        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[0].content }}",
-        "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
         "{% for m in messages %}{{ m.content | lower }}{% endfor %}",
     ],
 )
 def test_a_template_that_loses_a_part_is_refused(source):
-    with pytest.raises(DataError, match="leaves out or repeats a part of the prompt"):
+    with pytest.raises(DataError, match="leaves out or changes the (user|system)'s text"):
         shown(Template(source), TALK)
 
 
 def test_a_template_says_itself_what_it_cannot_show():
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system text') }}{% endif %}" + CHATML
     assert shown(Template(source), "Hi?") == shown(Template(CHATML), "Hi?")
-    with pytest.raises(DataError, match="cannot show a prompt of this shape .no system text"):
+    with pytest.raises(DataError, match="cannot show this conversation .no system text"):
         shown(Template(source), TALK)
 
 
 def test_a_reply_has_to_begin_as_it_is_asked_for():
-    source = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}{{ 'Bot:' if add_generation_prompt }}"
-    with pytest.raises(ConfigError, match="opens a reply with 'assistant: ' and asks for one with 'Bot:'"):
-        Template(source).around_reply(SPECIAL)
+    source = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}\n{{ 'Bot:' if add_generation_prompt }}"
+    renderer = Renderer(Template(source, "actor_config.template (x)"), SPECIAL, CONTROL)
+    said = (
+        r"a.jsonl, row 3: actor_config.template \(x\), line 2: .* asks .* 'user: Hi.Bot:' .* 'user: Hi.assistant: yes"
+    )
+    with pytest.raises(DataError, match=said):
+        renderer.reply(Prompt((Turn("user", "Hi?"),), place="a.jsonl, row 3"), "yes", "</s>")
 
 
 @pytest.mark.parametrize("source", ["hello", "{{ messages[0].content }}"])
 def test_a_template_without_replies_is_refused(source):
     with pytest.raises(ConfigError, match="does not show the reply of a turn"):
-        Template(source).around_reply(SPECIAL)
+        Template(source).frame(SPECIAL)
 
 
 def test_it_travels_with_the_weights(tmp_path):

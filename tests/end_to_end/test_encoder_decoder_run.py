@@ -126,7 +126,7 @@ def test_a_shared_critic_is_saved_as_what_it_is_read_as(config, tmp_path, traine
     prompts, replies = ["hello there", "good day to you"], ["well hello", "no 3"]
     for prompt, reply, score in zip(prompts, replies, critic(prompts, replies), strict=True):
         start = policy.config.decoder_start_token_id
-        given = torch.tensor([encoder.prompt(prompt)]), torch.tensor([[start, *encoder.completion(reply)]])
+        given = torch.tensor([encoder.prompt(prompt)]), torch.tensor([[start, *encoder.completion("a", reply)]])
         with torch.no_grad():
             states = policy(input_ids=given[0], decoder_input_ids=given[1], output_hidden_states=True)
             want = head(states.decoder_hidden_states[-1][0, -1]).item()

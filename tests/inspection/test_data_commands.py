@@ -68,9 +68,9 @@ def test_what_is_counted():
     assert (s.repeated_records, s.repeated_prompts) == (1, 2)
     assert s.generated_by == {"a model": 1}
     assert list(s.scores.values) == [0.0, 3.0] and list(s.turns.values) == [1, 1, 1, 1, 1, 3]
-    first = len(made.prompt("the cat")) + len(made.completion("sat on the mat"))
+    first = len(made.prompt("the cat")) + len(made.completion("a", "sat on the mat"))
     assert s.tokens.values[0] == first and s.prompt_tokens.values[0] == len(made.prompt("the cat"))
-    assert s.tokens.values[2] == len(made.prompt("the cat")) + len(made.completion("the mat"))  # the longest
+    assert s.tokens.values[2] == len(made.prompt("the cat")) + len(made.completion("a", "the mat"))  # the longest
     assert s.tokens.values[-1] == len(made.plain("the cat sat on the mat")[0])
     assert s.too_long == sum(length > 6 for length in s.tokens.values) > 0
     assert len(s.completion_tokens) == 1 + 1 + 2 + 1 + 3

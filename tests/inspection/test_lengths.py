@@ -34,7 +34,7 @@ def one_by_one(record: Conversation, made: Encoder) -> Lengths:
     if record.text is not None:
         return Lengths(None, (), len(made.plain(record.text)[0]))
     prompt = len(made.prompt(record.prompt))
-    completions = tuple(len(made.completion(text)) for text in completions_of(record))
+    completions = tuple(len(made.completion("a", text)) for text in completions_of(record))
     return Lengths(prompt, completions, prompt + max(completions, default=0))
 
 

@@ -97,7 +97,7 @@ def test_a_saved_critic_gives_the_value_behind_a_reply_and_starts_another(family
     scores = critic(users, replies)
     backbone, start = made.value_function()[0], made.policy.config.decoder_start_token_id
     for user, reply, score in zip(users, replies, scores, strict=True):
-        decoder_ids = torch.tensor([[start, *encoder.completion(reply)]])
+        decoder_ids = torch.tensor([[start, *encoder.completion("a", reply)]])
         with torch.no_grad():
             states = backbone(input_ids=torch.tensor([encoder.prompt(user)]), decoder_input_ids=decoder_ids)
             assert score == pytest.approx(made.value_head(states.last_hidden_state[0, -1]).item(), abs=1e-5)
@@ -105,9 +105,9 @@ def test_a_saved_critic_gives_the_value_behind_a_reply_and_starts_another(family
     loaded = load_reward_model(tmp_path)
     assert type(loaded) is ReplyScorer and loaded(users, replies) == pytest.approx(scores, abs=1e-5)
     # A reply that was cut has no EOS; one beyond the context costs its prompt's beginning.
-    assert loaded.encode("the cat", "sat", finished=False)[1] == encoder.completion("sat")[:-1]
+    assert loaded.encode("the cat", "sat", finished=False)[1] == encoder.completion("a", "sat")[:-1]
     prompt, reply = loaded.encode("the cat " * 40, "sat on")
-    assert reply == encoder.completion("sat on") and len(prompt) + len(reply) == 64
+    assert reply == encoder.completion("a", "sat on") and len(prompt) + len(reply) == 64
     again, line = topology(family, model=str(tmp_path))
     assert line == f"critic: {tmp_path}"
     torch.testing.assert_close(again.evaluate(sequences(again)).values, made.evaluate(sequences(made)).values)

@@ -83,7 +83,7 @@ def test_a_reply_ended_by_a_stop_string_is_scored_by_its_text():
 def test_a_row_beyond_the_reward_models_context_loses_the_front_of_its_prompt():
     scorer = recorder(max_length=6)
     ModelReward(scorer, POLICY)(said(POLICY, USERS, REPLIES))
-    whole = [POLICY.prompt(u) + POLICY.completion(r) for u, r in zip(USERS, REPLIES, strict=True)]
+    whole = [POLICY.prompt(u) + POLICY.completion("a", r) for u, r in zip(USERS, REPLIES, strict=True)]
     assert scorer.rows == [row[-6:] for row in whole]
 
 
