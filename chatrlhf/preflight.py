@@ -110,6 +110,11 @@ def check_rows(config: Config, stages: list[str], inputs: Inputs) -> None:
             "(actor_config.rope_scaling)"
         )
     template = actor_template(config, tokenizer)
+    if template.day is not None:
+        inputs.notes.append(
+            f"note: {template.origin} shows the date; it is {template.day:%d %B %Y} in this whole run, also when it is "
+            "resumed, and in the folders that it leaves"
+        )
     encoder = encoder_class(settings).of(tokenizer, template, longest)
     _check_lengths(config, inputs, encoder)
 

@@ -52,6 +52,7 @@ class Template:
 
     source: str
     origin: str = field(default="the chat template", compare=False)  # for messages: key and value, or a file
+    day: date | None = field(default=None, compare=False)  # that stands in it in place of the clock's
 
     def render(self, arguments: Mapping[str, Any], special_tokens: SpecialTokens, asks: bool) -> str:
         """The text of a conversation, as `apply_chat_template(..., tokenize=False)` gives it.
@@ -141,7 +142,7 @@ class Template:
                 f"{self.origin}: line {_line_with(fixed, 'strftime_now(')} asks for the date by a format that is "
                 "computed, so prompts would change by the day; save the template as a .jinja file with a fixed date"
             )
-        return replace(self, source=fixed)
+        return replace(self, source=fixed, day=day if fixed != self.source else self.day)
 
     def save(self, folder: Path) -> None:
         """Write it beside a model's weights, where transformers looks for a tokenizer's chat template."""

@@ -28,34 +28,8 @@ TEXTS = [
     "Human: tell me about the river. Assistant: the river is long and cold.",
     "user system assistant model start end of turn think\n\n## Heading\n\n1. one\n2. two",
 ] * 20
-WORDS = [
-    *[
-        "hello",
-        "what",
-        "river",
-        "snow",
-        "the",
-        "a",
-        "is",
-        "of",
-        "and",
-        "night",
-        "42",
-        "3.5",
-        "naïve",
-        "日本語",
-        "🙂",
-        "é",
-        "\xa0",
-        "x=1",
-        "don't",
-        "#tag",
-        "<b>",
-        "{y}",
-        "%",
-    ],
-    "\n",
-]
+WORDS = ["hello", "what", "river", "snow", "the", "a", "is", "of", "night", "42", "3.5", "naïve", "日本語", "🙂", "é"]
+WORDS += ["\u00a0", "x=1", "don't", "#tag", "<b>", "{y}", "%", "\n"]
 
 
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
