@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,16 +107,6 @@ def _from_columns(columns: dict[str, str]) -> Callable[[Row], list[Conversation]
                 raise DataError(f"{row.place}: there is no column {column!r} (found {have}); correct columns")
         named = {field: row.values[column] for field, column in columns.items()}
         rest = {name: value for name, value in row.values.items() if name not in columns.values()}
-        values = rest | named
-        if isinstance(values.get("score"), str):  # a CSV file knows text alone
-            values["score"] = _number(values["score"])
-        return [from_json(Row(values, row.place))]
+        return [from_json(replace(row, values=rest | named))]
 
     return convert
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text) if text.strip() else None
-    except ValueError:
-        return text  # the record's reader says what is wrong with it

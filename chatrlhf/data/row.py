@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chatrlhf.errors import DataError
 
 FLOAT32_MAX = 3.4028234663852886e38
+# As JSON writes them, with a sign or a digit less; not Python's 1_000, nan or digits of other scripts.
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 
 
 class HalfCharacter(DataError):
@@ -21,6 +25,7 @@ class Row:
 
     values: dict[str, Any]
     place: str  # "file.json, row 3"
+    of_text: bool = False  # its values are texts, as a CSV file has them, also where a number is meant
 
     def __contains__(self, field: str) -> bool:
         """Whether the field is there and not null."""
@@ -54,14 +59,14 @@ class Row:
 
     def whole_number(self, field: str) -> int:
         """An integer that must be there."""
-        value = self._given(field, int, "a whole number")
+        value = self.with_numbers(field)._given(field, int, "a whole number")
         if isinstance(value, bool):
             raise self.wrong(field, f"expected a whole number, got {describe(value)}")
         return value
 
     def score(self, field: str) -> float | None:
         """A finite number, or None where it is null: losses are computed in float32."""
-        value = self.values[field]
+        value = self.with_numbers(field).values[field]
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -85,6 +90,16 @@ class Row:
         """An object inside this one; empty where the field is missing or null."""
         return Row.of(self.values.get(field) or {}, f"{self.place}, field {field!r}")
 
+    def with_numbers(self, *fields: str) -> Row:
+        """The row with the numbers that fields hold as text, where all its values are texts; blanks are null.
+
+        What is no number stays text, so that the reader of the field says what is wrong with it.
+        """
+        if not self.of_text:
+            return self
+        texts = {field: self.values[field] for field in fields if isinstance(self.values.get(field), str)}
+        return replace(self, values=self.values | {field: _number(text) for field, text in texts.items()})
+
     def wrong(self, field: str, reason: str) -> DataError:
         """What to raise about a field."""
         return DataError(f"{self.place}, field {field!r}: {reason}")
@@ -104,6 +119,13 @@ class Row:
         if not isinstance(value, kind):
             raise self.wrong(field, f"expected {name}, got {describe(value)}")
         return value
+
+
+def _number(text: str) -> int | float | str | None:
+    text = text.strip()
+    if WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if NUMBER.fullmatch(text) else text or None
 
 
 def describe(value: Any) -> str:
