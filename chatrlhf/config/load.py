@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,10 @@ from chatrlhf.config.strict_yaml import YamlFault, parse_yaml
 from chatrlhf.errors import ConfigError, MissingError
 
 LOW_TEMPERATURE = 0.5
+# Of a value in a message: aliases of YAML make lists of lists that are endless when they are written out.
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 200
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 2, 8, 8
 
 
 def load_config(
@@ -47,7 +52,7 @@ def load_config(
     elif isinstance(source, Mapping):
         raw = dict(source)
     else:
-        path = Path(source).expanduser()
+        path = _expanded(source)
         raw, base_dir, where = _read_yaml(path), path.resolve().parent, str(path)
     # Overrides may use anybody's names too, so each layer is translated before the upper covers the lower.
     with _naming(where):
@@ -88,7 +93,7 @@ def explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
             section = f"{key}: " if key else ""
             parts.append(f"{section}{item['ctx']['error']}")
         else:
-            parts.append(f"{key}: {item['msg'].lower()}, got {item['input']!r}")
+            parts.append(f"{key}: {item['msg'].lower()}, got {SHORT.repr(item['input'])}")
     return "; ".join(parts)
 
 
@@ -103,13 +108,29 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
     Raises:
         MissingError: it exists in neither place; both are named.
     """
-    path = Path(value).expanduser()
+    path = _expanded(value)
     tried = [path] if path.is_absolute() else [base / path for base in (config.base_dir, Path.cwd()) if base]
     for candidate in tried:
-        if candidate.exists():
+        if _exists(candidate):
             return candidate
     places = " and ".join(dict.fromkeys(str(candidate) for candidate in tried))
     raise MissingError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # "~name" of nobody on this machine
+        return Path(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        return True  # as far as anybody can say; whoever reads it says more
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def load_peft_config(config: Config, section: str = "actor_config") -> PeftConfig:

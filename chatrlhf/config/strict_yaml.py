@@ -24,8 +24,9 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error)
-        raise YamlFault(" ".join(reason.split()), mark and mark.line + 1) from None
+        said = [text for text in (getattr(error, "context", None), getattr(error, "problem", None)) if text]
+        reason = " ".join((", ".join(said) or str(error)).split())
+        raise YamlFault(reason, mark and mark.line + 1) from None
     except RecursionError:
         raise YamlFault("it is nested too deep") from None
 

@@ -20,6 +20,7 @@ from chatrlhf.errors import DataError
 MARK = "\ufeff"  # byte-order mark
 CELL = r'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'
 RECORD = re.compile(rf"{CELL}(?:,{CELL})*[\r\n]*")
+ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as Python's error handler has them
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -30,7 +31,7 @@ def csv_rows(file: IO[bytes], path: Path) -> Iterator[Row | DataError]:
         DataError: nothing behind this place can be read; or the header cannot be used.
     """
     csv.field_size_limit(2**31 - 1)
-    lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
     records = _records(lines, path)
     names = next((cells for _, cells, _ in records), None)
     if names is None:
@@ -70,12 +71,12 @@ def _records(lines: _Lines, path: Path) -> Iterator[tuple[str, list[str], str]]:
             cells = next(reader)
         except StopIteration:
             return
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
         except csv.Error as error:
             raise DataError(f"{place}: {_reason(str(error), lines.count)}") from None
         text = "".join(lines.record)
         lines.record.clear()
+        if not text.isascii() and ESCAPED.search(text):
+            raise DataError(f"{place}: it is not UTF-8 text; save the file as UTF-8")
         if cells:
             yield place, cells, text
             number += 1

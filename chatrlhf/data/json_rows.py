@@ -12,7 +12,7 @@ import numpy as np
 
 from chatrlhf.config.strict_json import JsonFault, check_depth, collecting_decoder, explain, parse_row
 from chatrlhf.data.file_errors import explained
-from chatrlhf.data.row import Row, describe
+from chatrlhf.data.row import Row, describe, names_of
 from chatrlhf.errors import DataError
 
 MARK = b"\xef\xbb\xbf"  # the byte-order mark that some editors put before UTF-8; also where files were joined
@@ -184,10 +184,10 @@ def _is_whole(line: bytes) -> bool:
 
 def _refuse_objects_over_lines(file: IO[bytes], path: Path, first: bytes, second: bytes) -> None:
     """Refuse an object that is not a row a line: it would be a fault for each of its lines, or a row without use."""
-    goes_on = second.lstrip()[:1] in (b'"', b"}") and not _is_whole(first)
-    if not goes_on:
-        if not second:
-            _refuse_wrapper(first, path)
+    if not second:
+        _refuse_wrapper(first, path)
+    goes_on = first.strip() == b"{" or second.lstrip()[:1] in (b'"', b"}")
+    if not goes_on or not second or _is_whole(first):
         return
     file.seek(0)
     try:
@@ -196,8 +196,7 @@ def _refuse_objects_over_lines(file: IO[bytes], path: Path, first: bytes, second
         if "Extra data" in fault.reason:
             raise DataError(f"{path}: its JSON objects are written over several lines; {ONE_A_LINE}") from None
         raise _broken(fault, path) from None
-    held = ", ".join(map(repr, value)) or "no fields"
-    raise DataError(f"{path}: it is one JSON object over several lines, with {held}; {ONE_A_LINE}")
+    raise DataError(f"{path}: it is one JSON object over several lines, with {names_of(value)}; {ONE_A_LINE}")
 
 
 def _refuse_wrapper(line: bytes, path: Path) -> None:

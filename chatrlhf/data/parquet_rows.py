@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chatrlhf.data.file_errors import one_line
 from chatrlhf.data.row import Row
 from chatrlhf.errors import DataError
 
@@ -37,7 +38,7 @@ def _batches(path: Path) -> Iterator[Any]:
                 raise DataError(f"{path}: column {repeated[0]!r} is there twice; rename or remove one")
             yield from file.iter_batches(batch_size=BATCH)
     except ArrowException as error:
-        raise DataError(f"{path}: it cannot be read ({_one_line(error)}); copy it again") from None
+        raise DataError(f"{path}: it cannot be read ({one_line(error)}); copy it again") from None
 
 
 def _values(batch: Any) -> list[dict[str, Any] | str]:
@@ -54,9 +55,5 @@ def _row_values(row: Any) -> dict[str, Any] | str:
         try:
             values[name] = column[0].as_py()
         except (ValueError, OverflowError) as error:
-            return f"field {name!r} cannot be read ({_one_line(error)}); correct or remove the row"
+            return f"field {name!r} cannot be read ({one_line(error)}); correct or remove the row"
     return values
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

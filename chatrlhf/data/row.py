@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from chatrlhf.errors import DataError
@@ -69,7 +70,7 @@ class Row:
         value = self.with_numbers(field).values[field]
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
             raise self.wrong(field, f"expected a number, got {describe(value)}")
         # Compared as Python numbers: an integer of any length is allowed in JSON.
         if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
@@ -113,11 +114,11 @@ class Row:
 
     def _given(self, field: str, kind: type, name: str) -> Any:
         if field not in self.values:
-            have = ", ".join(map(repr, self.values)) or "no fields"
-            raise DataError(f"{self.place}: field {field!r} is missing (found {have}); add it")
+            raise DataError(f"{self.place}: field {field!r} is missing (found {names_of(self.values)}); add it")
         value = self.values[field]
         if not isinstance(value, kind):
-            raise self.wrong(field, f"expected {name}, got {describe(value)}")
+            hint = "; a CSV cell holds text alone, so write such rows as JSONL" if self.of_text and kind is list else ""
+            raise self.wrong(field, f"expected {name}, got {describe(value)}{hint}")
         return value
 
 
@@ -126,6 +127,12 @@ def _number(text: str) -> int | float | str | None:
     if WHOLE.fullmatch(text):
         return int(text)
     return float(text) if NUMBER.fullmatch(text) else text or None
+
+
+def names_of(values: dict[str, Any]) -> str:
+    """The fields of an object in short, for messages."""
+    shown = [repr(name if len(name) <= 40 else name[:37] + "...") for name in list(values)[:20]]
+    return ", ".join([*shown, "..."] if len(values) > len(shown) else shown) or "no fields"
 
 
 def describe(value: Any) -> str:
