@@ -135,6 +135,9 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         else:
             packed.seek(0)
             file = gzip.GzipFile(fileobj=packed)
+            if file.read(len(GZIP)) == GZIP:
+                raise DataError(f"{path}: it is compressed by gzip twice; unpack it once")
+            file.seek(0)
         refuse_foreign(file.read(HEAD), path, _kind(path))
         file.seek(0)
         yield file

@@ -12,16 +12,19 @@ GZIP = b"\x1f\x8b"
 PARQUET = b"PAR1"
 
 FOREIGN: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
-    (re.compile(pattern, re.DOTALL | re.IGNORECASE), reason)
+    (re.compile(pattern, re.DOTALL), reason)
     for pattern, reason in (
-        (rb"version https://git-lfs", "it is a pointer of Git LFS and not the file itself; run `git lfs pull`"),
+        (
+            rb"version https://git-lfs.github.com/spec",
+            "it is a pointer of Git LFS and not the file itself; run `git lfs pull`",
+        ),
         (rb"PK\x03\x04", "it is a zip archive; unpack it, and name the file in it"),
         (rb"\x1f\x8b", "it is compressed by gzip; let its name end with .gz"),
         (rb"BZh[1-9]1AY&SY", "it is compressed by bzip2; unpack it"),
         (rb"\xfd7zXZ\x00", "it is compressed by xz; unpack it"),
         (rb"\x28\xb5\x2f\xfd", "it is compressed by Zstandard; unpack it"),
-        (rb"PAR1", "it is a Parquet file; let its name end with .parquet"),
-        (rb"ARROW1", "it is an Arrow file; save it as Parquet"),
+        (rb"PAR1[\x00-\x08\x0e-\x1f]", "it is a Parquet file; let its name end with .parquet"),
+        (rb"ARROW1\x00", "it is an Arrow file; save it as Parquet"),
         (rb"\xff\xfe|\xfe\xff|[^\x00]\x00|\x00[^\x00]", "it is not UTF-8 text, but UTF-16; save it as UTF-8"),
         (rb"[^\n]*\x00", "it is not text: there is a NUL byte in its beginning; name a text file, or copy it again"),
     )

@@ -9,8 +9,8 @@
 
 P is a text, which a user says, or a list of messages; C is a text, or one message of the assistant, alone or in a list.
 The last reply of a dialogue is the completion; one that ends with its user is a prompt. Fields beside these keep their
-meaning (`score`, `provenance`, ...). What has no place in a record is refused, not left out: calls of tools, other
-roles, a system text in the middle of a dialogue.
+meaning (`score`, `provenance`, ...). What has no place in a record is refused, not left out: calls of tools, pictures
+(see `unread_fields.py`), other roles, a system text in the middle of a dialogue.
 """
 
 from __future__ import annotations

@@ -186,6 +186,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
         ("r.jsonl", POINTER, "it is a pointer of Git LFS"),
         ("r.parquet", POINTER, "it is a pointer of Git LFS"),
         ("r.jsonl", PACKED, "it is compressed by gzip"),
+        ("r.jsonl.gz", gzip.compress(PACKED), "it is compressed by gzip twice"),
+        ("r.jsonl", parquet_bytes(pa.table({"text": ["a"]})), "it is a Parquet file"),
         ("r.csv", b"PK\x03\x04zip", "it is a zip archive"),
         ("r.txt", "text".encode("utf-16"), "it is not UTF-8 text, but UTF-16"),
         ("r.csv", HEADER.encode("utf-16"), "it is not UTF-8 text, but UTF-16"),
@@ -225,6 +227,7 @@ def test_single_rows_that_cannot_be_read(write):
         "F, row 2 (line 3): it is not UTF-8 text; save the file as UTF-8"
     ]
     assert faults(write("rows.jsonl", '{"text": "b \\ud83d"}\n'))[0].startswith("F, row 1, field 'text': character 3")
+    assert len(records(write("gene.txt", "PAR1 is the name of a gene."))) == 1
     assert len(records(write("joined.jsonl", "\ufeff" + ROW + "\ufeff" + ROW))) == 2  # joined files, with their marks
 
 
