@@ -65,6 +65,15 @@ class Row:
             raise self.wrong(field, f"expected a whole number, got {describe(value)}")
         return value
 
+    def flag(self, field: str) -> bool:
+        """Whether a field is true; it is not where it is missing or null."""
+        value = self.values.get(field)
+        if not (self.of_text and isinstance(value, str)):
+            return bool(value)
+        if value.lower() not in ("true", "false"):
+            raise self.wrong(field, f"expected true or false, got {describe(value)}")
+        return value.lower() == "true"
+
     def score(self, field: str) -> float | None:
         """A finite number, or None where it is null: losses are computed in float32."""
         value = self.with_numbers(field).values[field]
@@ -83,13 +92,14 @@ class Row:
         if field not in self:
             return []
         return [
-            Row.of(value, f"{self.place}, field {field!r}, number {number}")
+            replace(Row.of(value, f"{self.place}, field {field!r}, number {number}"), of_text=self.of_text)
             for number, value in enumerate(self._given(field, list, "a list"), start=1)
         ]
 
     def row(self, field: str) -> Row:
         """An object inside this one; empty where the field is missing or null."""
-        return Row.of(self.values.get(field) or {}, f"{self.place}, field {field!r}")
+        row = Row.of(self.values.get(field) or {}, f"{self.place}, field {field!r}")
+        return replace(row, of_text=self.of_text)
 
     def with_numbers(self, *fields: str) -> Row:
         """The row with the numbers that fields hold as text, where all its values are texts; blanks are null.

@@ -10,6 +10,7 @@ import pytest
 from field_reports import report
 from pyarrow import parquet
 
+from chatrlhf import cli
 from chatrlhf.config import load_config
 from chatrlhf.config.load import load_peft_config
 from chatrlhf.conversation import Scored
@@ -18,6 +19,7 @@ from chatrlhf.data.inputs import read_inputs
 from chatrlhf.data.records import from_json, read_records
 from chatrlhf.errors import ConfigError, DataError
 from chatrlhf.inspection.faults import faults_in
+from chatrlhf.inspection.reading import records_in
 from chatrlhf.models.adapters import base_of
 from chatrlhf.sharding.settings import read_deepspeed_config
 from chatrlhf.synth.journal import Journal
@@ -120,6 +122,16 @@ def test_numbers_in_csv(write):
     entry = {"name": str(path), "columns": {"completion": "completion"}}
     with pytest.raises(DataError, match="row 1, field 'score': expected a number, got str"):
         read_inputs(load_config({"actor_config": {"datasets": [entry]}}), ["ACTOR"], True)
+
+
+def test_numbers_and_flags_of_a_public_dataset_in_csv(write):
+    text = "message_tree_id,message_id,parent_id,role,text,rank,deleted\n"
+    text += "t,1,,prompter,Why?,,False\nt,2,1,assistant,No.,1,False\nt,3,1,assistant,So.,0,False\n"
+    path = write("trees.csv", text + "t,4,1,assistant,Gone.,2,True\n")
+    made = [record for _, record in records_in(path, "OASST1")]
+    assert [[(answer.completion, answer.rank) for answer in each.ranked] for each in made[1:2]] == [
+        [("So.", 0), ("No.", 1)]
+    ]
 
 
 ROW = json.dumps({"user_input": "a", "completion": "b"}) + "\n"
@@ -229,6 +241,12 @@ def test_single_rows_that_cannot_be_read(write):
     assert faults(write("rows.jsonl", '{"text": "b \\ud83d"}\n'))[0].startswith("F, row 1, field 'text': character 3")
     assert len(records(write("gene.txt", "PAR1 is the name of a gene."))) == 1
     assert len(records(write("joined.jsonl", "\ufeff" + ROW + "\ufeff" + ROW))) == 2  # joined files, with their marks
+
+
+def test_what_is_said_can_be_written_to_any_terminal(write, capsys):
+    path = write("rows.jsonl", '{"user_input": ["\\ud800"]}\n')
+    assert cli.main(["data", "check", str(path)]) == 1
+    assert 'expected text, got list ["\\ud800"]' in capsys.readouterr().out
 
 
 SAID = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
