@@ -113,7 +113,7 @@ def _line(line: bytes, place: str) -> Row:
 
 
 def _items(text: str) -> Iterator[tuple[Any, str | None]]:
-    """The values of a list, each with its line and what is wrong with it. Raises JsonFault where the text is broken."""
+    """The values of a list, each with what is wrong with it. Raises JsonFault where the text is broken."""
     at = _skip(text, 0)
     if at == len(text):
         return

@@ -225,6 +225,11 @@ def test_files_of_another_kind(write, name, content, fault):
     assert found.startswith(f"F: {fault}"), found
 
 
+def test_an_object_over_several_lines_that_is_broken(write):
+    (found,) = faults(write("r.json", "{\n  'data': [\n    {\n      'user_input': 'a'\n    }\n  ]\n}\n"))
+    assert found.startswith("F, line 2, column 3: broken JSON (Expecting property name")
+
+
 def test_single_rows_that_cannot_be_read(write):
     path = write("rows.parquet", parquet_bytes(pa.table({"text": BROKEN_TEXT})))
     assert [fault[:44] for fault in faults(path)] == ["F, row 2: field 'text' cannot be read ('utf-"]
