@@ -134,6 +134,15 @@ def test_numbers_and_flags_of_a_public_dataset_in_csv(write):
     ]
 
 
+def test_half_a_character_is_a_fault_in_a_mixture_too(write):
+    path = write("rows.jsonl", '{"user_input": "a", "completion": "b"}\n{"user_input": "c", "completion": "\\ud83d"}\n')
+    (fault,) = faults(path)
+    entry = {"name": str(path), "val_split": 0}
+    with pytest.raises(DataError) as error:
+        read_inputs(load_config({"actor_config": {"datasets": [entry]}}), ["ACTOR"], True)
+    assert str(error.value).replace(str(path), "F") == fault
+
+
 ROW = json.dumps({"user_input": "a", "completion": "b"}) + "\n"
 TWICE = '{"user_input": "a", "completion": "first", "completion": "second"}'
 
