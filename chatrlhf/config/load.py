@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,15 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.schema import Config
+from chatrlhf.config.strict_yaml import YamlFault, parse_yaml
 from chatrlhf.errors import ConfigError, MissingError
 
 LOW_TEMPERATURE = 0.5
+# Of a value in a message: aliases of YAML make lists of lists that are endless when they are written out.
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 200
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 2, 8, 8
 
 
 def load_config(
@@ -47,13 +52,12 @@ def load_config(
     elif isinstance(source, Mapping):
         raw = dict(source)
     else:
-        path = Path(source).expanduser()
+        path = _expanded(source)
         raw, base_dir, where = _read_yaml(path), path.resolve().parent, str(path)
-    raw = _none_strings_to_null(raw)
     # Overrides may use anybody's names too, so each layer is translated before the upper covers the lower.
     with _naming(where):
         raw, notes = translate({key: value for key, value in raw.items() if value is not None})
-    given = _nested(_parse_overrides(overrides))
+    given = _overriding(overrides)
     with _naming("--set"):
         upper, upper_notes = translate(given)
     written = _covered(raw, upper)
@@ -89,7 +93,7 @@ def explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
             section = f"{key}: " if key else ""
             parts.append(f"{section}{item['ctx']['error']}")
         else:
-            parts.append(f"{key}: {item['msg'].lower()}, got {item['input']!r}")
+            parts.append(f"{key}: {item['msg'].lower()}, got {SHORT.repr(item['input'])}")
     return "; ".join(parts)
 
 
@@ -104,13 +108,29 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
     Raises:
         MissingError: it exists in neither place; both are named.
     """
-    path = Path(value).expanduser()
+    path = _expanded(value)
     tried = [path] if path.is_absolute() else [base / path for base in (config.base_dir, Path.cwd()) if base]
     for candidate in tried:
-        if candidate.exists():
+        if _exists(candidate):
             return candidate
     places = " and ".join(dict.fromkeys(str(candidate) for candidate in tried))
     raise MissingError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # "~name" of nobody on this machine
+        return Path(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        return True  # as far as anybody can say; whoever reads it says more
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def load_peft_config(config: Config, section: str = "actor_config") -> PeftConfig:
@@ -127,7 +147,7 @@ def load_peft_config(config: Config, section: str = "actor_config") -> PeftConfi
         return PeftConfig() if section == "actor_config" else load_peft_config(config)
     path = resolve_path(config, key, value)
     try:
-        return PeftConfig.model_validate(_none_strings_to_null(_read_yaml(path)))
+        return PeftConfig.model_validate(_read_yaml(path))
     except ValidationError as error:
         raise ConfigError(f"{key}: {path}: {explain(error, PeftConfig)}") from None
 
@@ -137,14 +157,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"configuration file {str(path)!r} does not exist (working directory {Path.cwd()})") from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML text file ({error})") from None
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        raw = parse_yaml(text)
+    except YamlFault as fault:
+        line = f", line {fault.line}" if fault.line else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({fault.reason})") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -152,34 +171,46 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _parse_overrides(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+def _overriding(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+    """What overrides say, as sections; a key that two of them set is refused, as in a file."""
     if overrides is None:
         return {}
-    if isinstance(overrides, Mapping):
-        return dict(overrides)
-    parsed = {}
-    for word in overrides:
-        key, separator, value = word.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--set {word!r}: expected section.key=value, such as trainer_config.actor_lr=1e-5")
-        try:
-            parsed[key.strip()] = yaml.safe_load(value) if value else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: the value {value!r} is not valid YAML ({error})") from None
-    return parsed
-
-
-def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     tree: dict[str, Any] = {}
-    for key, value in dotted.items():
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"--set {key}: {parent!r} is a value, not a section")
-        node[last] = value
-    return _none_strings_to_null(tree)
+    for key, value in pairs:
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        tree = _joined(tree, value, ())
+    return tree
+
+
+def _parse_override(word: str) -> tuple[str, Any]:
+    key, separator, value = word.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise ConfigError(f"--set {word!r}: expected section.key=value, such as trainer_config.actor_lr=1e-5")
+    try:
+        return key, parse_yaml(value) if value else None
+    except YamlFault as fault:
+        raise ConfigError(f"--set {key}: the value {value!r} is not valid YAML ({fault.reason})") from None
+
+
+def _joined(tree: dict[str, Any], more: dict[str, Any], section: tuple[str, ...]) -> dict[str, Any]:
+    """Two trees of overrides as one. Raises ConfigError where both set a key."""
+    joined = dict(tree)
+    for name, value in more.items():
+        key = (*section, str(name))
+        if name not in joined:
+            joined[name] = value
+        elif isinstance(joined[name], dict) and isinstance(value, dict):
+            joined[name] = _joined(joined[name], value, key)
+        elif isinstance(value, dict) and value:
+            raise ConfigError(f"--set {'.'.join((*key, str(next(iter(value)))))}: {name!r} is a value, not a section")
+        else:
+            raise ConfigError(
+                f"--set {'.'.join(key)}: it is given twice, as {joined[name]!r} and as {value!r}; keep one of them"
+            )
+    return joined
 
 
 def _covered(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
@@ -189,15 +220,6 @@ def _covered(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _covered(merged[key], value) if both else value
     return merged
-
-
-def _none_strings_to_null(value: Any) -> Any:
-    """YAML's null is ``null`` or nothing; a bare ``None`` arrives as the string "None"."""
-    if isinstance(value, dict):
-        return {key: _none_strings_to_null(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_none_strings_to_null(item) for item in value]
-    return None if value == "None" else value
 
 
 def _nearest_key(loc: list[str], root: type[BaseModel]) -> str | None:

@@ -1,35 +1,34 @@
 """Files of rows: JSON, JSONL, CSV, Parquet and plain text, as they are or compressed by gzip.
 
-A user's are only ever read. Of JSONL, CSV and Parquet no more than a part is in memory at a time.
+A user's are only ever read. Of JSONL, CSV and Parquet no more than a part is in memory at a time. All who read a file
+find the same faults in it: training, mixtures and `chatrlhf data` read by `read_rows` or `open_rows`.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
-from chatrlhf.data.row import Row, describe
+from chatrlhf.data.csv_rows import csv_rows
+from chatrlhf.data.file_errors import explained
+from chatrlhf.data.foreign import GZIP, HEAD, refuse_foreign
+from chatrlhf.data.json_rows import MARK, JsonLines, decoded, is_by_line, lines_of, list_of
+from chatrlhf.data.parquet_rows import parquet_rows
+from chatrlhf.data.row import Row
 from chatrlhf.errors import DataError
-
-MARK = b"\xef\xbb\xbf"  # that some editors put before UTF-8
-
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 def holds_rows(path: Path) -> bool:
     """Whether a file is of a kind that `read_rows` reads, by its name."""
-    return path.is_file() and path.name.removesuffix(".gz").endswith(SUFFIXES)
+    return path.is_file() and _kind(path) in SUFFIXES
 
 
 Faults = Callable[[DataError], None]
@@ -45,7 +44,7 @@ def read_rows(path: Path, faults: Faults | None = None) -> Iterator[Row]:
         DataError: with file and row, where a row cannot be read and nobody asked for its fault; or the file itself
             cannot be read.
     """
-    try:
+    with explained(path):
         for row in _read(path):
             if isinstance(row, Row):
                 yield row
@@ -53,23 +52,18 @@ def read_rows(path: Path, faults: Faults | None = None) -> Iterator[Row]:
                 raise row
             else:
                 faults(row)
-    except FileNotFoundError:
-        raise DataError(f"{path}: the file does not exist; correct the path in the configuration") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: it is a folder; name the file in it") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: it cannot be read ({error}); copy it again") from None
 
 
 def open_rows(path: Path) -> Sequence[Row]:
     """The rows of a file in any order; those of a JSONL or text file stay on the disk. Raises DataError."""
-    if path.is_file() and _kind(path) == ".txt":
-        return WholeText(path)
-    if path.suffix == ".gz" or not path.is_file() or _kind(path) not in (".jsonl", ".json"):
-        return list(read_rows(path))
-    with path.open("rb") as file:
-        by_line = path.suffix == ".jsonl" or _first_line(file)[1].lstrip()[:1] == b"{"
-    return JsonLines(path) if by_line else list(read_rows(path))
+    with explained(path):
+        if _is_compressed(path) or not path.is_file() or _kind(path) in (".csv", ".parquet"):
+            return list(read_rows(path))
+        if _kind(path) == ".txt":
+            return WholeText(path)
+        with _opened(path) as file:
+            by_line = is_by_line(file, path, _kind(path))
+        return JsonLines(path) if by_line else list(read_rows(path))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -110,132 +104,49 @@ class WholeText(Sequence[Row]):
         return next(read_rows(self.path))
 
 
-class JsonLines(Sequence[Row]):
-    """A JSONL file of which only the places of its lines are in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        starts, numbers, place = [], [], 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.removeprefix(MARK).strip():
-                    starts.append(place)
-                    numbers.append(number)
-                place += len(line)
-        self.starts, self.numbers = np.array(starts, dtype=np.int64), np.array(numbers, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> Row:
-        with self.path.open("rb") as file:
-            file.seek(int(self.starts[index]))
-            line = file.readline().removeprefix(MARK)
-        return _json_row(line, f"{self.path}, row {self.numbers[index]}")
-
-
 def _read(path: Path) -> Iterator[Row | DataError]:
     """Rows, and in the place of one that cannot be read what is wrong with it."""
     kind = _kind(path)
-    if kind == ".parquet":
-        yield from _parquet(path)
-        return
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        if kind == ".txt":
-            yield Row({"text": _decoded(file.read().removeprefix(MARK), str(path))}, str(path))
+    with _opened(path) as file:
+        if kind == ".parquet":
+            if _is_compressed(path):
+                raise DataError(f"{path}: Parquet is not read through gzip; unpack it (it is compressed inside)")
+            yield from parquet_rows(path)
+        elif kind == ".txt":
+            yield Row({"text": decoded(file.read().removeprefix(MARK), str(path))}, str(path))
         elif kind == ".csv":
-            yield from _csv(file, path)
+            yield from csv_rows(file, path)
         else:
-            skipped, first = _first_line(file)
-            # A JSONL file by name, or by its first character: a JSON array starts with "[".
-            if kind == ".jsonl" or first.lstrip()[:1] == b"{":
-                yield from _lines(chain([b""] * skipped, [first], file), path)
-            else:
-                yield from _array(first + file.read(), path)
+            by_line = is_by_line(file, path, kind)
+            file.seek(0)
+            yield from (lines_of if by_line else list_of)(file, path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, uncompressed. Raises DataError where they are not what its name says."""
+    with path.open("rb") as packed:
+        if not _is_compressed(path):
+            file: IO[bytes] = packed
+        elif packed.read(len(GZIP)) not in (GZIP, b""):
+            packed.seek(0)
+            refuse_foreign(packed.read(HEAD), path, "")
+            raise DataError(f"{path}: it cannot be read, since it is not compressed by gzip; remove .gz from its name")
+        else:
+            packed.seek(0)
+            file = gzip.GzipFile(fileobj=packed)
+            if file.read(len(GZIP)) == GZIP:
+                raise DataError(f"{path}: it is compressed by gzip twice; unpack it once")
+            file.seek(0)
+        refuse_foreign(file.read(HEAD), path, _kind(path))
+        file.seek(0)
+        yield file
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _kind(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
-
-
-def _first_line(file: IO[bytes]) -> tuple[int, bytes]:
-    """How many blank lines a file begins with, and the first that is not."""
-    first, skipped = file.readline().removeprefix(MARK), 0
-    while first and not first.strip():
-        first, skipped = file.readline(), skipped + 1
-    return skipped, first
-
-
-def _csv(file: IO[bytes], path: Path) -> Iterator[Row | DataError]:
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    csv.field_size_limit(2**31 - 1)
-    try:
-        for number, values in enumerate(csv.DictReader(lines), start=1):
-            # A line that is too long has a field without a name, one that is too short fields without a value.
-            place = f"{path}, row {number}"
-            if None in values or None in values.values():
-                yield DataError(f"{place}: it has not as many fields as the first line has names")
-            else:
-                yield Row(values, place)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise DataError(f"{path}: broken CSV ({error}); correct the file") from None
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, f"{path}, row {number}")
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: it cannot be read ({error}); copy it again") from None
-
-
-def _lines(lines: Iterator[bytes], path: Path) -> Iterator[Row | DataError]:
-    # Lines of bytes end at "\n" alone: a text may hold the other characters that end a line elsewhere.
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _attempt(_json_row, line, f"{path}, row {number}")
-
-
-def _json_row(line: bytes, place: str) -> Row:
-    return Row.of(_parse(line.rstrip(b"\r\n"), place, place), place)
-
-
-def _array(text: bytes, path: Path) -> Iterator[Row | DataError]:
-    values = _parse(text, str(path), None) if text.strip() else []
-    if not isinstance(values, list):
-        raise DataError(f"{path}: expected a list of rows, got {describe(values)}")
-    for number, value in enumerate(values, start=1):
-        yield _attempt(Row.of, value, f"{path}, row {number}")
-
-
-def _attempt(read: Callable[[Any, str], Row], value: Any, place: str) -> Row | DataError:
-    try:
-        return read(value, place)
-    except DataError as error:
-        return error
-
-
-def _parse(text: bytes, place: str, row: str | None) -> Any:
-    try:
-        return json.loads(_decoded(text, place))
-    except json.JSONDecodeError as error:
-        place = row or f"{place}, line {error.lineno}"
-        raise DataError(f"{place}, column {error.colno}: broken JSON ({error.msg}); correct the file") from None
-    except (ValueError, RecursionError) as error:  # valid JSON that Python declines, such as a number of 5,000 digits
-        raise DataError(f"{place}: cannot be read ({error}); correct the file") from None
-
-
-def _decoded(text: bytes, place: str) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: it is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    """The suffix that says how a file is read, in small letters."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from chatrlhf.data.files import open_rows
 from chatrlhf.data.mixing import Ingredient
 from chatrlhf.data.reading import Joined, files_of, hub_rows
 from chatrlhf.data.records import from_json
-from chatrlhf.data.row import Row
+from chatrlhf.data.row import Row, names_of
 from chatrlhf.data.sources import Source
 from chatrlhf.data.sources.catalogue import SOURCES
 from chatrlhf.errors import ConfigError, DataError, MissingError
@@ -102,20 +103,10 @@ def _from_columns(columns: dict[str, str]) -> Callable[[Row], list[Conversation]
     def convert(row: Row) -> list[Conversation]:
         for column in columns.values():
             if column not in row.values:
-                have = ", ".join(map(repr, row.values))
-                raise DataError(f"{row.place}: there is no column {column!r} (found {have}); correct columns")
+                found = names_of(row.values)
+                raise DataError(f"{row.place}: there is no column {column!r} (found {found}); correct columns")
         named = {field: row.values[column] for field, column in columns.items()}
         rest = {name: value for name, value in row.values.items() if name not in columns.values()}
-        values = rest | named
-        if isinstance(values.get("score"), str):  # a CSV file knows text alone
-            values["score"] = _number(values["score"])
-        return [from_json(Row(values, row.place))]
+        return [from_json(replace(row, values=rest | named))]
 
     return convert
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text) if text.strip() else None
-    except ValueError:
-        return text  # the record's reader says what is wrong with it

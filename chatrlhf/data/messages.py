@@ -9,16 +9,18 @@
 
 P is a text, which a user says, or a list of messages; C is a text, or one message of the assistant, alone or in a list.
 The last reply of a dialogue is the completion; one that ends with its user is a prompt. Fields beside these keep their
-meaning (`score`, `provenance`, ...). What has no place in a record is refused, not left out: calls of tools, other
-roles, a system text in the middle of a dialogue.
+meaning (`score`, `provenance`, ...). What has no place in a record is refused, not left out: calls of tools, pictures
+(see `unread_fields.py`), other roles, a system text in the middle of a dialogue.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chatrlhf.data.row import Row, describe
+from chatrlhf.data.unread_fields import NO_TOOLS, OF_MESSAGES, OF_ROWS, refuse_unread
 from chatrlhf.errors import DataError
 
 DIALOGUES = ("messages", "conversations")
@@ -32,8 +34,8 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
 }
-CALLS = ("tool_calls", "function_call")  # of a message
-NO_TOOLS = "calls of tools have no place in a record; leave such rows out"
+TEXTS = ("prompt", *REPLIES, "user_input")
+LISTED = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")  # messages that were written as text
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,28 @@ class Message:
 
 
 def in_our_shape(row: Row) -> Row:
-    """The row with this project's fields; as it is where it has them.
+    """The row with this project's fields; as it is where it has them, but for numbers that a CSV file has as text.
 
     Raises:
-        DataError: with place and field.
+        DataError: with place and field; also where the row says more than a record can hold.
     """
+    refuse_unread(row, OF_ROWS)
+    if row.of_text:
+        row = _of_cells(row)
     is_ours = "user_input" in row or "turns" in row
     if is_ours or not (_dialogue(row) or _is_listed(row) or ("prompt" in row and "text" not in row)):
         return row
-    if row.values.get("tools"):
-        raise row.wrong("tools", NO_TOOLS)
     rest = {name: value for name, value in row.values.items() if name not in ("prompt", *DIALOGUES, *REPLIES)}
-    is_pair = "chosen" in row.values or "rejected" in row.values
-    return Row(rest | (_pair(row) if is_pair else _completed(row)), row.place)
+    is_pair = "chosen" in row or "rejected" in row
+    return replace(row, values=rest | (_pair(row) if is_pair else _completed(row)))
+
+
+def _of_cells(row: Row) -> Row:
+    """A row of a CSV file with its score as a number. Raises DataError for lists, which a cell cannot hold."""
+    for field in TEXTS:
+        if field in row and LISTED.match(row.values[field]):
+            raise row.wrong(field, "its text is a list of messages, which would be learned as text; use JSONL")
+    return row.with_numbers("score")
 
 
 def _dialogue(row: Row) -> str | None:
@@ -91,7 +102,7 @@ def _completion(row: Row) -> dict[str, Any]:
 
 
 def _completed(row: Row) -> dict[str, Any]:
-    if isinstance(row.values.get("label"), bool):
+    if isinstance(label := row.values.get("label"), bool) or (row.of_text and str(label).lower() in ("true", "false")):
         raise row.wrong(
             "label", "no stage trains on single replies that are called good or bad; give scores, or pairs of replies"
         )
@@ -171,14 +182,14 @@ def _messages(row: Row, field: str) -> list[Message]:
 
 
 def _message(row: Row) -> Message:
-    for field in CALLS:
-        if row.values.get(field):
-            raise row.wrong(field, NO_TOOLS)
+    refuse_unread(row, OF_MESSAGES)
     by = "from" if "from" in row and "role" not in row else "role"
     role = row.text(by)
     if role not in ROLES:
         allowed = "'system', 'user' or 'assistant'" if by == "role" else "'system', 'human' or 'gpt'"
         tools = f"; {NO_TOOLS}" if role.startswith(("tool", "function", "observation", "ipython")) else ""
         raise DataError(f"{row.place}, field {by!r}: expected {allowed}, got {describe(role)}{tools}")
-    text = row.text("value" if "value" in row.values and "content" not in row.values else "content")
-    return Message(ROLES[role], text, row.optional_text("name"))
+    field = "value" if "value" in row.values and "content" not in row.values else "content"
+    if isinstance(row.values.get(field), list):
+        raise row.wrong(field, f"expected text, got {describe(row.values[field])}; join the texts of its parts")
+    return Message(ROLES[role], row.text(field), row.optional_text("name"))

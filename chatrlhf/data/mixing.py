@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from chatrlhf.conversation import Conversation
 from chatrlhf.data.epochs import Epochs
-from chatrlhf.data.row import HalfCharacter, Row
+from chatrlhf.data.row import Row
 from chatrlhf.data.sources import LeftOut
 from chatrlhf.data.views import Demonstration, PlainText
 from chatrlhf.errors import DataError
@@ -50,10 +50,7 @@ class Ingredient:
         Raises:
             DataError: the row is not of this dataset.
         """
-        try:
-            records = list(self.convert(self.rows[index]))
-        except HalfCharacter:
-            return [LeftOut("texts with half a character (a lone surrogate)")]
+        records = list(self.convert(self.rows[index]))
         made: list[tuple[Any, Conversation] | LeftOut] = []
         for record in records:
             if isinstance(record, LeftOut):

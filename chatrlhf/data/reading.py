@@ -10,6 +10,7 @@ from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
+from chatrlhf.data.file_errors import explained
 from chatrlhf.data.files import holds_rows, open_rows, read_rows
 from chatrlhf.data.row import Row
 from chatrlhf.data.sources import Source
@@ -75,13 +76,16 @@ def from_copy(
     Raises:
         DataError: there is nothing to read.
     """
-    parts = _parts(source, copy, subset, split, notes)
+    with explained(copy):
+        parts = _parts(source, copy, subset, split, notes)
     return [_shuffled(source, files, f"{seed}/{name}") for name, files in parts.items()]
 
 
 def files_of(source: Source, copy: Path, subset: str | None, split: str, notes: list[str]) -> list[Path]:
     """The files of a copy, as `from_copy` would read them. Raises DataError."""
-    return [file for files in _parts(source, copy, subset, split, notes).values() for file in files]
+    with explained(copy):
+        parts = _parts(source, copy, subset, split, notes)
+    return [file for files in parts.values() for file in files]
 
 
 def hub_rows(source: Source, subset: str | None, split: str, most: int | None) -> Sequence[Row]:

@@ -29,6 +29,7 @@ from chatrlhf.data import views
 from chatrlhf.data.files import read_rows
 from chatrlhf.data.messages import in_our_shape
 from chatrlhf.data.row import Row, describe
+from chatrlhf.data.unread_fields import OF_MESSAGES, refuse_unread
 from chatrlhf.data.views import ActorRow, Preference, ScoredCompletion
 from chatrlhf.errors import DataError
 
@@ -115,6 +116,7 @@ def _prompt(row: Row) -> Prompt:
 
 
 def _turn(row: Row) -> Turn:
+    refuse_unread(row, OF_MESSAGES)
     role = row.text("role")
     if role not in ("user", "assistant"):
         raise row.wrong("role", f"expected 'user' or 'assistant', got {describe(role)}")
@@ -145,7 +147,7 @@ def _ranked(row: Row) -> tuple[Ranked, ...]:
 
 
 def _pair(row: Row) -> Pair | None:
-    is_pair = "chosen" in row.values or "rejected" in row.values
+    is_pair = "chosen" in row or "rejected" in row
     return Pair(row.text("chosen"), row.text("rejected")) if is_pair else None
 
 

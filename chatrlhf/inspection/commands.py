@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,6 +26,9 @@ FOUND_FAULTS = 1
 def main(words: Sequence[str]) -> int:
     """Run a command; returns the exit status, 1 where `check` has found a fault."""
     options = _parser().parse_args(words)
+    # Names of files and texts of rows may hold what the terminal's encoding has not; it is shown escaped.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     from rich.console import Console
 
     console = Console()

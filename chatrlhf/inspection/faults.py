@@ -27,20 +27,21 @@ def faults_in(path: Path, dataset: str | None = None, stage: str | None = None) 
     unreadable: list[DataError] = []
     rows = read_rows(path, unreadable.append)
     shapes: dict[str, Row] = {}
-    number = 0
+    is_empty = True
     try:
         if dataset is not None and SOURCES[dataset].gather is not None:
             rows = SOURCES[dataset].gather(rows)
         for row in rows:
             yield from _taken(unreadable)
-            number += 1
+            is_empty = False
             yield from _of_row(row, dataset, stage, shapes)
     except DataError as error:
+        yield from _taken(unreadable)
         yield str(error)
         return
-    yield from _taken(unreadable)
-    if number == 0:
+    if is_empty and not unreadable:
         yield f"{path}: it holds no rows that can be read"
+    yield from _taken(unreadable)
 
 
 def _taken(unreadable: list[DataError]) -> Iterator[str]:

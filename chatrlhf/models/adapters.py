@@ -7,7 +7,6 @@ calls it as it calls any other.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.strict_json import load_settings
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
 
@@ -122,7 +122,7 @@ def base_of(name: str) -> str | None:
     path = Path(name) / ADAPTER_CONFIG
     if not path.exists():
         return None
-    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = load_settings(path)["base_model_name_or_path"]
     beside = Path(name).resolve().parent / Path(base).name
     was_here = Path(base).is_absolute() and not Path(base).exists()  # the hub's names are not absolute
     is_whole = beside.exists() and not (beside / ADAPTER_CONFIG).exists()
@@ -132,7 +132,7 @@ def base_of(name: str) -> str | None:
 def revision_of_base(name: str) -> dict[str, str]:
     """How the base of the adapters in a folder is to be fetched: in the revision that they name, if they name one."""
     path = Path(name) / ADAPTER_CONFIG
-    revision = json.loads(path.read_text(encoding="utf-8")).get("revision") if path.exists() else None
+    revision = load_settings(path).get("revision") if path.exists() else None
     return {"revision": revision} if revision else {}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
+from chatrlhf.config.strict_json import load_settings
 from chatrlhf.errors import ConfigError
 
 DEFAULT_NAME = "ds_config.json"
@@ -90,15 +91,27 @@ def read_deepspeed_config(config: Config, section: str) -> tuple[dict[str, Any],
         places = [each / DEFAULT_NAME for each in (config.base_dir, Path.cwd(), artifacts_root()) if each]
         path = next((each for each in places if each.exists()), places[-1])
     try:
-        settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{key}: {path} cannot be read as JSON ({error})") from None
+        settings = load_settings(path)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise ConfigError(
             f'{key}: {path} has no "zero_optimization" section; DeepSpeed\'s stages are chosen there: '
             '"zero_optimization": {"stage": 2}'
         )
+    _check_shape(settings, f"{key}: {path}")
     return settings, path
+
+
+def _check_shape(settings: dict[str, Any], source: str) -> None:
+    """Refuse a stage that is none, and sections that are no objects, which are looked into later."""
+    stage = settings["zero_optimization"].get("stage", 0)
+    if stage not in (0, 1, 2, 3) or not isinstance(stage, int):
+        raise ConfigError(f"{source}: zero_optimization.stage must be 0, 1, 2 or 3, got {json.dumps(stage)}")
+    for name in ("bf16", "fp16", "optimizer", "scheduler", "optimizer.params", "scheduler.params"):
+        node, last = _node(settings, name)
+        if node is not None and not isinstance(node.get(last, {}), dict):
+            raise ConfigError(f"{source}: {name} must be an object, got {json.dumps(node[last])[:40]}")
 
 
 def completed(settings: dict[str, Any], source: str, step: Optimization) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from chatrlhf.config.strict_json import parse_row
 from chatrlhf.errors import DataError
 from chatrlhf.generation.text import Reply
 
@@ -63,7 +64,7 @@ class Journal:
                     break
                 end += len(line)
                 try:
-                    values = json.loads(line)
+                    values = parse_row(line.decode())
                     key = values.pop(KEY)
                     self.replies[key] = Reply(**values)
                 except (ValueError, TypeError, KeyError, AttributeError):

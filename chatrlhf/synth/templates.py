@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from chatrlhf.config.strict_json import load_settings
 from chatrlhf.errors import ConfigError
 
 USER_INPUT, COMPLETION = "user_input", "completion"
@@ -73,12 +73,7 @@ def read_templates(path: Path | None) -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, str]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: the templates cannot be read ({error.strerror}); correct the path") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: the templates are no JSON ({error}); correct the file") from None
+    values = load_settings(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected an object of templates such as {', '.join(DEFAULTS)}")
     for name, text in values.items():

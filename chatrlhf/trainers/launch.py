@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from chatrlhf.config.schema import Config
+from chatrlhf.config.strict_json import load_settings
 from chatrlhf.device import DTYPES, pick_device, resolve_precision, resolve_rl_precision
 from chatrlhf.distributed import world_size
 from chatrlhf.errors import ConfigError
@@ -182,12 +184,14 @@ def _settings_of_accelerate() -> dict[str, Any]:
     """DeepSpeed's settings as accelerate's launcher has passed them on."""
     from accelerate.utils import DeepSpeedPlugin
 
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path is not None and Path(path).is_file():
+        load_settings(Path(path))  # refuses keys given twice, of which the plugin would take the last
     try:
         settings = dict(DeepSpeedPlugin().deepspeed_config)
     except ValueError as error:
         raise ConfigError(f"accelerate's configuration: {str(error).strip().splitlines()[0]}") from None
-    has_file = "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ
-    if not has_file and settings.get("gradient_accumulation_steps") == 1:
+    if path is None and settings.get("gradient_accumulation_steps") == 1:
         settings["gradient_accumulation_steps"] = AUTO  # the launcher's own default, not anybody's wish
     settings.pop("steps_per_print", None)
     return settings

@@ -118,7 +118,9 @@ def test_columns_of_a_table(folder):
         ScoredCompletion(Prompt.of("Why?"), "So.", 3.0),
         ScoredCompletion(Prompt.of("How?"), "Thus.", 0.5),
     }
-    with pytest.raises(DataError, match="table.csv, row 1: there is no column 'text' .found 'question', 'answer'"):
+    with pytest.raises(
+        DataError, match="table.csv, row 1 .line 2.: there is no column 'text' .found 'question', 'answer'"
+    ):
         inputs(folder, ["ACTOR"], actor_config={"datasets": [{"name": "table.csv", "columns": {"completion": "text"}}]})
 
 

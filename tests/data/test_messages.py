@@ -113,7 +113,7 @@ def test_what_becomes_a_record(shape):
     "row",
     [
         {"user_input": "a", "completion": "b", "messages": "not looked at", "prompt": 3},
-        {"user_input": "a", "chosen": "b", "rejected": "c", "tools": ["x"]},
+        {"user_input": "a", "chosen": "b", "rejected": "c", "tools": []},
         {"text": "Once.", "prompt": "not looked at"},
     ],
 )

@@ -56,7 +56,7 @@ def test_a_template_with_its_places_stays_as_it_is(tmp_path):
         (json.dumps({"pairs": "{completion_a} {user_input}"}), "not {completion_b}"),
         (json.dumps({"reward": ["a"]}), "'reward' is no text"),
         (json.dumps(["a"]), "expected an object"),
-        ("{'reward': 'a'}", "no JSON"),
+        ("{'reward': 'a'}", "line 1: cannot be read as JSON"),
     ],
 )
 def test_a_template_file_that_cannot_be_used(tmp_path, text, message):

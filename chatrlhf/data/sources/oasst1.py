@@ -35,7 +35,7 @@ def _below(message: Row, before: Prompt) -> Converted:
     """Records of a prompter's message and of all that follows it."""
     if message.text("role") != "prompter":
         raise message.wrong("role", "expected 'prompter', since the assistant has the next turn")
-    if message.values.get("deleted") or not message.text("text").strip():
+    if message.flag("deleted") or not message.text("text").strip():
         yield LeftOut("messages that are deleted or empty, with what follows them")
         return
     prompt = Prompt((*before.turns, Turn("user", message.text("text"))))
@@ -44,7 +44,7 @@ def _below(message: Row, before: Prompt) -> Converted:
     for reply in sorted(message.rows("replies"), key=_rank):
         if reply.text("role") != "assistant":
             raise reply.wrong("role", "expected 'assistant', since it replies to the prompter")
-        if reply.values.get("deleted") or not reply.text("text").strip():
+        if reply.flag("deleted") or not reply.text("text").strip():
             yield LeftOut("messages that are deleted or empty, with what follows them")
         else:
             replies.append(reply)
@@ -69,7 +69,7 @@ def _rank(reply: Row) -> tuple[bool, int]:
 
 def _provenance(message: Row) -> Provenance:
     """A message that no person wrote says which model did."""
-    by = message.optional_text("model_name") if message.values.get("synthetic") else None
+    by = message.optional_text("model_name") if message.flag("synthetic") else None
     return Provenance(row=message.optional_text("message_id"), generated_by=by)
 
 
@@ -92,7 +92,7 @@ def trees(rows: Iterator[Row]) -> Iterator[Row]:
                 raise message.wrong("parent_id", f"no message {parent!r} stands before it in its tree")
         if root is None:
             raise message.wrong("parent_id", "none of the tree's messages is its root")
-        yield Row({"message_tree_id": tree_id, "prompt": root}, place)
+        yield Row({"message_tree_id": tree_id, "prompt": root}, place, message.of_text)
 
 
 def _tree_id(row: Row) -> str | None:

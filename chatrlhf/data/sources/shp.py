@@ -16,7 +16,7 @@ PAIRS_PER_POST = 5
 def records(row: Row) -> Converted:
     """A pair. Raises DataError for a missing field or an unknown label."""
     post, a, b = (row.text(field) for field in ("history", "human_ref_A", "human_ref_B"))
-    label = row.values.get("labels")
+    label = row.with_numbers("labels").values.get("labels")
     if isinstance(label, bool) or label not in (0, 1):
         raise row.wrong("labels", f"expected 1 (A preferred) or 0 (B preferred), got {label!r}")
     if not (a.strip() and b.strip()):
