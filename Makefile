@@ -11,13 +11,15 @@ PEER := .venv-peer
 EXTRAS := deepspeed,quantize,openai,serve,tracking,dev
 
 # Tests start `chatrlhf`, `torchrun` and, through torch, `ninja`: the environment's own must come first.
-PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+# One thread a worker: models of tests are too small for more, and two that share the cores wait for each other.
+WORKERS ?= auto
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two goals at once would run two pips in one environment.
 .NOTPARALLEL:
-.PHONY: help run test test-slow test-thorough lint bench clean distclean
+.PHONY: help run test test-slow test-nightly lint bench clean distclean
 
 help:  ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [ARGS='more arguments']"
@@ -31,10 +33,10 @@ test: $(VENV)/.stamp-test  ## the default test suite
 
 # Exit status 5 means that no test was selected, which is fine here and an error in `test`.
 test-slow: $(VENV)/.stamp-test  ## the tests that take minutes
-	$(PYTEST) -m "slow and not thorough" $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not nightly" $(ARGS) || [ $$? -eq 5 ]
 
-test-thorough: $(VENV)/.stamp-test  ## further seeds of what the slow tests learn
-	$(PYTEST) -m thorough $(ARGS)
+test-nightly: $(VENV)/.stamp-test  ## the widest matrices: every family by every way, further seeds
+	$(PYTEST) -m nightly $(ARGS)
 
 lint: $(VENV)/.stamp-test  ## check style and formatting
 	$(BIN)/python -m ruff check .

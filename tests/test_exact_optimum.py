@@ -76,7 +76,7 @@ def test_half_the_episodes_come_close_to_the_optimum(task: Task):
 @pytest.mark.parametrize(
     "beta, seed",
     [
-        pytest.param(beta, seed, marks=[pytest.mark.thorough] if seed else [])
+        pytest.param(beta, seed, marks=[pytest.mark.nightly] if seed else [])
         for beta, seed in itertools.product(MIN_GAIN, range(5))
     ],
 )

@@ -78,7 +78,7 @@ def test_every_template_by_every_kind_of_tokenizer(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "kind"), ALL)
 def test_500_dialogues(name, kind, tmp_path):
     check(name, kind, 500, tmp_path)

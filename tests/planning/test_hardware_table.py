@@ -20,7 +20,7 @@ def test_every_line_of_chatllamas_is_there():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "advice", [ADVICE[0], pytest.param(ADVICE[3], marks=pytest.mark.thorough)], ids=lambda advice: advice.gpus
+    "advice", [ADVICE[0], pytest.param(ADVICE[3], marks=pytest.mark.nightly)], ids=lambda advice: advice.gpus
 )
 def test_its_figures_are_those_of_the_plan(advice):
     page = PAGE.read_text(encoding="utf-8").splitlines()
