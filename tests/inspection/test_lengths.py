@@ -109,5 +109,5 @@ def test_what_is_wrong_reaches_the_caller():
     with pytest.raises(DataError, match="row 2: broken"):
         list(lengths_of(broken(), encoder()))
     forgetful = Template("{{ messages[0].content }}{{ 'A:' if add_generation_prompt }}")
-    with pytest.raises(DataError, match="leaves out or repeats"):
+    with pytest.raises(DataError, match="leaves out or changes"):
         list(lengths_of([RECORDS[1]], encoder(forgetful)))

@@ -53,7 +53,7 @@ def test_with_the_same_tokenizer_the_sampled_ids_are_scored():
     # The policy spelled "no" letter by letter; tokenised anew it could come out otherwise.
     rollout = said(POLICY, USERS, REPLIES)
     spelled = [WORDS.convert_tokens_to_ids(letter) for letter in "the"] + [WORDS.eos_token_id]
-    assert spelled != POLICY._ids("the") + [WORDS.eos_token_id]
+    assert spelled != POLICY.completion("a", "the")[:-1] + [WORDS.eos_token_id]
     rollout.response_ids[2] = WORDS.pad_token_id
     rollout.response_mask[2] = False
     rollout.response_ids[2, :4], rollout.response_mask[2, :4] = torch.tensor(spelled), True
