@@ -36,13 +36,14 @@ from chatrlhf.models.loading import (
     read_model_config,
 )
 from chatrlhf.models.quantization import quantization_of, ready_for_adapters
-from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
+from chatrlhf.models.reward_model import RewardModel, RewardScorer, is_reward_model, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 from chatrlhf.models.sharing import Base
 from chatrlhf.models.sizes import context_length
 from chatrlhf.models.tiny import TINY, tiny_model, tiny_settings
 from chatrlhf.models.tokenizer import load_tokenizer, train_tokenizer
+from chatrlhf.models.trained_heads import has_head, trained_start
 
 
 def load_actor(
@@ -114,7 +115,7 @@ def load_policy(
 def new_reward_model(
     whole: Config, actor_folder: Path | None, texts: list[str], device: torch.device, adapters: PeftConfig | None = None
 ) -> RewardScorer:
-    """A reward model ready to be trained: the backbone of `reward_config.model` under a fresh head.
+    """A reward model ready to be trained: what `reward_config.model` names, with its own head or under a fresh one.
 
     Args:
         whole: what its reward_config leaves open is the actor's.
@@ -125,6 +126,8 @@ def new_reward_model(
     """
     config, actor = whole.reward_config, whole.actor_config
     name, key = config.model, "reward_config.model"
+    if has_head(config):
+        return trained_start(whole, device, adapters)
     template = None
     bits = quantization_of(config, config.precision, "reward_config")
     if name == "actor" and actor_folder is not None:
@@ -174,9 +177,12 @@ def trained_reward_model(
 
 def require_reward_model(folder: Path, config: RewardConfig) -> Path:
     """The folder of `trained_reward_model`. Raises ConfigError where there is none."""
-    if config.model and (Path(config.model) / SETTINGS).exists():
+    has_data = config.train_dataset_path is not None or bool(config.datasets)
+    if has_data and is_reward_model(folder):
+        return folder  # the model that is named was only its start
+    if config.model and is_reward_model(config.model):
         return Path(config.model)  # named outright
-    if (folder / SETTINGS).exists():
+    if is_reward_model(folder):
         return folder
     raise ConfigError(
         f"no reward model in {folder} and none in reward_config.model ({config.model}); run --type REWARD first, "

@@ -74,6 +74,11 @@ def rotation(config: Any) -> dict[str, Any]:
     return {name: float(value) if isinstance(value, (int, float)) else value for name, value in given.items()}
 
 
+def turns_by_length(config: Any) -> bool:
+    """Whether a token's rotation depends on the longest row in its batch."""
+    return _parameters(config.get_text_config()).get("rope_type") in ("dynamic", "longrope")
+
+
 def refuse_rotations_by_length(config: Any, longest: int) -> None:
     """RL scores a token again among other rows than those it was sampled with, and has to find what it was then.
 

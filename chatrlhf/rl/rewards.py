@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from chatrlhf.data.collate import Encoder
-from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.errors import ConfigError, RewardError
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.models.tokenizer import same_tokenizer
@@ -49,6 +48,15 @@ class FunctionReward:
 
 
 @dataclass
+class DialogueReward(FunctionReward):
+    """A function of whole prompts, turns and all, which renders them itself."""
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        scores = self.function(list(rollout.prompts.prompts), list(rollout.completions))
+        return checked_scores(scores, rollout.completions, self.name)
+
+
+@dataclass
 class ModelReward:
     """A trained reward model.
 
@@ -64,7 +72,7 @@ class ModelReward:
         self.same_ids = (
             same_tokenizer(self.scorer.tokenizer, self.policy_encoder.tokenizer)
             and self.scorer.encoder.chat_template == self.policy_encoder.chat_template
-            and not isinstance(self.policy_encoder, PairEncoder)
+            and type(self.scorer.encoder) is type(self.policy_encoder) is Encoder
         )
 
     def __call__(self, rollout: Rollout) -> Tensor:
