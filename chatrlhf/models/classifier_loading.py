@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from chatrlhf.config.schema import RewardConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import ADAPTER_CONFIG, backbone_with_adapters, base_of, revision_of_base, where
-from chatrlhf.models.loading import explained, hub_kwargs, read_model_config
+from chatrlhf.models.loading import explained, hub_kwargs, load_backbone, read_model_config
 from chatrlhf.models.quantization import never_repack
 
 TASK = "SEQ_CLS"  # what peft calls a sequence classifier
@@ -57,7 +57,8 @@ def require_head(name: str, key: str, section: RewardConfig | None = None) -> No
     names = _saved_names(Path(name))
     if base_of(name) is not None or not names:
         return
-    heads = tuple(f"{module}." for module in head_modules(_outline(read_model_config(name, key, section))))
+    trusted = section is not None and section.trust_remote_code
+    heads = tuple(f"{module}." for module in head_modules(_outline(read_model_config(name, key, section), trusted)))
     if not any(each.startswith(heads) for each in names):
         raise _without(name, key, [f"{heads[0]}weight"])
 
@@ -69,7 +70,7 @@ def load_sequence_classifier(
     bits: dict[str, Any] | None = None,
     keep_adapters: bool = False,
 ) -> nn.Module:
-    """A classifier with one label, in float32 or quantized.
+    """A classifier, in float32 or quantized.
 
     Args:
         keep_adapters: adapters are not merged but stay, in the model without its head, to be trained further.
@@ -78,14 +79,10 @@ def load_sequence_classifier(
         ConfigError: it cannot be loaded, or a part of it is in no file and would be random.
     """
     settings = read_model_config(name, key, section)
-    settings.num_labels = 1
+    settings.num_labels = label_count(name, settings)
     base = base_of(name)
-    kwargs = {
-        "config": settings,
-        **hub_kwargs(section),
-        **revision_of_base(name),
-        **leave_head_whole(settings, bits or {}),
-    }
+    kwargs = {"config": settings, **hub_kwargs(section), **revision_of_base(name), **(bits or {})}
+    kwargs = leave_head_whole(settings, kwargs)
     if section is not None and section.attn_implementation is not None:
         kwargs["attn_implementation"] = section.attn_implementation
     kwargs |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -101,6 +98,13 @@ def load_sequence_classifier(
     return model
 
 
+def load_trunk(name: str, key: str, section: RewardConfig, bits: dict[str, Any]) -> nn.Module:
+    """A model without its head, adapters merged, also where these are a classifier's. Raises ConfigError."""
+    if base_of(name) is not None and _adapter_config(name).get("task_type") == TASK:
+        return load_sequence_classifier(name, key, section).base_model
+    return load_backbone(name, key, section, bits)
+
+
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The parts of a classifier that are not its backbone and have weights, by name."""
     return {
@@ -113,13 +117,14 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
 def leave_head_whole(settings: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """How a classifier is to be loaded, its head not quantized where the rest is."""
     if "quantization_config" in kwargs:
-        kwargs["quantization_config"].llm_int8_skip_modules = list(head_modules(_outline(settings)))
+        outline = _outline(settings, kwargs.get("trust_remote_code", False))
+        kwargs["quantization_config"].llm_int8_skip_modules = list(head_modules(outline))
     return kwargs
 
 
-def _outline(settings: Any) -> nn.Module:
+def _outline(settings: Any, trust_remote_code: bool) -> nn.Module:
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(settings)
+        return AutoModelForSequenceClassification.from_config(settings, trust_remote_code=trust_remote_code)
 
 
 def _saved_names(folder: Path) -> list[str]:

@@ -87,7 +87,7 @@ def _with_critic(
     named = config.model is not None and not (config.model == reward_name and reward is not None)
     start = reward
     if named:
-        start = _named_scorer(config.model, device)
+        start = _named_scorer(config.model, device, adapters is not None)
     reason = None if named and start is None else _why_not_from(start, policy, tokenizer)
     if reason is not None and config.model is not None:
         raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
@@ -123,13 +123,13 @@ def refuse_critic_head(name: str) -> None:
         require_head(name, key)
 
 
-def _named_scorer(name: str, device: Any) -> RewardScorer | None:
+def _named_scorer(name: str, device: Any, keep_adapters: bool) -> RewardScorer | None:
     """What is named, where it brings a head that values can start from."""
     if is_reward_model(name):
-        return load_reward_model(name, device)
+        return load_reward_model(name, device, keep_adapters=keep_adapters)
     if not is_classifier(name, "critic_config.model"):
         return None
-    scorer = classifier_scorer(name, "critic_config.model")
+    scorer = classifier_scorer(name, "critic_config.model", keep_adapters)
     scorer.model.to(device)
     return scorer
 

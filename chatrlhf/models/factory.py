@@ -24,6 +24,7 @@ from chatrlhf.models.adapters import (
     where,
 )
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
+from chatrlhf.models.classifier_loading import load_trunk
 from chatrlhf.models.loading import (
     as_held,
     freeze_as_asked,
@@ -144,7 +145,7 @@ def new_reward_model(
         place, revision, tokenizer = actor.model, actor.revision, _actor_tokenizer(actor, texts)
         backbone = _actor_backbone(place, actor, config, bits, adapters)
     else:
-        place, revision, backbone = name, config.revision, load_backbone(name, key, config, bits)
+        place, revision, backbone = name, config.revision, load_trunk(name, key, config, bits)
         tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **hub_kwargs(config))
         match_vocabulary(backbone, tokenizer, config, "reward_config")
     pooling = pooling_for(backbone)
@@ -163,14 +164,15 @@ def new_reward_model(
 
 
 def trained_reward_model(
-    folder: Path, config: RewardConfig, device: torch.device, base: Base | None = None
+    folder: Path, config: RewardConfig, device: torch.device, base: Base | None = None, keep_adapters: bool = False
 ) -> RewardScorer:
     """The reward model of an earlier REWARD stage, or the folder that `reward_config.model` names; nobody trains it.
 
     Args:
         base: weights in memory that its adapters may stand upon.
+        keep_adapters: as of `load_reward_model`.
     """
-    scorer = load_reward_model(require_reward_model(folder, config), device, base)
+    scorer = load_reward_model(require_reward_model(folder, config), device, base, keep_adapters)
     scorer.model.requires_grad_(False)
     return scorer
 

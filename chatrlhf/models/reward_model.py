@@ -146,12 +146,17 @@ def scorer_of_critic(backbone: nn.Module, head: ScalarHead, encoder: Encoder) ->
 
 
 def load_reward_model(
-    path: str | Path, device: str | torch.device = "cpu", base: Base | None = None, **kwargs: Any
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    base: Base | None = None,
+    keep_adapters: bool = False,
+    **kwargs: Any,
 ) -> RewardScorer:
     """A trained reward model; calling it with (prompts, completions) scores exactly as in training.
 
     Args:
         base: weights in memory that its adapters stand upon where they were trained upon the same.
+        keep_adapters: they are not merged, for a critic that trains them further.
         kwargs: for `from_pretrained`.
 
     Raises:
@@ -161,7 +166,7 @@ def load_reward_model(
     if not is_reward_model(path):
         raise CheckpointError(f"{folder}: no reward model here ({SETTINGS} is missing); train one with --type REWARD")
     settings = saved_settings(folder)
-    backbone, place = read_backbone(folder, settings, settings["quantization"], base, **kwargs)
+    backbone, place = read_backbone(folder, settings, settings["quantization"], base, keep_adapters, **kwargs)
     model = assembled(folder, settings, backbone)
     tokenizer = load_tokenizer(str(folder), key="reward_config.model")
     template = Template.load(folder) or FORMATS["raw"]
@@ -199,7 +204,12 @@ def scorer_class(model: RewardModel, reads_pairs: bool) -> tuple[type[RewardScor
 
 
 def read_backbone(
-    folder: Path, settings: dict[str, Any], how: dict[str, Any] | None, base: Base | None = None, **kwargs: Any
+    folder: Path,
+    settings: dict[str, Any],
+    how: dict[str, Any] | None,
+    base: Base | None = None,
+    keep_adapters: bool = False,
+    **kwargs: Any,
 ) -> tuple[nn.Module, str]:
     """A reward model's backbone, and where its weights are.
 
@@ -217,7 +227,7 @@ def read_backbone(
         return base.backbone(folder), place
     bits = quantization_from(how, "reward_config")
     backbone = read_base(folder, settings, **bits, **kwargs)
-    if bits:
+    if bits or keep_adapters:
         backbone.base_model.load_adapter(str(folder))
     else:
         merged(backbone.base_model, str(folder))

@@ -55,6 +55,7 @@ def positions(config: Any) -> int:
     # T5's configurations name the length that it was trained at; its positions are relative.
     absolute = None if hasattr(text, "relative_attention_num_buckets") else getattr(text, "n_positions", None)
     bound = int(getattr(text, "max_position_embeddings", None) or absolute or 1 << 30)
+    bound = bound if bound > 0 else 1 << 30  # XLNet's is -1
     parameters = _parameters(text)
     if parameters.get("rope_type") not in STRETCHING:
         return bound

@@ -103,13 +103,16 @@ def trained_start(whole: Config, device: torch.device, adapters: PeftConfig | No
     return scorer(model.to(device), encoder, head_from=name)
 
 
-def classifier_scorer(name: str, key: str) -> RewardScorer:
+def classifier_scorer(name: str, key: str, keep_adapters: bool) -> RewardScorer:
     """A classifier in the form of a reward model, for a critic that starts from it.
+
+    Args:
+        keep_adapters: as of `load_sequence_classifier`.
 
     Raises:
         ConfigError: see `load_sequence_classifier`.
     """
-    model = reward_model_of(load_sequence_classifier(name, key))
+    model = reward_model_of(load_sequence_classifier(name, key, keep_adapters=keep_adapters))
     encoder = Encoder(load_tokenizer(name, key), FORMATS["raw"], context_length(model.backbone))
     return RewardScorer(model, encoder, where(base_of(name) or name))
 
