@@ -161,8 +161,8 @@ def _check_adapters(config: Config, stages: list[str], has_reward_fn: bool, run_
             raise ConfigError(_made_on_the_spot("reward_config"))
         if reward.model not in (None, "actor", TINY) and base_of(reward.model) is not None and not has_head(reward):
             raise ConfigError(
-                f"reward_config.peft_enable: {reward.model} holds adapters itself, and adapters on top of adapters could "
-                "not be loaded again; merge them first (chatrlhf export merge), or set peft_enable to False"
+                f"reward_config.peft_enable: {reward.model} holds adapters itself, and adapters on top of adapters "
+                "could not be loaded again; merge them first (chatrlhf export merge), or set peft_enable to False"
             )
     if critic.peft_enable and "RL" in stages and ALGORITHMS[config.trainer_config.algorithm].needs_critic:
         load_peft_config(config, "critic_config")

@@ -82,11 +82,8 @@ def pair_tokenizer(types: bool = True, double: bool = False) -> PreTrainedTokeni
     words = tokenizer()
     words.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
     if types:
-        words.model_input_names = words.init_kwargs["model_input_names"] = [
-            "input_ids",
-            "token_type_ids",
-            "attention_mask",
-        ]
+        words.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        words.init_kwargs["model_input_names"] = words.model_input_names
     middle, second = "[SEP] [SEP]" if double else "[SEP]", int(types)
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]",
