@@ -39,7 +39,7 @@ OWN = {
     "distilbert": dict(dim=16, hidden_dim=32, n_heads=2, n_layers=2),
     "deberta-v2": DEBERTA,
     "modernbert": dict(global_attn_every_n_layers=2, local_attention=8, classifier_pooling="mean"),
-    "modernbert-decoder": dict(global_attn_every_n_layers=2, local_attention=8),
+    "modernbert-decoder": dict(global_attn_every_n_layers=2, local_attention=8, bos_token_id=2),
     "t5": T5,
     "bart": BART,
 }

@@ -18,6 +18,8 @@ from chatrlhf.models.loading import explained, hub_kwargs, load_backbone, read_m
 from chatrlhf.models.quantization import never_repack
 
 TASK = "SEQ_CLS"  # what peft calls a sequence classifier
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")  # peft's types without weights
+PREFIX = "base_model.model."  # of peft's names for its weights
 
 
 def is_classifier(name: str, key: str, section: RewardConfig | None = None) -> bool:
@@ -54,8 +56,11 @@ def refuse_labels(name: str, key: str, remedy: str, section: RewardConfig | None
 
 def require_head(name: str, key: str, section: RewardConfig | None = None) -> None:
     """A ConfigError where a folder says that it holds a classifier and holds no head; its weights are not read."""
-    names = _saved_names(Path(name))
-    if base_of(name) is not None or not names:
+    if base_of(name) is not None:
+        names = [weight.removeprefix(PREFIX) for weight in _saved_head(name)] or ["no weight of a head"]
+    else:
+        names = _saved_names(Path(name))
+    if not names:
         return
     trusted = section is not None and section.trust_remote_code
     heads = tuple(f"{module}." for module in head_modules(_outline(read_model_config(name, key, section), trusted)))
@@ -168,6 +173,11 @@ def _add_adapters(model: nn.Module, name: str, key: str, keep: bool) -> set[str]
     from peft.utils.save_and_load import load_peft_weights
 
     kind = _adapter_config(name)["peft_type"]
+    if kind in PROMPTS:
+        raise ConfigError(
+            f"{key}: the adapters in {name!r} are of type {kind}, learned prompts that are part of no weight; name a "
+            "classifier with adapters such as LORA, or a whole one"
+        )
     if keep and kind != "LORA":
         raise ConfigError(
             f"{key}: the adapters in {name!r} are of type {kind}, and adapters that are trained further must be of "
@@ -185,7 +195,7 @@ def _add_adapters(model: nn.Module, name: str, key: str, keep: bool) -> set[str]
     else:
         wrapped.merge_and_unload()
         model.requires_grad_(True)
-    return {weight.removeprefix("base_model.model.") for weight in _saved_head(name)}
+    return {weight.removeprefix(PREFIX) for weight in _saved_head(name)}
 
 
 def _lay_bare(model: nn.Module, wrapped: Any, base: str) -> None:
