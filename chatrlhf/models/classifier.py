@@ -119,8 +119,8 @@ def is_used_as_it_is(section: RewardConfig, stages: list[str], trained: Path) ->
         return False
     if not is_classifier(section.model, KEY, section):
         return False
-    refuse_labels(section.model, KEY, "name another, or give the score by reward_config.reward_fn", section)
     require_head(section.model, KEY, section)
+    refuse_labels(section.model, KEY, "name another, or give the score by reward_config.reward_fn", section)
     return True
 
 

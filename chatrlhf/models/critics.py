@@ -119,8 +119,8 @@ def refuse_critic_head(name: str) -> None:
     """A ConfigError where a classifier's head cannot be a value head."""
     key = "critic_config.model"
     if is_classifier(name, key):
-        refuse_labels(name, key, "name a model without a head of its own, or set it to null")
         require_head(name, key)
+        refuse_labels(name, key, "name a model without a head of its own, or set it to null")
 
 
 def _named_scorer(name: str, device: Any, keep_adapters: bool) -> RewardScorer | None:

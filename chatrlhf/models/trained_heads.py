@@ -61,8 +61,8 @@ def has_head(section: RewardConfig) -> bool:
     elif not is_classifier(name, KEY, section):
         return False
     else:
-        refuse_labels(name, KEY, f"name another, or {DROP}", section)
         require_head(name, KEY, section)
+        refuse_labels(name, KEY, f"name another, or {DROP}", section)
     if section.model_head_hidden_size not in (None, size):
         raise ConfigError(
             f"reward_config.model_head_hidden_size: {section.model_head_hidden_size} is not the size of the head that "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from classifiers import alone, chat_tokenizer, classifier, pair_tokenizer, save
 from field_reports import report
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import PLAIN, llama
 from torch import nn
@@ -111,6 +111,14 @@ def test_an_encoder_reads_in_training_as_it_is_read_as_it_is(tmp_path):
     assert scorer.score(PROMPTS, REPLIES) == pytest.approx(as_it_is(PROMPTS, REPLIES), abs=1e-4)
 
 
+def test_a_checkpoint_of_adapters_on_an_encoder_holds_its_head_and_no_base(tmp_path):
+    model = start(reward_folder(tmp_path / "rm", "roberta")[0], LORA).model
+    state = model.state_dict()
+    assert {name.split(".")[1] for name in state} == {"classifier", "roberta"}
+    assert all(".lora_" in name for name in state if ".roberta." in name)
+    assert state.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 @report(
     "hiyouga/LlamaFactory#7342",
     fault="TRL's LoRA adapters of a sequence classifier, as a reward and as a start: not found, or head dropped",
@@ -178,7 +186,7 @@ def test_a_head_is_dropped_when_that_is_asked_for(tmp_path):
     )
     adapters, expected = classifier_adapters(tmp_path / "lora", "llama")
     trunk = start(adapters, fresh_head=True).model.backbone
-    merged = PeftModel.merge_and_unload(expected)
+    merged = expected.merge_and_unload()
     torch.testing.assert_close(trunk.layers[0].mlp.up_proj.weight, merged.model.layers[0].mlp.up_proj.weight)
 
 
