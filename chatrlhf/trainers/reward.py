@@ -238,14 +238,14 @@ def _trainer_class(pairwise: bool) -> Any:
 
 def _match_own_scores(scorer: RewardScorer, rows: Sequence[ScoredCompletion]) -> None:
     """A head that was trained before keeps its unit: scale and shift bring its scores to the mean and deviation of the
-    targets, so that training starts from what it knows.
+    targets, so that training starts from what it knows. A spread below 1 is not enlarged, which would enlarge each
+    training step, too.
     """
     model, scale, shift = scorer.model, scorer.model.scale, scorer.model.shift
     model.scale, model.shift = 1.0, 0.0
     sample = rows[:: -(-len(rows) // MATCHED_ROWS)]
     own = scorer.score_ids([scorer.encode(row.prompt, row.completion) for row in sample]).double()
-    spread = float(own.std(correction=0))
-    model.scale = scale / spread if spread > 0 else scale
+    model.scale = scale / max(float(own.std(correction=0)), 1.0)
     model.shift = shift - float(own.mean()) * model.scale
 
 
