@@ -110,7 +110,7 @@ def is_used_as_it_is(section: RewardConfig, stages: list[str], trained: Path) ->
         trained: folder of the REWARD stage's model, which comes first where it is there.
 
     Raises:
-        ConfigError: it has several labels, of which none is known to be the score, or no head in its files.
+        ConfigError: it has several labels, of which none is known to be the score, or no head, or is to lose it.
     """
     if section.model in (None, "actor", TINY) or is_reward_model(section.model):
         return False
@@ -119,6 +119,11 @@ def is_used_as_it_is(section: RewardConfig, stages: list[str], trained: Path) ->
         return False
     if not is_classifier(section.model, KEY, section):
         return False
+    if section.fresh_head:
+        raise ConfigError(
+            "reward_config.fresh_head: True drops the head of a classifier, and there is nothing to train another on; "
+            "name data (reward_config.train_dataset_path), or set it to False"
+        )
     require_head(section.model, KEY, section)
     refuse_labels(section.model, KEY, "name another, or give the score by reward_config.reward_fn", section)
     return True

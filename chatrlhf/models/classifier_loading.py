@@ -42,8 +42,8 @@ def label_count(name: str, settings: Any) -> int:
     """
     if base_of(name) is None:
         return settings.num_labels
-    rows = [weight.shape[0] for weight in _saved_head(name).values() if weight.ndim == 2]
     # The last layer of a head gives the labels; what lies before it is as wide as the model.
+    rows = [shape[0] for shape in _saved_head(name).values() if len(shape) == 2]
     return min(rows, default=settings.num_labels)
 
 
@@ -137,10 +137,15 @@ def _saved_names(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if not (folder / "model.safetensors").exists():
-        return []
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return list(file.keys())
+    whole = folder / "model.safetensors"
+    return list(_shapes(whole)) if whole.exists() else []
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of the weights in a safetensors file, which are read without the weights."""
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: file.get_slice(name).get_shape() for name in names}
 
 
 def _without(name: str, key: str, weights: list[str]) -> ConfigError:
@@ -154,13 +159,19 @@ def _adapter_config(name: str) -> dict[str, Any]:
     return json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
 
 
-def _saved_head(name: str) -> dict[str, torch.Tensor]:
-    """What adapters of a classifier hold whole: its head."""
+def _adapter_shapes(name: str) -> dict[str, list[int]]:
     from peft.utils.save_and_load import load_peft_weights
 
-    whole = _adapter_config(name).get("modules_to_save") or []
-    weights = load_peft_weights(name, device="cpu")
-    return {key: weight for key, weight in weights.items() if set(key.split(".")) & set(whole)}
+    path = Path(name) / "adapter_model.safetensors"
+    if path.exists():
+        return _shapes(path)
+    return {key: list(weight.shape) for key, weight in load_peft_weights(name, device="cpu").items()}
+
+
+def _saved_head(name: str) -> dict[str, list[int]]:
+    """The shapes of what adapters of a classifier hold whole: its head."""
+    whole = set(_adapter_config(name).get("modules_to_save") or [])
+    return {key: shape for key, shape in _adapter_shapes(name).items() if whole & set(key.split("."))}
 
 
 def _add_adapters(model: nn.Module, name: str, key: str, keep: bool) -> set[str]:
@@ -170,7 +181,6 @@ def _add_adapters(model: nn.Module, name: str, key: str, keep: bool) -> set[str]
         The names of the weights that the folder holds whole.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
 
     kind = _adapter_config(name)["peft_type"]
     if kind in PROMPTS:
@@ -185,7 +195,7 @@ def _add_adapters(model: nn.Module, name: str, key: str, keep: bool) -> set[str]
         )
     wrapped = explained(key, name, lambda: PeftModel.from_pretrained(model, name, is_trainable=keep))
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    if absent := sorted(expected.keys() - load_peft_weights(name, device="cpu").keys()):
+    if absent := sorted(expected.keys() - _adapter_shapes(name).keys()):
         raise ConfigError(
             f"{key}: the adapters in {name!r} lack {', '.join(absent[:3])}, and these weights would be random; save "
             "them again with all that was trained"

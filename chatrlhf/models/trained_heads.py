@@ -93,8 +93,9 @@ def trained_start(whole: Config, device: torch.device, adapters: PeftConfig | No
         ready_for_adapters(model.trunk, config.gradient_checkpointing)
         add_adapters(model.trunk, adapters, where(name), config.revision)
     template = start.template
-    if config.template is not None:
-        template = get_template(config.template, "reward_config.template", tokenizer, whole.base_dir)
+    if config.template is not None or template is None:
+        asked = config.template or whole.actor_config.template
+        template = get_template(asked, "reward_config.template", tokenizer, whole.base_dir)
     scorer, encoder_class = scorer_class(model, start.reads_pairs)
     max_length = min(config.max_sequence_length, context_length(model.backbone))
     encoder = encoder_class.of(tokenizer, template, max_length)
@@ -122,7 +123,7 @@ class _Start:
     """A model with its head, and how it reads texts where the configuration leaves that open."""
 
     model: RewardModel
-    template: Template
+    template: Template | None  # its own
     reads_pairs: bool
     is_new: bool  # as others saved it: how it counts token types is still to be found
 
@@ -145,9 +146,11 @@ def _from_classifier(whole: Config, tokenizer: Any, apart: bool) -> _Start:
     bits = quantization_of(config, config.precision, "reward_config")
     model = reward_model_of(load_sequence_classifier(name, KEY, config, bits, apart))
     pairs = reads_pairs(tokenizer)
-    # It is read as it is read where nobody trains it (`Classifier`).
-    own = OWN if tokenizer.chat_template else "raw" if pairs else whole.actor_config.template
-    return _Start(model, get_template(own, "reward_config.template", tokenizer, whole.base_dir), pairs, True)
+    # It reads as it does where nobody trains it (`Classifier`).
+    template = FORMATS["raw"] if pairs else None
+    if tokenizer.chat_template:
+        template = get_template(OWN, "reward_config.template", tokenizer)
+    return _Start(model, template, pairs, True)
 
 
 def _kwargs(config: RewardConfig) -> dict[str, Any]:

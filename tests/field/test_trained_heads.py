@@ -202,7 +202,10 @@ def test_a_head_that_cannot_be_kept_is_refused_with_the_remedy(options, keys, re
     folder, _ = reward_folder(tmp_path / "rm", **options)
     with pytest.raises(ConfigError, match=reason):
         has_head(RewardConfig(model=str(folder), **keys))
-    assert not has_head(RewardConfig(model=str(folder), fresh_head=True, **keys))
+    dropped = RewardConfig(model=str(folder), fresh_head=True, **keys)
+    assert not has_head(dropped)
+    with pytest.raises(ConfigError, match="reward_config.fresh_head: True .*nothing to train another"):
+        is_used_as_it_is(dropped, ["RL"], tmp_path / "none")
 
 
 def test_a_named_reward_model_that_was_only_the_start_gives_way_to_what_was_trained(tmp_path):
