@@ -42,7 +42,7 @@ class FunctionReward:
     def __call__(self, rollout: Rollout) -> Tensor:
         return self.texts(rollout.prompts.texts, rollout.completions)
 
-    def texts(self, prompts: list[str], completions: list[str]) -> Tensor:
+    def texts(self, prompts: list[Any], completions: list[str]) -> Tensor:
         """Scores of texts. Raises RewardError where they are not one finite number each."""
         return checked_scores(self.function(list(prompts), list(completions)), completions, self.name)
 
@@ -52,8 +52,8 @@ class DialogueReward(FunctionReward):
     """A function of whole prompts, turns and all, which renders them itself."""
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        scores = self.function(list(rollout.prompts.prompts), list(rollout.completions))
-        return checked_scores(scores, rollout.completions, self.name)
+        prompts = [prompt.text if prompt.is_text else prompt for prompt in rollout.prompts.prompts]
+        return self.texts(prompts, rollout.completions)
 
 
 @dataclass
