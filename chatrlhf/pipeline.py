@@ -19,7 +19,7 @@ from chatrlhf.manifest import Manifest
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
-from chatrlhf.rl.rewards import FunctionReward, RewardFunction, resolve_reward_fn
+from chatrlhf.rl.rewards import DialogueReward, FunctionReward, RewardFunction, resolve_reward_fn
 from chatrlhf.stages.actor import run_actor
 from chatrlhf.stages.pretrain import run_pretrain
 from chatrlhf.stages.reward import run_reward
@@ -78,6 +78,8 @@ def run(
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
     preflight(config, stages, inputs, reward is not None, config.run_dir)
+    if isinstance(reward, DialogueReward) and inputs.prompts is not None:
+        reward.function.check([*inputs.prompts.train, *inputs.prompts.held_out])
     manifest = Manifest.open(config.run_dir, resume)
     changed = manifest.begin(config, stages)
     if config.num_threads:
@@ -130,5 +132,5 @@ def _reward_function(config: Config, reward_fn: Callable[..., Any] | None, stage
     if keys.reward_fn is not None:
         return resolve_reward_fn(keys.reward_fn)
     if is_used_as_it_is(keys, stages, config.run_dir / "reward"):
-        return FunctionReward(LazyClassifier(keys), str(keys.model))
+        return DialogueReward(LazyClassifier(keys), str(keys.model))
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ from chatrlhf.data.inputs import Inputs, Rows, corpus
 from chatrlhf.data.templates import actor_template, is_own, reward_template
 from chatrlhf.data.views import Preference, ScoredCompletion
 from chatrlhf.device import pick_device, resolve_precision, resolve_rl_precision
-from chatrlhf.errors import ConfigError
+from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.generation.vllm_sampler import require_vllm
 from chatrlhf.models.adapters import base_of, task_type
 from chatrlhf.models.backbone import is_encoder_decoder
-from chatrlhf.models.critics import refuse_other_build
+from chatrlhf.models.critics import refuse_critic_head, refuse_other_build
 from chatrlhf.models.factory import block_count, encoder_class, require_reward_model, tokenizer_and_settings
 from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.loading import read_model_config
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.models.rope import positions, refuse_rotations_by_length
 from chatrlhf.models.tiny import TINY
+from chatrlhf.models.trained_heads import has_head
 from chatrlhf.paired_checks import check_keys_of_pairs, check_rows_of_pairs
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import load_function
@@ -126,6 +128,8 @@ def _check_models(config: Config, stages: list[str], has_reward_fn: bool, settin
     name = config.reward_config.model
     if "REWARD" in stages and not has_reward_fn and name not in (None, "actor", TINY):
         settings_of(name, "reward_config.model", config.reward_config)
+        with suppress(MissingError):  # a plan knows models that are not here
+            has_head(config.reward_config)
 
 
 def _check_critic(config: Config, settings: Any, settings_of: SettingsOf) -> None:
@@ -135,6 +139,8 @@ def _check_critic(config: Config, settings: Any, settings_of: SettingsOf) -> Non
     if critic not in (None, "shared") and not (Path(critic) / SETTINGS).exists():
         found = settings_of(critic, "critic_config.model", config.actor_config)
         refuse_other_build(found, settings, critic)
+        with suppress(MissingError):
+            refuse_critic_head(critic)
 
 
 def _check_adapters(config: Config, stages: list[str], has_reward_fn: bool, run_dir: Path) -> None:
@@ -158,6 +164,11 @@ def _check_adapters(config: Config, stages: list[str], has_reward_fn: bool, run_
         start = actor.model if reward.model == "actor" and not has_actor else reward.model
         if start == TINY:
             raise ConfigError(_made_on_the_spot("reward_config"))
+        if reward.model not in (None, "actor", TINY) and base_of(reward.model) is not None and not has_head(reward):
+            raise ConfigError(
+                f"reward_config.peft_enable: {reward.model} holds adapters itself, and adapters on top of adapters "
+                "could not be loaded again; merge them first (chatrlhf export merge), or set peft_enable to False"
+            )
     if critic.peft_enable and "RL" in stages and ALGORITHMS[config.trainer_config.algorithm].needs_critic:
         load_peft_config(config, "critic_config")
         if critic.model == "shared":

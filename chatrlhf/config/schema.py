@@ -110,10 +110,11 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchK
     model_folder: str | None = None
     rope_scaling: RopeScaling | None = Field(None, description="of a model of its own; the actor's has the actor's")
     model_head_hidden_size: int | None = Field(None, ge=1, description="null: a linear head; else an MLP")
+    fresh_head: bool = Field(False, description="drop the head of a classifier or reward model that model names")
     train_dataset_path: str | None = None
     validation_dataset_path: str | None = None
     validation_fraction: float = Field(0.1, ge=0, lt=1)
-    template: str | None = Field(None, description="null: the actor's")
+    template: str | None = Field(None, description="null: the actor's; a head that is kept has its model's own")
     chat_template_kwargs: dict[str, bool | int | str] = Field(
         default_factory=dict, description="values that the template asks for, such as enable_thinking: false"
     )

@@ -237,7 +237,7 @@ class Encoder:
 
     @property
     def _eos(self) -> str:
-        return self.tokenizer.eos_token
+        return self.tokenizer.eos_token or self.tokenizer.sep_token
 
     @cached_property
     def _bos(self) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,14 +12,16 @@ from chatrlhf.config.schema import CriticConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import backbone_with_adapters, has_adapters, where
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
+from chatrlhf.models.classifier_loading import is_classifier, refuse_labels, require_head
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.loading import load_backbone
-from chatrlhf.models.reward_model import SETTINGS, RewardScorer, load_reward_model
+from chatrlhf.models.reward_model import RewardScorer, is_reward_model, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 from chatrlhf.models.sharing import sharing_copy, trained_by_adapters, whole_copy
 from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer
 from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.trained_heads import classifier_scorer
 
 ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
 
@@ -86,7 +87,7 @@ def _with_critic(
     named = config.model is not None and not (config.model == reward_name and reward is not None)
     start = reward
     if named:
-        start = load_reward_model(config.model, device) if (Path(config.model) / SETTINGS).exists() else None
+        start = _named_scorer(config.model, device, adapters is not None)
     reason = None if named and start is None else _why_not_from(start, policy, tokenizer)
     if reason is not None and config.model is not None:
         raise ConfigError(f"critic_config.model: {config.model!r} cannot be the critic: {reason}")
@@ -112,6 +113,25 @@ def _with_critic(
     else:
         critic = whole_copy(backbone)
     return SeparateCritic(policy, critic, head, distribution), f"critic: {line}"
+
+
+def refuse_critic_head(name: str) -> None:
+    """A ConfigError where a classifier's head cannot be a value head."""
+    key = "critic_config.model"
+    if is_classifier(name, key):
+        require_head(name, key)
+        refuse_labels(name, key, "name a model without a head of its own, or set it to null")
+
+
+def _named_scorer(name: str, device: Any, keep_adapters: bool) -> RewardScorer | None:
+    """What is named, where it brings a head that values can start from."""
+    if is_reward_model(name):
+        return load_reward_model(name, device, keep_adapters=keep_adapters)
+    if not is_classifier(name, "critic_config.model"):
+        return None
+    scorer = classifier_scorer(name, "critic_config.model", keep_adapters)
+    scorer.model.to(device)
+    return scorer
 
 
 def _named_backbone(name: str, policy: nn.Module, tokenizer: Any) -> nn.Module:

@@ -24,6 +24,7 @@ from chatrlhf.models.adapters import (
     where,
 )
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
+from chatrlhf.models.classifier_loading import load_trunk
 from chatrlhf.models.loading import (
     as_held,
     freeze_as_asked,
@@ -36,13 +37,14 @@ from chatrlhf.models.loading import (
     read_model_config,
 )
 from chatrlhf.models.quantization import quantization_of, ready_for_adapters
-from chatrlhf.models.reward_model import SETTINGS, RewardModel, RewardScorer, load_reward_model
+from chatrlhf.models.reward_model import RewardModel, RewardScorer, is_reward_model, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 from chatrlhf.models.sharing import Base
 from chatrlhf.models.sizes import context_length
 from chatrlhf.models.tiny import TINY, tiny_model, tiny_settings
 from chatrlhf.models.tokenizer import load_tokenizer, train_tokenizer
+from chatrlhf.models.trained_heads import has_head, trained_start
 
 
 def load_actor(
@@ -114,7 +116,7 @@ def load_policy(
 def new_reward_model(
     whole: Config, actor_folder: Path | None, texts: list[str], device: torch.device, adapters: PeftConfig | None = None
 ) -> RewardScorer:
-    """A reward model ready to be trained: the backbone of `reward_config.model` under a fresh head.
+    """A reward model ready to be trained: what `reward_config.model` names, with its own head or under a fresh one.
 
     Args:
         whole: what its reward_config leaves open is the actor's.
@@ -125,6 +127,8 @@ def new_reward_model(
     """
     config, actor = whole.reward_config, whole.actor_config
     name, key = config.model, "reward_config.model"
+    if has_head(config):
+        return trained_start(whole, device, adapters)
     template = None
     bits = quantization_of(config, config.precision, "reward_config")
     if name == "actor" and actor_folder is not None:
@@ -141,7 +145,7 @@ def new_reward_model(
         place, revision, tokenizer = actor.model, actor.revision, _actor_tokenizer(actor, texts)
         backbone = _actor_backbone(place, actor, config, bits, adapters)
     else:
-        place, revision, backbone = name, config.revision, load_backbone(name, key, config, bits)
+        place, revision, backbone = name, config.revision, load_trunk(name, key, config, bits)
         tokenizer = load_tokenizer(config.tokenizer_path or name, "reward_config.tokenizer_path", **hub_kwargs(config))
         match_vocabulary(backbone, tokenizer, config, "reward_config")
     pooling = pooling_for(backbone)
@@ -159,23 +163,27 @@ def new_reward_model(
 
 
 def trained_reward_model(
-    folder: Path, config: RewardConfig, device: torch.device, base: Base | None = None
+    folder: Path, config: RewardConfig, device: torch.device, base: Base | None = None, keep_adapters: bool = False
 ) -> RewardScorer:
     """The reward model of an earlier REWARD stage, or the folder that `reward_config.model` names; nobody trains it.
 
     Args:
         base: weights in memory that its adapters may stand upon.
+        keep_adapters: as of `load_reward_model`.
     """
-    scorer = load_reward_model(require_reward_model(folder, config), device, base)
+    scorer = load_reward_model(require_reward_model(folder, config), device, base, keep_adapters)
     scorer.model.requires_grad_(False)
     return scorer
 
 
 def require_reward_model(folder: Path, config: RewardConfig) -> Path:
     """The folder of `trained_reward_model`. Raises ConfigError where there is none."""
-    if config.model and (Path(config.model) / SETTINGS).exists():
+    has_data = config.train_dataset_path is not None or bool(config.datasets)
+    if has_data and is_reward_model(folder):
+        return folder  # the model that is named was only its start
+    if config.model and is_reward_model(config.model):
         return Path(config.model)  # named outright
-    if (folder / SETTINGS).exists():
+    if is_reward_model(folder):
         return folder
     raise ConfigError(
         f"no reward model in {folder} and none in reward_config.model ({config.model}); run --type REWARD first, "

@@ -153,3 +153,12 @@ def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
         missing = isinstance(error, OSError) and not Path(name).exists()
         refusal = MissingError if missing else ConfigError
         raise refusal(f"{key}: {name!r} cannot be loaded, it is {kind} ({reason})") from None
+
+
+def explained(key: str, name: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives of a model.
+
+    Raises:
+        ConfigError: it failed; key, model and reason are named.
+    """
+    return _explained(key, name, load)

@@ -1,4 +1,4 @@
-"""A model that scores completions: a backbone, a scalar head, pooling by mask, and its normalisation."""
+"""A reward model with its tokenizer and template: text in, scores out; and the folder that keeps it."""
 
 from __future__ import annotations
 
@@ -11,114 +11,36 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import FORMATS, Template
+from chatrlhf.data.text_pairs import TextPairEncoder
 from chatrlhf.errors import CheckpointError
 from chatrlhf.models.adapters import (
     base_of,
     config_of,
     has_adapters,
-    is_adapter,
     merged,
     revision_of_base,
     save_model,
 )
-from chatrlhf.models.backbone import decoder_start, is_encoder_decoder
-from chatrlhf.models.packing import pack, packs
+from chatrlhf.models.backbone import is_encoder_decoder
+from chatrlhf.models.classifier_loading import leave_head_whole
 from chatrlhf.models.pairs import sequences_for
 from chatrlhf.models.quantization import how_quantized, never_repack, quantization_from
+from chatrlhf.models.reward_network import RewardModel
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import response_states
 from chatrlhf.models.sharing import Base
 from chatrlhf.models.tokenizer import load_tokenizer
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
-
-
-class RewardModel(nn.Module):
-    """score = scale * head(hidden state of the pooled token) + shift.
-
-    Pooling is ``last`` for causal backbones and ``first`` for bidirectional ones, whose first token sees all. An
-    encoder–decoder reads the text in its encoder and is read at its decoder's ``start`` token; the critic of one is
-    read behind the ``reply``'s last token (`ReplyScorer`).
-    The head is trained on targets of mean 0 and deviation 1 (regression) or on differences (pairs); scale and
-    shift bring its output back to the user's units, or to mean 0 and deviation 1 over the training
-    completions, and are stored with it.
-    """
-
-    def __init__(
-        self, backbone: nn.Module, head: ScalarHead, pooling: str = "last", scale: float = 1.0, shift: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
-        self.pooling, self.scale, self.shift = pooling, scale, shift
-        self.backbone.config.use_cache = False
-        self.backbone.config.num_labels = 1  # TRL's trainer asks for it
-        self.register_state_dict_post_hook(_each_once)
-        if has_adapters(backbone):
-            self.register_state_dict_post_hook(_without_base)
-
-    @property
-    def config(self) -> Any:
-        """The backbone's configuration; TRL's trainer reads it."""
-        return self.backbone.config
-
-    def add_model_tags(self, tags: Any) -> None:
-        """TRL tags models for the hub; nothing is published from here."""
-
-    # What a Trainer asks of a model.
-
-    _keys_to_ignore_on_save = None
-
-    def get_input_embeddings(self) -> nn.Module:
-        """For noise on embeddings: of what reads the text, since T5's own are never called."""
-        return (self.backbone.get_encoder() if self.pooling == "start" else self.backbone).get_input_embeddings()
-
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """For activations that are computed again."""
-        self.backbone.gradient_checkpointing_enable(**kwargs)
-
-    def raw(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The head's output before normalisation, [B], for ids [B, T] padded on either side."""
-        mask = attention_mask.bool()
-        # Padding to the right, whatever came in: then positions count from 0 and the result is the same.
-        order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
-        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
-        if self.pooling == "last":  # a causal model: right-padding cannot reach the last real token
-            last = torch.arange(len(mask), device=mask.device) * mask.shape[1] + mask.sum(dim=1) - 1
-            stream = pack(input_ids, mask) if packs(self.backbone) else None
-            if stream is None:
-                states = self.backbone(input_ids=input_ids).last_hidden_state
-            else:
-                states, last = self.backbone(**stream.inputs).last_hidden_state, stream.positions_of[last]
-            return self.head(states.flatten(0, 1)[last])
-        given = {"input_ids": input_ids, "attention_mask": mask.long()}
-        if self.pooling == "start":
-            given["decoder_input_ids"] = torch.full_like(input_ids[:, :1], decoder_start(self.config))
-        return self.head(self.backbone(**given).last_hidden_state[:, 0])
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
-        """What TRL's RewardTrainer expects: ``.logits`` [B, 1], before normalisation."""
-        return SequenceClassifierOutput(logits=self.raw(input_ids, attention_mask)[:, None])
-
-    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Normalised scores, [B] float32."""
-        # Not `raw` itself: a model that is dealt out over ranks comes together where it is called.
-        return self.scale * self(input_ids, attention_mask).logits[:, 0] + self.shift
-
-
-def _each_once(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-    """Leave out a weight's second names (T5's embeddings have three), which safetensors would not write."""
-    seen: set[int] = set()
-    for name, weight in list(state.items()):
-        if weight.numel() and weight.data_ptr() in seen:
-            del state[name]
-        seen.add(weight.data_ptr())
+OWN = "own"  # the pooling of a classifier that is kept whole
+KEPT = ("pooling", "scale", "shift", "skipped", "separator", "takes_padding")  # of a `RewardModel`, beside its weights
+LATER = {"quantization": None, "skipped": None, "separator": None, "takes_padding": True, "reads_pairs": False}
 
 
 @dataclass
@@ -128,6 +50,7 @@ class RewardScorer:
     model: RewardModel
     encoder: Encoder
     place: str | None = None  # the folder its weights are from, or that its adapters' base is in
+    head_from: str | None = None  # where its head was trained before; None: here, or not at all
 
     @property
     def tokenizer(self) -> Any:
@@ -168,18 +91,24 @@ class RewardScorer:
 
     def save(self, folder: Path) -> None:
         """Backbone or its adapters (for AutoModel), tokenizer, template, head and settings."""
-        save_model(self.model.backbone, folder)
+        model = self.model
+        save_model(model.trunk if has_adapters(model.backbone) else model.backbone, folder)
         self.encoder.save(folder)
-        save_file({name: t.contiguous() for name, t in self.model.head.state_dict().items()}, folder / HEAD)
-        settings = {
-            "mlp_size": self.model.head.mlp_size,
-            "pooling": self.model.pooling,
-            "scale": self.model.scale,
-            "shift": self.model.shift,
+        save_file({name: t.contiguous() for name, t in model.head_weights().items()}, folder / HEAD)
+        settings = {name: getattr(model, name) for name in KEPT} | {
+            "mlp_size": model.head.mlp_size if model.head is not None else None,
+            "reads_pairs": isinstance(self.encoder, TextPairEncoder),
             "max_length": self.encoder.max_length,
-            "quantization": how_quantized(self.model.backbone),
+            "quantization": how_quantized(model.backbone),
         }
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+class TextPairScorer(RewardScorer):
+    """A classifier that reads prompt and completion as two texts, which it wants closed whether they ended or not."""
+
+    def encode(self, prompt: Prompt | str, completion: str, finished: bool = True) -> list[int]:
+        return self.encoder.row(prompt, completion)
 
 
 class ReplyScorer(RewardScorer):
@@ -215,56 +144,108 @@ def scorer_of_critic(backbone: nn.Module, head: ScalarHead, encoder: Encoder) ->
 
 
 def load_reward_model(
-    path: str | Path, device: str | torch.device = "cpu", base: Base | None = None, **kwargs: Any
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    base: Base | None = None,
+    keep_adapters: bool = False,
+    **kwargs: Any,
 ) -> RewardScorer:
     """A trained reward model; calling it with (prompts, completions) scores exactly as in training.
 
     Args:
         base: weights in memory that its adapters stand upon where they were trained upon the same.
+        keep_adapters: they are not merged, for a critic that trains them further.
         kwargs: for `from_pretrained`.
 
     Raises:
         CheckpointError: the folder holds none.
     """
     folder = Path(path)
-    if not (folder / SETTINGS).exists():
+    if not is_reward_model(path):
         raise CheckpointError(f"{folder}: no reward model here ({SETTINGS} is missing); train one with --type REWARD")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    backbone, place = _backbone(folder, settings.get("quantization"), base, kwargs)
-    head = ScalarHead(state_size(backbone), settings["mlp_size"])
-    head.load_state_dict(load_file(folder / HEAD))
-    model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
+    settings = saved_settings(folder)
+    backbone, place = read_backbone(folder, settings, settings["quantization"], base, keep_adapters, **kwargs)
+    model = assembled(folder, settings, backbone)
     tokenizer = load_tokenizer(str(folder), key="reward_config.model")
     template = Template.load(folder) or FORMATS["raw"]
-    scorer, encoder = (ReplyScorer, PairEncoder) if model.pooling == "reply" else (RewardScorer, Encoder)
-    return scorer(model, encoder(tokenizer, template, settings["max_length"]), place)
+    scorer, encoder = scorer_class(model, settings["reads_pairs"])
+    return scorer(model.to(device).eval(), encoder(tokenizer, template, settings["max_length"]), place)
 
 
-def _backbone(
-    folder: Path, how: dict[str, Any] | None, base: Base | None, kwargs: dict[str, Any]
+def is_reward_model(path: str | Path) -> bool:
+    """Whether a folder holds a reward model in this package's format."""
+    return (Path(path) / SETTINGS).exists()
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """What a folder says of its reward model; of an older one what was true of all then."""
+    return LATER | json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+
+
+def assembled(folder: Path, settings: dict[str, Any], backbone: nn.Module) -> RewardModel:
+    """A backbone with the head and the pooling that a folder keeps."""
+    head = None if settings["pooling"] == OWN else ScalarHead(state_size(backbone), settings["mlp_size"])
+    model = RewardModel(backbone, head, **{name: settings[name] for name in KEPT})
+    model.load_head(load_file(folder / HEAD))
+    return model
+
+
+def scorer_class(model: RewardModel, reads_pairs: bool) -> tuple[type[RewardScorer], type[Encoder]]:
+    """What scores texts by a model, and what encodes them for it.
+
+    Args:
+        reads_pairs: prompt and completion are two texts for it, parted as its tokenizer parts them.
+    """
+    if reads_pairs:
+        return TextPairScorer, TextPairEncoder
+    return (ReplyScorer, PairEncoder) if model.pooling == "reply" else (RewardScorer, Encoder)
+
+
+def read_backbone(
+    folder: Path,
+    settings: dict[str, Any],
+    how: dict[str, Any] | None,
+    base: Base | None = None,
+    keep_adapters: bool = False,
+    **kwargs: Any,
 ) -> tuple[nn.Module, str]:
     """A reward model's backbone, and where its weights are.
 
     Adapters upon whole weights are merged into them, unless others stand upon these; upon few bits they stay apart,
     or what they add would be rounded away.
+
+    Args:
+        settings: of `saved_settings`.
+        how: the weights are to be quantized; None: not at all.
     """
-    # float32 unless asked otherwise: that is what was trained.
-    kwargs = {"dtype": torch.float32, **kwargs}
     place = base_of(str(folder))
     if place is None:
-        return AutoModel.from_pretrained(folder, **kwargs), str(folder.resolve())
-    config = AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))
-    if base is not None and base.carries(folder, config, how):
+        return auto_class(settings).from_pretrained(folder, **{"dtype": torch.float32, **kwargs}), str(folder.resolve())
+    if base is not None and settings["pooling"] != OWN and base.carries(folder, _config_of_base(folder), how):
         return base.backbone(folder), place
-    bits, fetched = quantization_from(how, "reward_config"), kwargs | revision_of_base(str(folder))
-    backbone = never_repack(AutoModel.from_pretrained(place, config=config, **bits, **fetched))
-    if not bits:
-        return merged(backbone, str(folder)), place
-    backbone.load_adapter(str(folder))
+    bits = quantization_from(how, "reward_config")
+    backbone = read_base(folder, settings, **bits, **kwargs)
+    if bits or keep_adapters:
+        backbone.base_model.load_adapter(str(folder))
+    else:
+        merged(backbone.base_model, str(folder))
     return backbone, place
 
 
-def _without_base(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) -> None:
-    """Of a reward model with adapters these and the head are its state: a checkpoint leaves the base out."""
-    for name in [name for name in state if name.startswith(f"{prefix}backbone.") and not is_adapter(name)]:
-        del state[name]
+def read_base(folder: Path, settings: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """The model that the adapters in a reward model's folder belong to, without them."""
+    config, name = _config_of_base(folder), str(folder)
+    if settings["pooling"] == OWN:
+        kwargs = leave_head_whole(config, kwargs)
+    # float32 unless asked otherwise: that is what was trained.
+    fetched = {"dtype": torch.float32, **kwargs, **revision_of_base(name)}
+    return never_repack(auto_class(settings).from_pretrained(base_of(name), config=config, **fetched))
+
+
+def auto_class(settings: dict[str, Any]) -> Any:
+    """What loads a reward model's backbone; a classifier with its own pooling is one itself."""
+    return AutoModelForSequenceClassification if settings["pooling"] == OWN else AutoModel
+
+
+def _config_of_base(folder: Path) -> Any:
+    return AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))

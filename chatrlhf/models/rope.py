@@ -55,6 +55,7 @@ def positions(config: Any) -> int:
     # T5's configurations name the length that it was trained at; its positions are relative.
     absolute = None if hasattr(text, "relative_attention_num_buckets") else getattr(text, "n_positions", None)
     bound = int(getattr(text, "max_position_embeddings", None) or absolute or 1 << 30)
+    bound = bound if bound > 0 else 1 << 30  # XLNet's is -1
     parameters = _parameters(text)
     if parameters.get("rope_type") not in STRETCHING:
         return bound
@@ -72,6 +73,11 @@ def rotation(config: Any) -> dict[str, Any]:
     """How a model's positions turn, numbers as floats; empty without any."""
     given = {name: value for name, value in _parameters(config.get_text_config()).items() if value is not None}
     return {name: float(value) if isinstance(value, (int, float)) else value for name, value in given.items()}
+
+
+def turns_by_length(config: Any) -> bool:
+    """Whether a token's rotation depends on the longest row in its batch."""
+    return _parameters(config.get_text_config()).get("rope_type") in ("dynamic", "longrope")
 
 
 def refuse_rotations_by_length(config: Any, longest: int) -> None:

@@ -19,6 +19,16 @@ class ScalarHead(nn.Module):
         nn.init.normal_(self.out.weight, std=(self.out.in_features + 1) ** -0.5)
         nn.init.zeros_(self.out.bias)
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Linear) -> ScalarHead:
+        """A linear head with the weights of one that was trained elsewhere; a bias that it lacks starts at 0."""
+        head = cls(linear.in_features).to(linear.weight.device)
+        head.out.weight.copy_(linear.weight)
+        if linear.bias is not None:
+            head.out.bias.copy_(linear.bias)
+        return head
+
     def forward(self, states: Tensor) -> Tensor:
         """[..., hidden_size] to [...], float32."""
         with torch.autocast(states.device.type, enabled=False):

@@ -11,8 +11,8 @@ from chatrlhf.models.rope import positions
 
 
 def context_length(model: nn.Module) -> int:
-    """Positions a model can take; a large number for models without a bound (ALiBi)."""
-    return positions(model.config)
+    """Tokens a model can take; a large number for models without a bound (ALiBi)."""
+    return positions(model.config) - _unused_positions(model)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -32,3 +32,9 @@ def fingerprint(model: nn.Module) -> str:
         for name, parameter in model.named_parameters()
     )
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def _unused_positions(model: nn.Module) -> int:
+    """Rows of a position table that no token gets: RoBERTa and its kin count from behind their pad token."""
+    tables = (each for name, each in model.named_modules() if name.endswith("position_embeddings"))
+    return next((each.padding_idx + 1 for each in tables if getattr(each, "padding_idx", None) is not None), 0)

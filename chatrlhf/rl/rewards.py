@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from chatrlhf.data.collate import Encoder
-from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.errors import ConfigError, RewardError
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.models.tokenizer import same_tokenizer
@@ -43,9 +42,18 @@ class FunctionReward:
     def __call__(self, rollout: Rollout) -> Tensor:
         return self.texts(rollout.prompts.texts, rollout.completions)
 
-    def texts(self, prompts: list[str], completions: list[str]) -> Tensor:
+    def texts(self, prompts: list[Any], completions: list[str]) -> Tensor:
         """Scores of texts. Raises RewardError where they are not one finite number each."""
         return checked_scores(self.function(list(prompts), list(completions)), completions, self.name)
+
+
+@dataclass
+class DialogueReward(FunctionReward):
+    """A function of whole prompts, turns and all, which renders them itself."""
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        prompts = [prompt.text if prompt.is_text else prompt for prompt in rollout.prompts.prompts]
+        return self.texts(prompts, rollout.completions)
 
 
 @dataclass
@@ -64,7 +72,7 @@ class ModelReward:
         self.same_ids = (
             same_tokenizer(self.scorer.tokenizer, self.policy_encoder.tokenizer)
             and self.scorer.encoder.chat_template == self.policy_encoder.chat_template
-            and not isinstance(self.policy_encoder, PairEncoder)
+            and type(self.scorer.encoder) is type(self.policy_encoder) is Encoder
         )
 
     def __call__(self, rollout: Rollout) -> Tensor:

@@ -30,6 +30,11 @@ def run_reward(this: Run) -> dict[str, Any]:
         f"REWARD: {config.model}, {parameter_count(scorer.model):,} parameters, {loss_for(rows.train, config)} on "
         f"{rows.epochs.size} rows, {len(rows.held_out)} held out"
     )
+    this.log.note(
+        "REWARD: starts with a fresh head"
+        if scorer.head_from is None
+        else f"REWARD: trains the head of {scorer.head_from} further, on its own pooling"
+    )
     if adapters is not None:
         this.log.note(f"REWARD: trains adapters and a head alone, {trained_count(scorer.model):,} parameters")
     files, seed = this.files("REWARD", config.n_checkpoints_to_keep), this.seed("REWARD")

@@ -42,9 +42,11 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
     place = torch.device("cpu") if deals_out_weights(sharding) else this.device
     policy, encoder, base = _starting_policy(this, place)
     upon = Base(policy, base) if has_adapters(policy) else None
-    reward_scorer = (
-        None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device, upon)
-    )
+    reward_scorer = None
+    if this.reward is None:
+        # A critic that is trained by adapters trains those of the reward model further: on the base that is saved.
+        apart = config.critic_config.peft_enable
+        reward_scorer = trained_reward_model(this.dir / "reward", config.reward_config, this.device, upon, apart)
     reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
     distribution = sampling_distribution(config, encoder)
     algorithm = ALGORITHMS[trainer_config.algorithm]

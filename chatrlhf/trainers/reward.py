@@ -26,6 +26,7 @@ from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trai
 from chatrlhf.trainers.order import EpochOrder, widths
 
 STAGE = "REWARD"
+MATCHED_ROWS = 1024  # that a head's own scores are taken from, before it is trained further
 Judgements = Sequence[ScoredCompletion] | Sequence[Preference]
 
 
@@ -73,6 +74,8 @@ def train_reward_model(
         scores = torch.tensor([train_rows[i].score for i in epochs.seen()], dtype=torch.float64)
         spread = float(scores.std(correction=0))
         model.shift, model.scale = float(scores.mean()), spread if spread > 0 else 1.0
+        if scorer.head_from is not None:
+            _match_own_scores(scorer, train_rows)
     to_dataset = _pairs if pairwise else _targets
     train = to_dataset(train_rows, scorer)
     held_out = to_dataset(held_out_rows, scorer) if held_out_rows else None
@@ -231,6 +234,19 @@ def _trainer_class(pairwise: bool) -> Any:
         pass
 
     return Trainer
+
+
+def _match_own_scores(scorer: RewardScorer, rows: Sequence[ScoredCompletion]) -> None:
+    """A head that was trained before keeps its unit: scale and shift bring its scores to the mean and deviation of the
+    targets, so that training starts from what it knows. A spread below 1 is not enlarged, which would enlarge each
+    training step, too.
+    """
+    model, scale, shift = scorer.model, scorer.model.scale, scorer.model.shift
+    model.scale, model.shift = 1.0, 0.0
+    sample = rows[:: -(-len(rows) // MATCHED_ROWS)]
+    own = scorer.score_ids([scorer.encode(row.prompt, row.completion) for row in sample]).double()
+    model.scale = scale / max(float(own.std(correction=0)), 1.0)
+    model.shift = shift - float(own.mean()) * model.scale
 
 
 def _centre_on(scorer: RewardScorer, rows: Sequence[Preference], epochs: Epochs) -> None:

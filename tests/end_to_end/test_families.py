@@ -230,7 +230,8 @@ def deberta(tmp_path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_an_encoder_with_a_tokenizer_of_its_own_is_trained_to_judge(method, files, saved, deberta, sft, tmp_path):
-    changes = {"reward_config.model": str(deberta), "critic_config.peft_enable": False}
+    changes = {"reward_config.model": str(deberta), "reward_config.fresh_head": True}
+    changes |= {"critic_config.peft_enable": False}
     config = _config(files, sft / "actor", tmp_path / "run", method, **changes)
     run(config, type="REWARD")
     got = _states(_loaded(AutoModel, tmp_path / "run" / "reward", method))

@@ -9,7 +9,7 @@ from chatrlhf.config.schema import ActorConfig, Config, RewardConfig, TinyConfig
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import CheckpointError
-from chatrlhf.models import reward_model
+from chatrlhf.models import reward_network
 from chatrlhf.models.attention import prefer_fast_attention
 from chatrlhf.models.factory import new_reward_model
 from chatrlhf.models.packing import pack
@@ -69,7 +69,7 @@ def test_packed_rows_have_the_scores_of_padded_ones(monkeypatch):
     padded = made.score_ids(rows)
     prefer_fast_attention(made.model.backbone, torch.device("cpu"))
     packed = []
-    monkeypatch.setattr(reward_model, "pack", lambda *rows: packed.append(pack(*rows)) or packed[-1])
+    monkeypatch.setattr(reward_network, "pack", lambda *rows: packed.append(pack(*rows)) or packed[-1])
     torch.testing.assert_close(made.score_ids(rows), padded, rtol=1e-5, atol=1e-6)
     assert packed[0] is not None
 
