@@ -24,7 +24,7 @@ from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.sharding.environment import Sharding, deals_out_weights, environment_for
 from chatrlhf.stages.assembly import assemble_ppo, sampling_distribution
-from chatrlhf.stages.run import Run, encoder_of, given, publish_policy, record
+from chatrlhf.stages.run import Run, given, policy_encoder, publish_policy, record
 from chatrlhf.trainers.checkpoint import publish_folder
 from chatrlhf.trainers.launch import sharding_of
 
@@ -46,7 +46,7 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
         None if this.reward else trained_reward_model(this.dir / "reward", config.reward_config, this.device, upon)
     )
     reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
-    distribution = sampling_distribution(config, encoder)
+    distribution = sampling_distribution(config, encoder, policy, this.log.note)
     algorithm = ALGORITHMS[trainer_config.algorithm]
     topology, critic_line = make_topology(
         policy,
@@ -120,4 +120,4 @@ def _starting_policy(this: Run, device: torch.device) -> tuple[torch.nn.Module, 
     if apart and not has_adapters(model):
         model = ready_for_adapters(model)
         add_adapters(model, load_peft_config(this.config), place, settings.revision if folder is None else None)
-    return model, encoder_of(this.config, model, tokenizer, template), place
+    return model, policy_encoder(this, "RL", model, tokenizer, template), place

@@ -18,6 +18,7 @@ from chatrlhf.manifest import Manifest
 from chatrlhf.models.adapter_scaling import scaling_warning
 from chatrlhf.models.adapters import base_of, save_model, where, with_adapters
 from chatrlhf.models.factory import encoder_class
+from chatrlhf.models.generation_config import settle_generation_config
 from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.sizes import context_length, trained_count
 from chatrlhf.progress import RunLog
@@ -85,6 +86,15 @@ def encoder_of(config: Config, model: nn.Module, tokenizer: Any, template: Any =
     limit = min(config.actor_config.max_sequence_length, context_length(model))
     template = template or get_template(config.actor_config.template, tokenizer=tokenizer, folder=config.base_dir)
     return encoder_class(model.config).of(tokenizer, template, limit)
+
+
+def policy_encoder(this: Run, stage: str, model: nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
+    """`encoder_of` a policy, whose configurations from now on say what ends its replies, and can be saved."""
+    own_eos = tokenizer.eos_token_id  # the encoder may give it another
+    encoder = encoder_of(this.config, model, tokenizer, template)
+    for change in settle_generation_config(model, encoder, own_eos):
+        this.log.note(f"{stage}: {change}")
+    return encoder
 
 
 def publish_policy(target: Path, model: nn.Module, encoder: Encoder) -> None:
