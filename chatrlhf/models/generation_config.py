@@ -116,8 +116,9 @@ def make_savable(model: nn.Module) -> list[str]:
 
 def _may_sample(config: GenerationConfig) -> bool:
     """Whether nothing in the file asks for another kind of decoding."""
-    is_greedy = config.temperature is not None and float(config.temperature) <= 0
-    return config.do_sample is None and not is_greedy and config.num_beams in (None, 1)
+    temperature = 1.0 if config.temperature is None else config.temperature
+    is_hot = isinstance(temperature, (int, float)) and temperature > 0  # 0 means greedy decoding
+    return config.do_sample is None and is_hot and config.num_beams in (None, 1)
 
 
 def _refused(config: GenerationConfig) -> list[str]:

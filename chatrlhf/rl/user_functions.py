@@ -79,9 +79,7 @@ def call_function(function: Callable[..., Any], name: str, prompts: list[str], c
     except UserError:
         raise
     except Exception as error:  # whatever the user's code raises
-        raise RewardError(
-            f"{name} raised {_described(error, function)}; correct it, and go on with --resume"
-        ) from error
+        raise RewardError(f"{name} raised {_described(error, function)}; correct it and use --resume") from error
 
 
 def _described(error: Exception, function: Callable[..., Any] | None = None) -> str:
@@ -98,7 +96,5 @@ def _described(error: Exception, function: Callable[..., Any] | None = None) -> 
 
 
 def _is_library(file: str) -> bool:
-    parts = Path(file).parts
-    return (
-        "site-packages" in parts or file.startswith("<frozen") or Path(file).is_relative_to(Path(__file__).parents[1])
-    )
+    path, package = Path(file), Path(__file__).parents[1]
+    return "site-packages" in path.parts or file.startswith("<frozen") or path.is_relative_to(package)

@@ -21,6 +21,7 @@ from chatrlhf.models.factory import encoder_class
 from chatrlhf.models.generation_config import settle_generation_config
 from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.sizes import context_length, trained_count
+from chatrlhf.models.stop_tokens import ids_in_generation_config
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.prompts import step_seed
 from chatrlhf.rl.rewards import FunctionReward
@@ -94,6 +95,13 @@ def policy_encoder(this: Run, stage: str, model: nn.Module, tokenizer: Any, temp
     encoder = encoder_of(this.config, model, tokenizer, template)
     for change in settle_generation_config(model, encoder, own_eos):
         this.log.note(f"{stage}: {change}")
+    eos = encoder.tokenizer.eos_token
+    if this.config.actor_config.peft_enable and encoder.tokenizer.eos_token_id not in ids_in_generation_config(model):
+        this.log.warn(
+            f"{stage}: with adapters transformers reads the generation_config.json of their base, which does not end "
+            f"texts with {eos}; pass generation_config=GenerationConfig.from_pretrained(folder), or merge them first "
+            "(chatrlhf export merge)"
+        )
     return encoder
 
 
