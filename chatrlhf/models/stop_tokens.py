@@ -62,11 +62,12 @@ def write_stop_tokens(model: nn.Module, ids: tuple[int, ...]) -> None:
 
 
 def ids_in_generation_config(model: nn.Module) -> set[int]:
-    """EOS ids of the generation_config.json that lies beside a model's weights, as another program reads it."""
+    """EOS ids of the generation_config.json beside a model's weights, or its config.json, as others read them."""
+    name = model.name_or_path
     try:
-        config = GenerationConfig.from_pretrained(model.name_or_path)
-    except OSError:  # there is none; transformers makes one from config.json
-        config = model.generation_config
+        config = GenerationConfig.from_pretrained(name)
+    except OSError:
+        config = GenerationConfig.from_pretrained(name, config_file_name="config.json", _from_model_config=True)
     return set(_named(config))
 
 

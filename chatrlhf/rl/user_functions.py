@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from chatrlhf.errors import ConfigError, RewardError, UserError
 
 CALL = "(prompts, completions)"
+PACKAGE = Path(__file__).parents[1]
 
 
 def load_function(name: str, key: str) -> Callable[..., Any]:
@@ -37,7 +39,6 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"{key}: module {module_name!r} has no function {function_name!r}")
-    check_signature(function, f"{key}: {name}")
     check_signature(function, f"{key}: {name}")
     return function
 
@@ -79,22 +80,20 @@ def call_function(function: Callable[..., Any], name: str, prompts: list[str], c
     except UserError:
         raise
     except Exception as error:  # whatever the user's code raises
-        raise RewardError(f"{name} raised {_described(error, function)}; correct it and use --resume") from error
+        raise RewardError(f"{name} raised {_described(error)}; correct it and use --resume") from error
 
 
-def _described(error: Exception, function: Callable[..., Any] | None = None) -> str:
+def _described(error: Exception) -> str:
     """An exception in a line, with file and line of the user's code."""
     reason = " ".join(str(error).split())
     kind = type(error).__name__
     if isinstance(error, SyntaxError):  # whose text names file and line
         return f"{kind}: {reason}"
     frames = traceback.extract_tb(error.__traceback__)
-    code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
-    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-    frame = (own or [frame for frame in frames if not _is_library(frame.filename)] or frames)[-1]
+    frame = ([frame for frame in frames if not _is_library(frame.filename)] or frames)[-1]
     return f"{kind}{': ' if reason else ''}{reason} ({frame.filename}:{frame.lineno})"
 
 
 def _is_library(file: str) -> bool:
-    path, package = Path(file), Path(__file__).parents[1]
-    return "site-packages" in path.parts or file.startswith("<frozen") or path.is_relative_to(package)
+    path, libraries = Path(file), (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), PACKAGE)
+    return file.startswith("<frozen") or any(path.is_relative_to(each) for each in libraries)

@@ -20,6 +20,7 @@ from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.reward_model import scorer_of_critic
 from chatrlhf.models.sharing import Base, share_weights
 from chatrlhf.models.sizes import trained_count
+from chatrlhf.models.stop_tokens import stop_tokens, write_stop_tokens
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.sharding.environment import Sharding, deals_out_weights, environment_for
@@ -47,6 +48,9 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
     )
     reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
     distribution = sampling_distribution(config, encoder, policy, this.log.note)
+    # What gen_kwargs names besides ends the replies of the policy that is left behind, too.
+    ends = stop_tokens(policy, encoder.tokenizer).ids
+    write_stop_tokens(policy, tuple(dict.fromkeys([*ends, *distribution.eos_token_ids])))
     algorithm = ALGORITHMS[trainer_config.algorithm]
     topology, critic_line = make_topology(
         policy,
