@@ -38,7 +38,10 @@ def check_generation_config(name: str, key: str, revision: str | None = None) ->
     path = Path(name) / GENERATION_CONFIG_NAME
     try:
         if path.is_file():
-            GenerationConfig.from_dict({**json.loads(path.read_text(encoding="utf-8"))})
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise TypeError(f"expected a JSON object, got {type(settings).__name__}")
+            GenerationConfig.from_dict(settings)
         elif not Path(name).is_dir():
             GenerationConfig.from_pretrained(name, revision=revision or "main")
     except OSError:  # a hub id without one
@@ -79,7 +82,7 @@ def notes_of(ends: StopTokens) -> list[str]:
     """Lines about EOS ids of a model's files that end no reply."""
     if not ends.left_out:
         return []
-    return [f"eos_token_id of the model's files: {', '.join(ends.left_out)} ends no reply and is left out"]
+    return [f"eos_token_id of the model's files: left out, since they end no reply: {', '.join(ends.left_out)}"]
 
 
 def make_savable(model: nn.Module) -> list[str]:

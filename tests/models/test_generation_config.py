@@ -72,8 +72,8 @@ def test_what_cannot_be_mended_is_refused_before_training(made):
     "text, reason",
     [
         ("{", "Expecting property name"),
-        ("[1]", "not a mapping"),
-        ("null", "not a mapping"),
+        ("[1]", "expected a JSON object, got list"),
+        ("null", "expected a JSON object, got NoneType"),
         ('{"num_return_sequences": 3}', "num_return_sequences"),
         ('{"early_stopping": "x"}', "early_stopping"),
         ('{"max_new_tokens": 0}', "max_new_tokens"),
