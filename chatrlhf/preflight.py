@@ -27,11 +27,12 @@ from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.loading import read_model_config
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.models.rope import positions, refuse_rotations_by_length
+from chatrlhf.models.stop_tokens import ids_without_token, refuse_unknown_ids
 from chatrlhf.models.tiny import TINY
 from chatrlhf.models.trained_heads import has_head
 from chatrlhf.paired_checks import check_keys_of_pairs, check_rows_of_pairs
 from chatrlhf.rl.experience import ALGORITHMS
-from chatrlhf.rl.rewards import load_function
+from chatrlhf.rl.user_functions import load_function
 from chatrlhf.trainers.global_batches import rows_a_backward
 from chatrlhf.trainers.launch import check_launch
 
@@ -118,7 +119,19 @@ def check_rows(config: Config, stages: list[str], inputs: Inputs) -> None:
             "resumed, and in the folders that it leaves"
         )
     encoder = encoder_class(settings).of(tokenizer, template, longest)
+    if "RL" in stages:
+        _check_sampled_ids(config, tokenizer, settings.get_text_config().vocab_size)
     _check_lengths(config, inputs, encoder)
+
+
+def _check_sampled_ids(config: Config, tokenizer: Any, rows: int) -> None:
+    """`gen_kwargs` names ids that a model of so many has, and vLLM can forbid what is not to be sampled."""
+    gen = config.trainer_config.gen_kwargs
+    refuse_unknown_ids(gen, max(rows, len(tokenizer)))  # embeddings may be resized
+    if config.trainer_config.rollout_backend == "vllm":
+        unused = ids_without_token(tokenizer, rows)
+        temperature = gen.temperature or config.actor_config.temperature or 1.0
+        require_vllm(temperature, len({*gen.forbidden_tokens, tokenizer.pad_token_id, *unused}))
 
 
 def _check_models(config: Config, stages: list[str], has_reward_fn: bool, settings_of: SettingsOf) -> None:

@@ -29,7 +29,7 @@ class GenKwargs(Section):
     top_k: float | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = Field(None, description="null: all EOS of tokenizer, template and model")
     pad_token_id: int | None = None
 
     @model_validator(mode="after")

@@ -176,6 +176,13 @@ class Encoder:
         fitting = [opening for opening, ids in written.items() if natural[: len(ids)] == ids]
         return replace(self.template, source=openings[(fitting or [bos])[-1]] + self.template.source)
 
+    @cached_property
+    def ids_inside_replies(self) -> frozenset[int]:
+        """Ids that the template puts into a reply of plain words, before its EOS."""
+        lead, closing, _ = self.chat_template.frame(self._renderer.special_tokens)
+        behind, eos, _ = closing.partition(self._eos)
+        return frozenset(self._following(Rendered(f"{lead}a{behind if eos else ''}")))
+
     def save(self, folder: Path) -> None:
         """Write tokenizer and template beside a model's weights."""
         self.tokenizer.save_pretrained(folder)

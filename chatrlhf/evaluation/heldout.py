@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,10 @@ from chatrlhf.errors import RewardError
 from chatrlhf.generation.sampler import Sampler
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.sharing import sampled_rows
+from chatrlhf.rl.user_functions import call_function
 from chatrlhf.types import PromptBatch
+
+EVAL_FN = "trainer_config.eval_fn"
 
 # Criteria of each completion; a plain number a completion is taken as the one criterion "score".
 EvalFunction = Callable[[list[str], list[str]], Sequence[Mapping[str, float] | float]]
@@ -98,14 +102,32 @@ class HeldOut:
 def _criteria(function: EvalFunction | None, prompts: list[str], completions: list[str]) -> dict[str, list[float]]:
     if function is None:
         return {}
-    judged = list(function(list(prompts), list(completions)))
+    judged = _judged(call_function(function, EVAL_FN, prompts, completions))
     if len(judged) != len(completions):
         raise RewardError(
-            f"trainer_config.eval_fn returned {len(judged)} results for {len(completions)} completions; return one each"
+            f"{EVAL_FN} returned {len(judged)} results for {len(completions)} completions; return one each"
         )
-    rows = [dict(row) if isinstance(row, Mapping) else {"score": float(row)} for row in judged]
-    names = list(rows[0])
+    rows = [dict(row) if isinstance(row, Mapping) else {"score": row} for row in judged]
+    for row, completion in zip(rows, completions, strict=True):
+        for name in rows[0]:
+            if name not in row:
+                raise RewardError(f"{EVAL_FN}: a completion lacks the criterion {name!r}")
+            if not _is_finite(row[name]):
+                raise RewardError(
+                    f"{EVAL_FN}: {name} is {row[name]!r} (completion {completion[:60]!r}); return a finite number"
+                )
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def _judged(results: Any) -> list[Any]:
     try:
-        return {name: [float(row[name]) for row in rows] for name in names}
-    except KeyError as error:
-        raise RewardError(f"trainer_config.eval_fn: a completion lacks the criterion {error}") from None
+        return list(results)
+    except TypeError:
+        raise RewardError(f"{EVAL_FN}: expected a list of numbers or of criteria, got {results!r:.60}") from None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False

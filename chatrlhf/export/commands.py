@@ -73,7 +73,7 @@ def _quantize(options: argparse.Namespace) -> Path:
 
     given = {name: value for name, value in vars(options).items() if name in Asked.__dataclass_fields__}
     asked = Asked(**given | {"dtype": getattr(torch, options.dtype)})
-    found = quantize(asked)
+    found = quantize(asked, _warn)
     on = (asked.text or asked.calibration).name
     title = f"perplexity of {on}" + ("" if asked.text else ", its last tokens, which were not calibrated upon")
     show_ladders(Console(highlight=False, soft_wrap=True), [found.before, found.after], title)

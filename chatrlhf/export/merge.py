@@ -16,6 +16,13 @@ from chatrlhf.export.origin import public_name, write_origin
 from chatrlhf.models.adapter_scaling import scaling_warning
 from chatrlhf.models.adapters import base_of, config_of, revision_of_base
 from chatrlhf.models.backbone import language_model_class, read_by
+from chatrlhf.models.generation_config import (
+    adopt_generation_config,
+    check_generation_config,
+    make_savable,
+    notes_of,
+)
+from chatrlhf.models.stop_tokens import stop_tokens, write_stop_tokens
 from chatrlhf.trainers.checkpoint import publish_folder
 
 ROWS, LENGTH = 4, 32  # of random tokens, on which the logits of both are compared
@@ -34,7 +41,8 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str]
     """Write base + adapters as one model, with tokenizer and template.
 
     Args:
-        warn: is told where the base is stretched otherwise than the one that the adapters were trained upon.
+        warn: is told where the base is stretched otherwise than the one that the adapters were trained upon, and what
+            was changed in its generation_config.json.
 
     Raises:
         ConfigError: the folder holds no adapters, their base is not to be found, or the output is there already.
@@ -46,8 +54,9 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str]
     base = base_of(str(adapters))
     if base is None:
         raise ConfigError(f"--model: {adapters} holds no adapters (adapter_config.json); it is whole already")
+    fetched = revision_of_base(str(adapters))
+    check_generation_config(base, "--model", fetched.get("revision"))
     try:
-        fetched = revision_of_base(str(adapters))
         config = AutoConfig.from_pretrained(config_of(str(adapters)), **fetched)
         model = language_model_class(config).from_pretrained(base, config=config, dtype=dtype, **fetched)
     except (OSError, ValueError) as error:
@@ -55,6 +64,12 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str]
         raise ConfigError(f"--model: the base of these adapters, {base!r}, cannot be loaded ({reason})") from None
     if (warning := scaling_warning(str(adapters), None)) is not None:
         warn(warning)
+    tokenizer = AutoTokenizer.from_pretrained(adapters)
+    adopt_generation_config(model, adapters)
+    ends = stop_tokens(model, tokenizer)
+    write_stop_tokens(model, ends.ids)
+    for change in (*make_savable(model), *notes_of(ends)):
+        warn(change)
     ids = torch.randint(
         0, model.config.get_text_config().vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
     )
@@ -71,7 +86,7 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str]
 
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(adapters).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         write_origin(folder, adapters, f"adapters merged into {public_name(base)}, {str(dtype).removeprefix('torch.')}")
 
     publish_folder(output, write)

@@ -26,6 +26,7 @@ from chatrlhf.export.gptq import bars_on_a_terminal_only, quantize_gptq, refuse_
 from chatrlhf.export.origin import write_origin
 from chatrlhf.export.weights import copy_other_files
 from chatrlhf.models.adapters import base_of
+from chatrlhf.models.generation_config import check_generation_config, make_savable
 from chatrlhf.models.quantization import quantization_from
 from chatrlhf.models.rope import positions
 from chatrlhf.models.tokenizer import load_tokenizer
@@ -65,8 +66,11 @@ class Compared:
     bytes_after: int
 
 
-def quantize(asked: Asked) -> Compared:
+def quantize(asked: Asked, warn: Callable[[str], None] = print) -> Compared:
     """Write a model in few bits, with tokenizer and template.
+
+    Args:
+        warn: is told what was changed in its generation_config.json.
 
     Raises:
         ConfigError: the options do not go together, the model cannot be quantised, or the output is there already.
@@ -87,6 +91,8 @@ def quantize(asked: Asked) -> Compared:
         return climb(model, targets, [context], stride, ends, name)
 
     model = AutoModelForCausalLM.from_pretrained(asked.model, config=config, dtype=asked.dtype)
+    for change in make_savable(model):
+        warn(change)
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     before = measure(model.to(pick_device()), f"before ({str(asked.dtype).removeprefix('torch.')})")
     if asked.method == GPTQ:
@@ -95,7 +101,9 @@ def quantize(asked: Asked) -> Compared:
     else:
         del model
         # Written before its first forward, in which bitsandbytes may lay the weights out anew.
-        save = _in_few_bits(asked, config).save_pretrained
+        model = _in_few_bits(asked, config)
+        make_savable(model)
+        save = model.save_pretrained
     found: dict[str, Any] = {}
 
     def write(folder: Path) -> None:
@@ -128,6 +136,7 @@ def _check(asked: Asked) -> None:
 
 
 def _config(asked: Asked) -> Any:
+    check_generation_config(str(asked.model), "--model")
     try:
         config = AutoConfig.from_pretrained(asked.model)
     except (OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from chatrlhf.errors import ConfigError, DivergedError, RolloutError, UserError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.generation.engine import Limits
 from chatrlhf.models.adapters import merged_parameters
+from chatrlhf.models.stop_tokens import ids_in_generation_config
 from chatrlhf.types import PromptBatch, Rollout
 
 BACKEND, URL = "trainer_config.rollout_backend", "trainer_config.vllm.server_base_url"
@@ -54,8 +55,8 @@ def require_vllm(temperature: float, forbidden: int) -> None:
         )
     if forbidden > FORBIDDEN:
         raise ConfigError(
-            f"{BACKEND}: 'vllm' forbids {FORBIDDEN} tokens at most, got {forbidden} with the pad token; name fewer in "
-            "trainer_config.gen_kwargs.forbidden_tokens, or use 'chatrlhf'"
+            f"{BACKEND}: 'vllm' forbids {FORBIDDEN} tokens at most, got {forbidden} (the pad token, ids of the model "
+            "that no token has, and trainer_config.gen_kwargs.forbidden_tokens); name fewer there, or use 'chatrlhf'"
         )
 
 
@@ -97,6 +98,7 @@ class VllmSampler:
                 vLLM cannot draw from this distribution.
         """
         require_vllm(self.distribution.temperature, len(self.distribution.forbidden_ids))
+        self._forbidden = frozenset(self.distribution.forbidden_ids)
         self._refuse_what_cannot_be()
         self.served = self.settings.mode == "server"
         # The most tokens of prompt and response that a request may ask for. In this process vLLM ends a row at
@@ -185,7 +187,7 @@ class VllmSampler:
         """One row, ended where the engine would have ended it."""
         ids, logprobs = ids[:most], logprobs[:most]
         ends = [at for at, token in enumerate(ids) if token in self.distribution.eos_token_ids]
-        forbidden = set(self.distribution.forbidden_ids).intersection(ids)
+        forbidden = self._forbidden.intersection(ids)
         if forbidden or ends and not least <= ends[0] == len(ids) - 1:
             raise RolloutError(
                 f"{BACKEND}: vLLM sampled what trainer_config.gen_kwargs forbids (tokens {sorted(forbidden)}, or EOS "
@@ -248,10 +250,12 @@ class VllmSampler:
                 f"{BACKEND}: vLLM reads the model's files, and this policy was made on the spot; run --type ACTOR "
                 "first, or name a model in actor_config.model"
             )
-        of_model = self.policy.generation_config.eos_token_id
-        of_model = of_model if isinstance(of_model, list) else [of_model]
-        others = {self.tokenizer.eos_token_id, *of_model} - {None, *self.distribution.eos_token_ids}
-        if others and (self.limits.min_new_tokens or self.limits.min_length):
+        if not (self.limits.min_new_tokens or self.limits.min_length):
+            return
+        others = {self.tokenizer.eos_token_id, *ids_in_generation_config(self.policy)} - {
+            *self.distribution.eos_token_ids
+        }
+        if others:
             raise ConfigError(
                 f"{BACKEND}: vLLM forbids all tokens that end the model's texts before min_new_tokens, also "
                 f"{sorted(others)}, which end no response here; add them to trainer_config.gen_kwargs.eos_token_id, or "

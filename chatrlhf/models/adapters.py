@@ -99,9 +99,11 @@ def is_adapter(name: str) -> bool:
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
-    """Save a model whole, or its adapters in peft's format, with the configuration that their base is to have."""
+    """Save a model whole, or its adapters in peft's format, with the configurations that their base is to have."""
     model.save_pretrained(folder)
     if has_adapters(model):
+        if model.can_generate():  # peft leaves it out
+            model.generation_config.save_pretrained(folder)
         settings = copy.deepcopy(model.config)
         if hasattr(settings, "quantization_config"):  # how it was held in memory, not what it is
             del settings.quantization_config

@@ -14,6 +14,7 @@ from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.models.adapters import base_of, config_of, merged, revision_of_base
 from chatrlhf.models.backbone import backbone_of, head_stays_apart, language_model_class
+from chatrlhf.models.generation_config import adopt_generation_config, check_generation_config
 from chatrlhf.models.meta_files import how_to_convert
 from chatrlhf.models.quantization import how_quantized, never_repack
 from chatrlhf.models.rope import stretch_positions
@@ -81,10 +82,13 @@ def load_base_model(
     """What the adapters in a folder belong to, in the revision and with the positions that it had then."""
     base = str(base_of(name))
     if base_of(base) is not None:
-        return load_language_model(base, key, section)
-    settings = read_model_config(name, key, section)
-    fetched = (bits or {}) | revision_of_base(name)
-    return _from_pretrained(language_model_class(settings), base, key, settings, section, fetched)
+        model = load_language_model(base, key, section)
+    else:
+        settings = read_model_config(name, key, section)
+        fetched = (bits or {}) | revision_of_base(name)
+        model = _from_pretrained(language_model_class(settings), base, key, settings, section, fetched)
+    adopt_generation_config(model, Path(name))
+    return model
 
 
 def _from_pretrained(
@@ -97,6 +101,8 @@ def _from_pretrained(
 ) -> nn.Module:
     """A model made by the given configuration, in float32 but for what lies in few bits."""
     kwargs = {"config": settings, **hub_kwargs(section), **(bits or {})}
+    if auto is not AutoModel:
+        check_generation_config(name, key, kwargs.get("revision"))
     if section is not None and section.attn_implementation is not None:
         kwargs["attn_implementation"] = section.attn_implementation
     return never_repack(_explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs)))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import importlib
 import json
-import os
-import sys
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +13,10 @@ import torch
 from torch import Tensor
 
 from chatrlhf.data.collate import Encoder
-from chatrlhf.errors import ConfigError, RewardError
+from chatrlhf.errors import RewardError
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.models.tokenizer import same_tokenizer
+from chatrlhf.rl.user_functions import call_function, check_signature, load_function
 from chatrlhf.types import Rollout
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -34,17 +32,25 @@ class RewardSource(Protocol):
 
 @dataclass
 class FunctionReward:
-    """A Python function ``(prompts, completions) -> scores``; prompts are texts, untemplated."""
+    """A Python function ``(prompts, completions) -> scores``; prompts are texts, untemplated.
+
+    Raises:
+        ConfigError: the function takes other arguments.
+    """
 
     function: RewardFunction
     name: str
+
+    def __post_init__(self) -> None:
+        check_signature(self.function, f"the reward function {self.name}")
 
     def __call__(self, rollout: Rollout) -> Tensor:
         return self.texts(rollout.prompts.texts, rollout.completions)
 
     def texts(self, prompts: list[Any], completions: list[str]) -> Tensor:
-        """Scores of texts. Raises RewardError where they are not one finite number each."""
-        return checked_scores(self.function(list(prompts), list(completions)), completions, self.name)
+        """Scores of texts. Raises RewardError where they are not one finite number each, or the function raises."""
+        scores = call_function(self.function, f"the reward function {self.name}", prompts, completions)
+        return checked_scores(scores, completions, self.name)
 
 
 @dataclass
@@ -107,27 +113,6 @@ def http_reward(url: str) -> RewardFunction:
         return scores
 
     return post
-
-
-def load_function(name: str, key: str) -> Callable[..., Any]:
-    """A function by ``package.module:function``; the working directory is importable.
-
-    Raises:
-        ConfigError: the name is malformed, the module does not import, or it has no such function.
-    """
-    module_name, separator, function_name = name.partition(":")
-    if not separator or not module_name or not function_name:
-        raise ConfigError(f"{key}: expected 'package.module:function', got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{key}: module {module_name!r} cannot be imported ({error})") from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"{key}: module {module_name!r} has no function {function_name!r}")
-    return function
 
 
 def resolve_reward_fn(name: str) -> FunctionReward:

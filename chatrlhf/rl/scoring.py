@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from chatrlhf.distributed import gather_results
+from chatrlhf.errors import RewardError
 from chatrlhf.functional.masked import masked_mean
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.topology import PolicyOnly
@@ -47,9 +48,18 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, rollout: Rollout, rows: Tensor | None = None) -> ScoredRollout:
-        """Scores [B] and per-token quantities [B, R], on the CPU; of the whole batch, as `read` gives it."""
+        """Scores [B] and per-token quantities [B, R], on the CPU; of the whole batch, as `read` gives it.
+
+        Raises:
+            RewardError: as `read`; or the scores are too large to be learned from.
+        """
         rollout, raw_scores, read = self.read(rollout, rows)
         scores = self.scaling(raw_scores, rollout.finished)
+        if not scores.square().sum().isfinite():
+            raise RewardError(
+                f"the scores reach {float(scores.abs().max()):.3g}, and their squares, which value loss and "
+                "normalization need, are beyond float32; set trainer_config.cliprange_reward or scale_reward"
+            )
         mean_entropy = float(masked_mean(read.entropy, rollout.response_mask))
         return ScoredRollout(
             rollout,

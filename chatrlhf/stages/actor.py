@@ -9,7 +9,7 @@ from chatrlhf.models.adapters import base_of, train_on_adapters
 from chatrlhf.models.factory import load_actor, load_base
 from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.sizes import parameter_count, trained_count
-from chatrlhf.stages.run import Run, encoder_of, given, publish_policy, record, with_fresh_adapters
+from chatrlhf.stages.run import Run, given, policy_encoder, publish_policy, record, with_fresh_adapters
 from chatrlhf.trainers.launch import sharding_of
 
 
@@ -25,7 +25,7 @@ def run_actor(this: Run) -> dict[str, Any]:
     goes_on = config.peft_enable and start is not config and base_of(start.model) is not None
     load = load_base if goes_on else load_actor
     model, tokenizer = load(start, corpus(this.config), this.device, config.precision)
-    encoder = encoder_of(this.config, model, tokenizer)
+    encoder = policy_encoder(this, "ACTOR", model, tokenizer)
     this.log.note(
         f"ACTOR: {start.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "
         f"{len(rows.held_out)} held out"

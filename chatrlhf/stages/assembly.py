@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from chatrlhf.generation.vllm_sampler import VllmSampler
 from chatrlhf.models.adapters import has_adapters
 from chatrlhf.models.recomputation import recompute_activations
 from chatrlhf.models.reference import Reference
+from chatrlhf.models.stop_tokens import ids_without_token, refuse_unknown_ids, stop_tokens, vocabulary_rows
 from chatrlhf.models.topology import PolicyOnly
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
@@ -30,10 +32,11 @@ from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.master_weights import prepare_models
 from chatrlhf.rl.prompts import PromptSchedule, step_seed
 from chatrlhf.rl.reward_scaling import RewardScaling
-from chatrlhf.rl.rewards import ModelReward, RewardSource, load_function
+from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.sharded_update import ShardedUpdater, deal_out
 from chatrlhf.rl.update import Updater, UpdateSettings
+from chatrlhf.rl.user_functions import load_function
 from chatrlhf.sharding.environment import Sharding, deals_out_weights
 from chatrlhf.trainers.checkpoint import CheckpointStore
 from chatrlhf.trainers.launch import engine_of
@@ -174,14 +177,26 @@ def _updater(
     return Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, masters)
 
 
-def sampling_distribution(config: Config, encoder: Encoder) -> SamplingDistribution:
-    """The one distribution of rollouts, policy scoring and reference."""
-    gen, tokenizer = config.trainer_config.gen_kwargs, encoder.tokenizer
-    eos = gen.eos_token_id if gen.eos_token_id is not None else tokenizer.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    forbidden = set(gen.forbidden_tokens)
-    if tokenizer.pad_token_id not in eos_ids:
-        forbidden.add(tokenizer.pad_token_id)
+def sampling_distribution(
+    config: Config, encoder: Encoder, policy: nn.Module, note: Callable[[str], None]
+) -> SamplingDistribution:
+    """The one distribution of rollouts, policy scoring and reference.
+
+    Args:
+        policy: ids of its head that no token has are never sampled.
+        note: is told how many these are.
+
+    Raises:
+        ConfigError: `gen_kwargs` names an id that the policy does not have.
+    """
+    gen, tokenizer, rows = config.trainer_config.gen_kwargs, encoder.tokenizer, vocabulary_rows(policy)
+    refuse_unknown_ids(gen, rows)
+    eos = gen.eos_token_id if gen.eos_token_id is not None else stop_tokens(policy, tokenizer).ids
+    eos_ids = (eos,) if isinstance(eos, int) else tuple(eos)
+    unused = ids_without_token(tokenizer, rows)
+    if unused:
+        note(f"RL: {len(unused)} of the model's {rows:,} ids have no token in the tokenizer; they are never sampled")
+    forbidden = {*gen.forbidden_tokens, *({tokenizer.pad_token_id, *unused} - {*eos_ids})}
     temperature = gen.temperature or config.actor_config.temperature or 1.0
     return SamplingDistribution(temperature, eos_ids, tuple(sorted(forbidden)))
 

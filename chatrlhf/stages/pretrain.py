@@ -10,6 +10,7 @@ from chatrlhf.data.inputs import corpus
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.models.adapters import save_model
 from chatrlhf.models.factory import load_actor
+from chatrlhf.models.generation_config import settle_generation_config
 from chatrlhf.models.sizes import parameter_count
 from chatrlhf.stages.run import Run, given, with_fresh_adapters
 from chatrlhf.trainers.checkpoint import publish_folder
@@ -23,6 +24,8 @@ def run_pretrain(this: Run) -> dict[str, Any]:
     config, actor, documents = this.config.pretrain_config, this.config.actor_config, given(this.inputs.pretrain)
     model, tokenizer = load_actor(actor, corpus(this.config), this.device, config.precision)
     encoder = Encoder(tokenizer, FORMATS["raw"], config.max_sequence_length)
+    for change in settle_generation_config(model, encoder):
+        this.log.note(f"PRETRAIN: {change}")
     this.log.note(f"PRETRAIN: {actor.model}, {parameter_count(model):,} parameters, {len(documents.train):,} documents")
     model = with_fresh_adapters(this, model, actor, "PRETRAIN", config.gradient_checkpointing)
     files, seed = this.files("PRETRAIN", config.n_checkpoints_to_keep), this.seed("PRETRAIN")

@@ -20,11 +20,12 @@ from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.reward_model import scorer_of_critic
 from chatrlhf.models.sharing import Base, share_weights
 from chatrlhf.models.sizes import trained_count
+from chatrlhf.models.stop_tokens import stop_tokens, write_stop_tokens
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.sharding.environment import Sharding, deals_out_weights, environment_for
 from chatrlhf.stages.assembly import assemble_ppo, sampling_distribution
-from chatrlhf.stages.run import Run, encoder_of, given, publish_policy, record
+from chatrlhf.stages.run import Run, given, policy_encoder, publish_policy, record
 from chatrlhf.trainers.checkpoint import publish_folder
 from chatrlhf.trainers.launch import sharding_of
 
@@ -48,7 +49,10 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
         apart = config.critic_config.peft_enable
         reward_scorer = trained_reward_model(this.dir / "reward", config.reward_config, this.device, upon, apart)
     reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
-    distribution = sampling_distribution(config, encoder)
+    distribution = sampling_distribution(config, encoder, policy, this.log.note)
+    # What gen_kwargs names besides ends the replies of the policy that is left behind, too.
+    ends = stop_tokens(policy, encoder.tokenizer).ids
+    write_stop_tokens(policy, tuple(dict.fromkeys([*ends, *distribution.eos_token_ids])))
     algorithm = ALGORITHMS[trainer_config.algorithm]
     topology, critic_line = make_topology(
         policy,
@@ -122,4 +126,4 @@ def _starting_policy(this: Run, device: torch.device) -> tuple[torch.nn.Module, 
     if apart and not has_adapters(model):
         model = ready_for_adapters(model)
         add_adapters(model, load_peft_config(this.config), place, settings.revision if folder is None else None)
-    return model, encoder_of(this.config, model, tokenizer, template), place
+    return model, policy_encoder(this, "RL", model, tokenizer, template), place

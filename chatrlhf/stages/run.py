@@ -18,8 +18,10 @@ from chatrlhf.manifest import Manifest
 from chatrlhf.models.adapter_scaling import scaling_warning
 from chatrlhf.models.adapters import base_of, save_model, where, with_adapters
 from chatrlhf.models.factory import encoder_class
+from chatrlhf.models.generation_config import settle_generation_config
 from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.sizes import context_length, trained_count
+from chatrlhf.models.stop_tokens import ids_in_generation_config
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.prompts import step_seed
 from chatrlhf.rl.rewards import FunctionReward
@@ -85,6 +87,22 @@ def encoder_of(config: Config, model: nn.Module, tokenizer: Any, template: Any =
     limit = min(config.actor_config.max_sequence_length, context_length(model))
     template = template or actor_template(config, tokenizer)
     return encoder_class(model.config).of(tokenizer, template, limit)
+
+
+def policy_encoder(this: Run, stage: str, model: nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
+    """`encoder_of` a policy, whose configurations from now on say what ends its replies, and can be saved."""
+    own_eos = tokenizer.eos_token_id  # the encoder may give it another
+    encoder = encoder_of(this.config, model, tokenizer, template)
+    for change in settle_generation_config(model, encoder, own_eos):
+        this.log.note(f"{stage}: {change}")
+    eos = encoder.tokenizer.eos_token
+    if this.config.actor_config.peft_enable and encoder.tokenizer.eos_token_id not in ids_in_generation_config(model):
+        this.log.warn(
+            f"{stage}: with adapters transformers reads the generation_config.json of their base, which does not end "
+            f"texts with {eos}; pass generation_config=GenerationConfig.from_pretrained(folder), or merge them first "
+            "(chatrlhf export merge)"
+        )
+    return encoder
 
 
 def publish_policy(target: Path, model: nn.Module, encoder: Encoder) -> None:

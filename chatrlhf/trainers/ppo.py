@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from chatrlhf.distributed import gather_objects, rank
-from chatrlhf.errors import CheckpointError, Interrupted
+from chatrlhf.errors import CheckpointError, DivergedError, Interrupted
 from chatrlhf.evaluation.heldout import HeldOut, HeldOutReport
 from chatrlhf.functional.importance import logprob_gap
 from chatrlhf.generation.sampler import Sampler
@@ -69,6 +70,7 @@ class PPOTrainer:
             Interrupted: a signal asked to stop; a checkpoint is there.
             CheckpointError: on ``resume``, the checkpoints are damaged or of another model.
             RewardError: the reward gave something other than one finite number a response.
+            DivergedError: an update's loss or gradient is not finite.
         """
         start = self._resume() if resume else 0
         if start == 0:
@@ -89,6 +91,7 @@ class PPOTrainer:
                 coef = self.kl.coef
                 experience = make_experience(scored, self.algorithm, self.estimation(coef))
                 stats = self.updater.update(experience, coef, step_generator(self.seed, step, "minibatches"))
+                self._refuse_diverged(stats, step + 1)
                 clock.append(time.perf_counter())
                 self.kl.update(scored.kl_to_reference, len(scored.rollout))
                 self._record(step + 1, scored, stats, coef, clock)
@@ -99,6 +102,20 @@ class PPOTrainer:
         with self.updater.whole():
             return held_out.evaluate()
 
+    def _refuse_diverged(self, stats: dict[str, float], step: int) -> None:
+        """Stop before anything of an update is saved whose losses or gradients were not finite."""
+        # DeepSpeed leaves out a step whose fp16 gradients overflow, and lowers its loss scale.
+        counts = [name for name in stats if self.sharding is None or name != "ppo/grad_norm"]
+        wrong = [f"{name} {stats[name]}" for name in counts if not math.isfinite(stats[name])]
+        if wrong:
+            weights = self.updater.topology.named_parameters()
+            broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
+            where = f", and {broken} holds what is no number" if broken else ""
+            raise DivergedError(
+                f"RL step {step}: {', '.join(wrong)}{where}; nothing of this step is saved. Resume from the newest "
+                "checkpoint with a lower trainer_config.actor_lr, or with precision bf16 or fp32"
+            )
+
     def _record(
         self, step: int, scored: ScoredRollout, stats: dict[str, float], coef: float, clock: list[float]
     ) -> None:
@@ -107,8 +124,8 @@ class PPOTrainer:
         gap, largest_gap = logprob_gap(scored.old_logprobs, rollout.sampling_logprobs, rollout.response_mask)
         rollout_s, score_s, update_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
         metrics: dict[str, Any] = {
-            "reward/mean": float(scored.raw_scores.mean()),
-            "reward/std": float(scored.raw_scores.std(correction=0)),
+            "reward/mean": float(scored.raw_scores.double().mean()),
+            "reward/std": float(scored.raw_scores.double().std(correction=0)),
             "reward/shaped": float(scored.scores.mean()),
             "kl/ref": scored.kl_to_reference,
             "kl/coef": coef,

@@ -234,7 +234,7 @@ def test_adapters_upon_four_bits_learn_and_rl_goes_on_with_them(in_rl, config, b
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_what_cannot_be_is_refused_before_anything_starts(words, said, dry, files, base, sft, tmp_path, capsys):
-    config = write_config(files, actor_config__model=str(base("t5")), reward_config__reward_fn="builtins:len")
+    config = write_config(files, actor_config__model=str(base("t5")), reward_config__reward_fn="small_run:length")
     words = [word.replace("{llama}", str(sft / "actor")) for word in words]
     assert main([str(config), "--output-dir", str(tmp_path / "run"), *words, *dry]) == 2
     line = capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_a_trained_trunk_policy_is_told_from_its_reference(files, sft, monkeypat
 @pytest.mark.parametrize("other", [-1, 2])
 def test_a_checkpoint_of_another_cut_is_refused(files, sft, capsys, other):
     # A head on the trunk: then the two cuts have parameters of the same names and shapes.
-    config = write_config(files, reward_config__reward_fn="builtins:len", critic_config__model="shared")
+    config = write_config(files, reward_config__reward_fn="small_run:length", critic_config__model="shared")
     improved(files, sft, {"trainer_config.num_layers_unfrozen": 1, "critic_config.model": "shared"})
     manifest = sft / "manifest.json"
     state = json.loads(manifest.read_text())
@@ -207,7 +207,7 @@ def test_a_run_that_starts_from_saved_adapters_starts_from_their_sum(files, sft,
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_adapters_that_cannot_be_are_refused_before_anything_starts(files, tmp_path, capsys, words, said, dry):
-    config = write_config(files, actor_config__peft_enable=True, reward_config__reward_fn="builtins:len")
+    config = write_config(files, actor_config__peft_enable=True, reward_config__reward_fn="small_run:length")
     assert main([str(config), "--output-dir", str(tmp_path / "run"), *words, *dry]) == 2
     line = capsys.readouterr().err
     assert said in line and line.count("\n") == 1
@@ -216,7 +216,7 @@ def test_adapters_that_cannot_be_are_refused_before_anything_starts(files, tmp_p
 
 def test_adapters_upon_adapters_are_refused(files, sft, tmp_path, capsys):
     improved(files, sft, ADAPTERS)
-    config = write_config(files, actor_config__peft_enable=True, reward_config__reward_fn="builtins:len")
+    config = write_config(files, actor_config__peft_enable=True, reward_config__reward_fn="small_run:length")
     words = [
         "--type",
         "ACTOR",
@@ -237,7 +237,7 @@ def test_adapters_upon_adapters_are_refused(files, sft, tmp_path, capsys):
     ],
 )
 def test_the_plan_says_what_is_trained(files, sft, capsys, words, said):
-    config = write_config(files, reward_config__reward_fn="builtins:len")
+    config = write_config(files, reward_config__reward_fn="small_run:length")
     assert main([str(config), "--output-dir", str(sft), "--type", "RL", "--dry-run", "--set", *words]) == 0
     assert said in capsys.readouterr().out.split("# plan")[1]
 

@@ -104,7 +104,7 @@ def test_a_run_by_vllm_is_resumed(files, sft):
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])
 @pytest.mark.parametrize("stage", ["RL", "ALL"])
 def test_without_vllm_nothing_starts(files, tmp_path, capsys, words, stage):
-    config = write_config(files, trainer_config__rollout_backend="vllm", reward_config__reward_fn="builtins:len")
+    config = write_config(files, trainer_config__rollout_backend="vllm", reward_config__reward_fn="small_run:length")
     assert main([str(config), "--type", stage, "--output-dir", str(tmp_path / "run"), *words]) == 2
     line = capsys.readouterr().err
     assert 'pip install "chatrlhf[vllm]"' in line and line.count("\n") == 1
@@ -125,7 +125,7 @@ def test_without_vllm_nothing_starts(files, tmp_path, capsys, words, stage):
     ],
 )
 def test_what_cannot_be_is_refused_by_name(files, tmp_path, capsys, word, said):
-    config = write_config(files, trainer_config__rollout_backend="vllm", reward_config__reward_fn="builtins:len")
+    config = write_config(files, trainer_config__rollout_backend="vllm", reward_config__reward_fn="small_run:length")
     words = ["--type", "RL", "--output-dir", str(tmp_path / "run"), "--set", word]
     with installed():
         assert main([str(config), *words]) == 2
@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused_by_name(files, tmp_path, capsys, word, said):
 
 
 def test_a_policy_that_was_made_on_the_spot_is_refused(files, tmp_path, capsys):
-    config = write_config(files, trainer_config__rollout_backend="vllm", reward_config__reward_fn="builtins:len")
+    config = write_config(files, trainer_config__rollout_backend="vllm", reward_config__reward_fn="small_run:length")
     with installed():
         assert main([str(config), "--type", "RL", "--output-dir", str(tmp_path / "run")]) == 2
     assert "run --type ACTOR first" in capsys.readouterr().err

@@ -32,6 +32,8 @@ def folder(tmp_path):
     shrink(model).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     FORMATS["chatllama"].save(tmp_path / "model")
+    # As Llama-2-chat's: transformers loads it, and refuses to save it.
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [0, 1], "temperature": 0.9}')
     return tmp_path
 
 
@@ -70,6 +72,8 @@ def test_what_is_written_loads_and_is_near_what_it_was(folder, method):
     config = json.loads((folder / "out" / "config.json").read_text())
     assert config["rope_parameters"] == STRETCHED
     assert (folder / "out" / "chat_template.jinja").read_text() == FORMATS["chatllama"].source
+    generation = json.loads((folder / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [0, 1] and generation["do_sample"] and generation["temperature"] == 0.9
     step = json.loads((folder / "out" / ORIGIN).read_text())["steps"][-1]
     assert step["of"] == "model" and list(step["perplexity"].values())[1] == found.after.perplexity[64]
 

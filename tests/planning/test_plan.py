@@ -119,7 +119,7 @@ def test_zero_deals_out_what_one_device_would_hold(files, tmp_path):
     ],
 )
 def test_the_parts_of_rl_are_those_of_its_topology(files, changes, parts):
-    changes = {"reward_config.reward_fn": "builtins:len", **changes}
+    changes = {"reward_config.reward_fn": "small_run:length", **changes}
     (rl,) = planned(files, "RL", **changes).stages
     update = next(phase for phase in rl.phases if phase.name == "RL update").parts
     assert parts <= {name for name, size in update.items() if size}
@@ -131,7 +131,7 @@ def test_the_parts_of_rl_are_those_of_its_topology(files, changes, parts):
 
 def test_adapters_share_their_base(files):
     """A policy by adapters and its reference: one base in memory, and little to optimize."""
-    tree = {"actor_config": {"model": "gpt2", "peft_enable": True}, "reward_config": {"reward_fn": "builtins:len"}}
+    tree = {"actor_config": {"model": "gpt2", "peft_enable": True}, "reward_config": {"reward_fn": "small_run:length"}}
     tree["trainer_config"] = {
         "examples_path": "nowhere.json",
         "num_rollouts": 4,
@@ -173,7 +173,7 @@ def test_an_encoder_decoder_reads_prompts_and_writes_replies(files, tmp_path):
     assert actor.counted.longest == actor.batch.tokens + actor.batch.reply  # here they are one row's
     # A reward model's encoder reads both; its decoder a token of each text.
     assert reward.batch.tokens == reward.counted.longest and reward.batch.reply is None
-    changes |= {"reward_config.reward_fn": "builtins:len", "trainer_config.gen_kwargs.max_new_tokens": 64}
+    changes |= {"reward_config.reward_fn": "small_run:length", "trainer_config.gen_kwargs.max_new_tokens": 64}
     (rl,) = plan_run(load_config(settings(files), changes), ["RL"], hardware("24GB")).stages
     rollout, update = (next(each for each in rl.phases if each.name == name) for name in ("RL rollout", "RL update"))
     # Keys and values of 2 heads of 128: of the prompts in both blocks, and of the responses, for which the first block

@@ -13,7 +13,8 @@ from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError, RewardError
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.rl.rewards import FunctionReward, ModelReward, checked_scores, load_function, resolve_reward_fn
+from chatrlhf.rl.rewards import FunctionReward, ModelReward, checked_scores, resolve_reward_fn
+from chatrlhf.rl.user_functions import load_function
 
 WORDS, OTHER_WORDS = tokenizer(), tokenizer(vocab=262)
 USERS = ["the cat", "is the hat on the mat?", "hat"]

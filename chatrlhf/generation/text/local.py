@@ -20,6 +20,7 @@ from chatrlhf.conversation import SPEAKERS, Prompt, Turn
 from chatrlhf.device import pick_device
 from chatrlhf.errors import ConfigError, GenerationError
 from chatrlhf.generation.text import Message, NoAnswer, Reply, Request
+from chatrlhf.models.stop_tokens import ids_without_token, stop_tokens, vocabulary_rows
 from chatrlhf.models.tokenizer import load_tokenizer
 from chatrlhf.progress import quiet_libraries
 
@@ -51,6 +52,9 @@ class LocalModel:
             self.is_seq2seq = bool(config.is_encoder_decoder)
             kind = AutoModelForSeq2SeqLM if self.is_seq2seq else AutoModelForCausalLM
             self.network = kind.from_pretrained(name, dtype="auto").to(pick_device()).eval()
+            self.ends = stop_tokens(self.network, self.tokenizer).ids
+            unused = ids_without_token(self.tokenizer, vocabulary_rows(self.network))
+            self.suppressed = [*(self.network.generation_config.suppress_tokens or []), *unused] or None
         except ConfigError as error:
             raise GenerationError(str(error)) from None
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -130,17 +134,17 @@ class LocalModel:
             max_new_tokens=requests[0].max_tokens,
             do_sample=False,  # `draw` has added the chance already
             num_beams=1,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=list(self.ends),
+            suppress_tokens=self.suppressed,
             pad_token_id=self.tokenizer.pad_token_id,
             logits_processor=LogitsProcessorList([draw]),
         )
         return [self._reply(row, len(prompt)) for row, prompt in zip(whole[:, start:].tolist(), prompts, strict=True)]
 
     def _reply(self, ids: list[int], prompt_tokens: int) -> Reply:
-        eos = self.tokenizer.eos_token_id
-        finished = eos in ids
-        if finished:
-            ids = ids[: ids.index(eos)]
+        end = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        finished = end is not None
+        ids = ids[:end]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         if self.tokenizer.chat_template is None:  # a model that goes on with the other side's next words
             text, turned, _ = text.partition(f"\n\n{SPEAKERS['user']}:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import Counter
 
 import pytest
@@ -121,6 +122,22 @@ def test_the_temperature_divides_the_logits(causal, temperature):
     drawn = sum((count / 3000) ** 2 for count in said.values())
     assert drawn == pytest.approx(sum(share**2 for share in texts.values()), rel=0.1)
     assert finished == pytest.approx(expected, abs=0.02)
+
+
+def test_a_reply_ends_at_every_eos_of_the_model_and_holds_no_id_without_a_token(tokenizer, causal, tmp_path):
+    """Its head is padded by four rows which it likes best; <|eom|> comes next."""
+    words = copy.deepcopy(tokenizer)
+    words.add_special_tokens({"extra_special_tokens": ["<|eom|>"]})
+    network = LlamaForCausalLM.from_pretrained(causal)
+    network.resize_token_embeddings(len(words) + 4, mean_resizing=False)
+    with torch.no_grad():
+        network.lm_head.weight[-5:] = network.lm_head.weight[50] * torch.tensor([20.0] + [30.0] * 4)[:, None]
+    network.generation_config.eos_token_id = [words.eos_token_id, words.convert_tokens_to_ids("<|eom|>")]
+    network.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    replies = ask(local(tmp_path, 8), [question("How are you?" * (i + 1), 40, nth=i) for i in range(8)])
+    assert all(reply.finished and "<|" not in reply.text for reply in replies)
+    assert any(reply.completion_tokens > 1 for reply in replies)
 
 
 @pytest.mark.parametrize("kind", ["causal", "flan"])
