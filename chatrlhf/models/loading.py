@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +9,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
-from chatrlhf.errors import ConfigError, MissingError
+from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import base_of, config_of, merged, revision_of_base
 from chatrlhf.models.backbone import backbone_of, head_stays_apart, language_model_class
-from chatrlhf.models.meta_files import how_to_convert
+from chatrlhf.models.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
 from chatrlhf.models.quantization import how_quantized, never_repack
 from chatrlhf.models.rope import stretch_positions
 
@@ -27,7 +25,8 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     """
     place = config_of(name)
     kwargs = hub_kwargs(section) | revision_of_base(name)
-    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **kwargs))
+    with explained(key, place, kwargs.get("revision")):
+        settings = AutoConfig.from_pretrained(place, **kwargs)
     leave_router_logits(settings)
     if section is not None and section.rope_scaling is not None:
         stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
@@ -84,6 +83,7 @@ def load_base_model(
         return load_language_model(base, key, section)
     settings = read_model_config(name, key, section)
     fetched = (bits or {}) | revision_of_base(name)
+    key = f"{key}: the base of the adapters in {name}"
     return _from_pretrained(language_model_class(settings), base, key, settings, section, fetched)
 
 
@@ -99,7 +99,9 @@ def _from_pretrained(
     kwargs = {"config": settings, **hub_kwargs(section), **(bits or {})}
     if section is not None and section.attn_implementation is not None:
         kwargs["attn_implementation"] = section.attn_implementation
-    return never_repack(_explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs)))
+    # What only a head reads, a model without one may lack.
+    fresh = UNUSED_BY_BACKBONES if auto is AutoModel else ()
+    return never_repack(load_pretrained(auto, name, key, fresh, dtype=torch.float32, **kwargs))
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
@@ -138,18 +140,3 @@ def match_vocabulary(model: nn.Module, tokenizer: Any, section: ActorConfig | Re
     with head_stays_apart(model):
         model.resize_token_embeddings(len(tokenizer))
 
-
-def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
-    """What ``load`` gives, or an error that names the key."""
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if (command := how_to_convert(name)) is not None:
-            raise ConfigError(
-                f"{key}: {name!r} holds Meta's original LLaMA files; convert them first: {command}"
-            ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = "a folder without a usable model" if Path(name).is_dir() else "no folder here and not on the hub"
-        missing = isinstance(error, OSError) and not Path(name).exists()
-        refusal = MissingError if missing else ConfigError
-        raise refusal(f"{key}: {name!r} cannot be loaded, it is {kind} ({reason})") from None
