@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import base_of, config_of, merged, revision_of_base
+from chatrlhf.models.adapter_merging import merged
+from chatrlhf.models.adapters import base_of, config_of, revision_of_base
 from chatrlhf.models.backbone import backbone_of, head_stays_apart, language_model_class
 from chatrlhf.models.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
 from chatrlhf.models.quantization import how_quantized, never_repack
@@ -139,4 +140,3 @@ def match_vocabulary(model: nn.Module, tokenizer: Any, section: ActorConfig | Re
     # Each new row is drawn around the mean of the old ones (Hewitt 2021), transformers' usual way.
     with head_stays_apart(model):
         model.resize_token_embeddings(len(tokenizer))
-

@@ -18,17 +18,20 @@ from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import FORMATS, Template
-from chatrlhf.errors import CheckpointError
+from chatrlhf.errors import CheckpointError, WeightsError
+from chatrlhf.models.adapter_loading import attach
+from chatrlhf.models.adapter_merging import merged
 from chatrlhf.models.adapters import (
     base_of,
     config_of,
     has_adapters,
     is_adapter,
-    merged,
     revision_of_base,
     save_model,
 )
 from chatrlhf.models.backbone import decoder_start, is_encoder_decoder
+from chatrlhf.models.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
+from chatrlhf.models.loading_words import not_finite
 from chatrlhf.models.packing import pack, packs
 from chatrlhf.models.pairs import sequences_for
 from chatrlhf.models.quantization import how_quantized, never_repack, quantization_from
@@ -36,8 +39,10 @@ from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import response_states
 from chatrlhf.models.sharing import Base
 from chatrlhf.models.tokenizer import load_tokenizer
+from chatrlhf.models.weight_files import damage, one_line
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
+KEY = "reward model"
 
 
 class RewardModel(nn.Module):
@@ -227,14 +232,14 @@ def load_reward_model(
 
     Raises:
         CheckpointError: the folder holds none.
+        WeightsError: it is damaged, or lacks tensors; see `load_pretrained`.
     """
     folder = Path(path)
     if not (folder / SETTINGS).exists():
         raise CheckpointError(f"{folder}: no reward model here ({SETTINGS} is missing); train one with --type REWARD")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = _settings(folder / SETTINGS)
     backbone, place = _backbone(folder, settings.get("quantization"), base, kwargs)
-    head = ScalarHead(state_size(backbone), settings["mlp_size"])
-    head.load_state_dict(load_file(folder / HEAD))
+    head = _load_head(ScalarHead(state_size(backbone), settings["mlp_size"]), folder / HEAD)
     model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
     tokenizer = load_tokenizer(str(folder), key="reward_config.model")
     template = Template.load(folder) or FORMATS["raw"]
@@ -254,16 +259,48 @@ def _backbone(
     kwargs = {"dtype": torch.float32, **kwargs}
     place = base_of(str(folder))
     if place is None:
-        return AutoModel.from_pretrained(folder, **kwargs), str(folder.resolve())
-    config = AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))
+        return load_pretrained(AutoModel, str(folder), KEY, UNUSED_BY_BACKBONES, **kwargs), str(folder.resolve())
+    with explained(KEY, config_of(str(folder))):
+        config = AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))
     if base is not None and base.carries(folder, config, how):
         return base.backbone(folder), place
     bits, fetched = quantization_from(how, "reward_config"), kwargs | revision_of_base(str(folder))
-    backbone = never_repack(AutoModel.from_pretrained(place, config=config, **bits, **fetched))
+    key = f"{KEY}: the base of the adapters in {folder}"
+    loaded = load_pretrained(AutoModel, place, key, UNUSED_BY_BACKBONES, config=config, **bits, **fetched)
+    backbone = never_repack(loaded)
     if not bits:
         return merged(backbone, str(folder)), place
-    backbone.load_adapter(str(folder))
+    attach(backbone, folder)
     return backbone, place
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What was written beside a reward model. Raises WeightsError where it is damaged."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [name for name in ("mlp_size", "pooling", "scale", "shift", "max_length") if name not in settings]
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path} cannot be read ({one_line(error)}); copy the reward model again") from None
+    if lacking:
+        raise WeightsError(f"{path} lacks {', '.join(lacking)}; copy the reward model again")
+    return settings
+
+
+def _load_head(head: ScalarHead, path: Path) -> ScalarHead:
+    """A head with the weights of a file. Raises WeightsError where they are damaged or of another head."""
+    if (wrong := damage(path)) is not None:
+        raise WeightsError(f"{path.parent}: the reward model's head cannot be loaded: {wrong}")
+    weights = load_file(path)
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{path}: this head does not fit the model and mlp_size beside it ({one_line(error)}); copy the reward "
+            "model again"
+        ) from None
+    if wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise WeightsError(f"{path} {not_finite(wrong)}")
+    return head
 
 
 def _without_base(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Weight files of a model or of adapters: the tensors in their headers, and what is wrong with a file that is damaged."""
+"""Weight files of a model or of adapters: the tensors in their headers, and what is wrong with a damaged file."""
 
 from __future__ import annotations
 
@@ -114,4 +114,3 @@ def _index_damage(index: Path) -> str | None:
     if lacking:
         return f"{index.name} names {lacking[0]}, one of {len(lacking)} shards that are not there; {AGAIN}"
     return None
-
