@@ -8,7 +8,7 @@ loaded is what lies in the file, exactly, and no second copy of the model is nee
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from chatrlhf.errors import UserError, WeightsError
-from chatrlhf.models.adapters import ADAPTER_CONFIG, TRAINED, is_adapter
-from chatrlhf.models.loading_words import listed, not_finite
-from chatrlhf.models.vocabulary_rows import give_rows
+from chatrlhf.models.adapters import ADAPTER_CONFIG, TRAINED, bare_name, is_adapter
+from chatrlhf.models.loading_words import count_of, listed, not_finite
+from chatrlhf.models.vocabulary_rows import PREFIX, give_rows
 from chatrlhf.models.weight_files import ADAPTER_FILES, Header, folder_damage, headers, one_line, weight_files
 
 # Settings of peft's LoRA under which adapters are factors in linear layers and nothing else. Whatever else is set
@@ -32,6 +32,7 @@ FACTORS_ALONE = {
 }  # fmt: skip
 # Of `init_lora_weights`: the others move a part of the base's weights into the adapters when they are added.
 LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+TOKEN_ROWS = ".trainable_tokens_delta"
 MISMATCH = re.compile(r"size mismatch for (\S+): copying a param with shape torch.Size\((.*?)\).*?torch.Size\((.*?)\)")
 
 
@@ -44,7 +45,7 @@ def wrapped(model: nn.Module, folder: str | Path, is_trainable: bool = False) ->
     from peft import PeftModel
 
     settings, held = read_adapters(folder)
-    with _explained(folder):
+    with explained_adapters(folder):
         give_rows(model, settings, held)
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     _check_restored(adapted, folder)
@@ -58,12 +59,15 @@ def attach(model: nn.Module, folder: str | Path) -> None:
         WeightsError: as `wrapped`, or they hold more than low-rank factors.
     """
     settings, held = read_adapters(folder)
-    if more := more_than_factors(settings, held):
+    more = more_than_factors(settings)
+    if not more and (changed := _changed_weights(model, folder, held)):
+        more = f"whole tensors that differ from their base's ({listed(changed)})"
+    if more:
         raise WeightsError(
             f"{folder}: these adapters hold {more}, which cannot stay apart from the base's weights here; merge them "
             f"first (chatrlhf export merge --model {folder}), or set peft_enable to False"
         )
-    with _explained(folder):
+    with explained_adapters(folder):
         model.load_adapter(str(folder), adapter_name=TRAINED)
     _check_restored(model, folder)
 
@@ -97,75 +101,116 @@ def read_adapters(folder: str | Path) -> tuple[Any, dict[str, Header]]:
         raise WeightsError(f"{folder} holds {ADAPTER_CONFIG} and neither of {', '.join(ADAPTER_FILES)}; copy it again")
     if (wrong := folder_damage(Path(folder), ADAPTER_FILES)) is not None:
         raise WeightsError(f"{folder}: the adapters cannot be loaded: {wrong}")
-    with _explained(folder):
+    with explained_adapters(folder):
         settings = PeftConfig.from_pretrained(str(folder))
     if settings.is_prompt_learning or settings.is_adaption_prompt:
         raise WeightsError(
             f"{folder}: {settings.peft_type.value} adapters are prompts in front of the text, which cannot be merged "
             "into a model's weights; train low-rank adapters (LORA) instead"
         )
+    if getattr(settings, "layer_replication", None):
+        raise WeightsError(
+            f"{folder}: these adapters stand on repeated layers (layer_replication), which is not supported; save "
+            "their base with the layers repeated, and train adapters on that"
+        )
     return settings, headers(files[0])
 
 
-def more_than_factors(settings: Any, held: Collection[str]) -> str:
-    """What adapters hold besides low-rank factors, in words; empty where there is nothing else."""
+def more_than_factors(settings: Any) -> str:
+    """What adapters of these settings hold besides low-rank factors, in words; empty where there is nothing else."""
     from peft import LoraConfig, PeftType
 
     if settings.peft_type != PeftType.LORA:
         return f"peft_type {settings.peft_type.value}"
-    usual = LoraConfig()
-    beyond = [
-        f"{name} ({value})"
-        for name, value in vars(settings).items()
-        if name not in FACTORS_ALONE | {"init_lora_weights"} and value and value != getattr(usual, name, None)
-    ]
-    if settings.init_lora_weights not in LEAVES_THE_BASE:
-        beyond.append(f"init_lora_weights ({settings.init_lora_weights})")
-    if not beyond and (rest := [name for name in held if not is_adapter(name)]):
-        beyond.append(f"whole tensors ({listed(rest)})")
-    return ", ".join(beyond)
+    usual = vars(LoraConfig())
+    beyond = {n: v for n, v in vars(settings).items() if n not in FACTORS_ALONE and v and v != usual.get(n)}
+    if settings.init_lora_weights in LEAVES_THE_BASE:
+        beyond.pop("init_lora_weights", None)
+    return ", ".join(f"{name} ({value})" for name, value in beyond.items())
+
+
+def _changed_weights(model: nn.Module, folder: str | Path, held: Collection[str]) -> list[str]:
+    """Names of whole tensors beside the factors that are not what the base has.
+
+    peft saves embeddings and heads along with factors of theirs, changed or not.
+    """
+    from peft import load_peft_weights
+
+    whole = [name for name in held if not is_adapter(name)]
+    if not whole:
+        return []
+    own, weights = dict(model.named_parameters(remove_duplicate=False)), load_peft_weights(str(folder), device="cpu")
+    return [name for name in whole if not _is_same(own.get(bare_name(name.removeprefix(PREFIX))), weights[name])]
+
+
+def _is_same(own: torch.Tensor | None, saved: torch.Tensor) -> bool:
+    return own is not None and own.shape == saved.shape and torch.equal(own.detach().cpu(), saved.to(own.dtype))
 
 
 def _check_restored(model: nn.Module, folder: str | Path) -> None:
     """Ask peft once more what of a folder's adapters it finds in the model, and the other way. Raises WeightsError."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    with _explained(folder):
+    with explained_adapters(folder):
         weights = load_peft_weights(str(folder), device="cpu")
         result = set_peft_model_state_dict(model, weights, TRAINED)
-    missing = [name for name in result.missing_keys if TRAINED in name.split(".")]
-    if left_over := result.unexpected_keys:
+    if left_over := [name for name in result.unexpected_keys if not _is_saved_twice(name, weights)]:
         heads = any(name.rpartition(".")[0].endswith(("score", "classifier")) for name in left_over)
         whose = "a classifier's head, as adapters of a reward model have" if heads else "names of another model"
         raise WeightsError(
-            f"{folder}: {len(left_over):,} tensors of the adapters match nothing in their base ({listed(left_over)}): "
+            f"{folder}: {count_of(left_over)} of the adapters match nothing in their base ({listed(left_over)}): "
             f"{whose}; name the adapters' own base in {ADAPTER_CONFIG}, or other adapters"
         )
-    if missing:
+    if missing := _not_restored(model, result.missing_keys):
         raise WeightsError(
-            f"{folder}: the file lacks {len(missing):,} tensors that {ADAPTER_CONFIG} speaks of ({listed(missing)}), "
-            "which would be as if untrained; copy the adapters again"
+            f"{folder}: the file lacks {count_of(missing)} that {ADAPTER_CONFIG} speaks of ({listed(missing)}), which "
+            "would be as if untrained; copy the adapters again, or save them merged with the peft that trained them"
         )
     floating = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
     if wrong := [name for name, weight in floating.items() if not torch.isfinite(weight.sum(dtype=torch.float32))]:
-        raise WeightsError(f"{folder}: these adapters {not_finite(wrong)}".replace("adapters has", "adapters have"))
+        raise WeightsError(f"{folder}: the file of these adapters {not_finite(wrong)}")
+
+
+def _is_saved_twice(name: str, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor lies in the file under another name, too: peft saves embeddings again where they were resized.
+
+    Rows of trained tokens are saved again for the head that is tied to the embeddings.
+    """
+    twin = name.replace(".modules_to_save.", ".")
+    if twin != name:
+        return twin in weights and torch.equal(weights[twin], weights[name])
+    return any(
+        other != name and other.endswith(TOKEN_ROWS) and torch.equal(weights[other], weights[name])
+        for other in (weights if name.endswith(TOKEN_ROWS) else ())
+    )
+
+
+def _not_restored(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """Tensors of adapters that were not in the file, under any of their names."""
+    state = model.state_dict(keep_vars=True)
+    restored = {id(tensor) for name, tensor in state.items() if name not in set(missing)}
+    return [name for name in missing if TRAINED in name.split(".") and id(state[name]) not in restored]
 
 
 @contextmanager
-def _explained(folder: str | Path) -> Iterator[None]:
-    """Inside, whatever peft raises on a folder becomes one line that names it."""
+def explained_adapters(folder: str | Path, verb: str = "loaded on their base") -> Iterator[None]:
+    """Inside, whatever peft raises on a folder becomes one line that names it.
+
+    Args:
+        verb: what cannot be done with the adapters.
+
+    Raises:
+        WeightsError: in place of any exception but our own, and those of memory.
+    """
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # peft checks little; a foreign file brings about whatever it happens to meet
-        sizes = MISMATCH.findall(str(error))
-        if sizes:
+        reason, remedy = one_line(error), "name adapters that belong to their base, or copy them again"
+        if sizes := MISMATCH.findall(str(error)):
             (name, found, wanted), *rest = sizes
-            reason = f"{name} is {found} in the file and {wanted} on the base" + (
-                f", and {len(rest)} more" if rest else ""
-            )
+            more = f", and {len(rest)} more" if rest else ""
+            reason = f"{name} is {found} in the file and {wanted} on the base{more}"
             remedy = f"name the adapters' own base in {ADAPTER_CONFIG}"
-        else:
-            reason, remedy = one_line(error), "name adapters that belong to their base, or copy them again"
-        raise WeightsError(f"{folder}: these adapters cannot be loaded on their base ({reason}); {remedy}") from error
+        raise WeightsError(f"{folder}: these adapters cannot be {verb} ({reason}); {remedy}") from error

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.errors import WeightsError
-from chatrlhf.models.adapter_loading import wrapped
-from chatrlhf.models.backbone import read_by
+from chatrlhf.models.adapter_loading import explained_adapters, wrapped
+from chatrlhf.models.backbone import is_encoder_decoder, read_by
 from chatrlhf.models.loading_words import listed
 from chatrlhf.models.vocabulary_rows import unfilled
 
@@ -72,12 +72,10 @@ def merge(
     _untie(adapted)
     # Summed in float32: in 16 bits the small product of the adapters would be rounded before it is added.
     adapted = adapted if dtype is None else adapted.float()
-    try:
+    with explained_adapters(folder, "merged into weights"):
         result = adapted.merge_and_unload()
-    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        kind = adapted.active_peft_config.peft_type.value
-        raise WeightsError(f"{folder}: {kind} adapters cannot be merged into weights ({error})") from error
     result = result if dtype is None else result.to(dtype)
+    _settle_ties(result, folder)
     if lacking := unfilled(result):
         raise WeightsError(
             f"{folder}: these adapters were trained with added tokens, whose rows of {listed(lacking)} are neither in "
@@ -85,6 +83,23 @@ def merge(
         )
     difference = float((_outputs(result, ids) - apart).square().mean().sqrt())
     return result, Comparison(difference, float(apart.std()), next(result.parameters()).dtype)
+
+
+def _settle_ties(model: nn.Module, folder: str | Path) -> None:
+    """Say in the configuration whether head and embeddings are one tensor still, or the next load would tie them again.
+
+    Raises:
+        WeightsError: of an encoder-decoder's embeddings one name was changed, which its encoder does not use.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if is_encoder_decoder(model.config):
+        if model.get_encoder().get_input_embeddings().weight is not embeddings.weight:
+            raise WeightsError(
+                f"{folder}: these adapters change embeddings that encoder and decoder have under other names, which "
+                "cannot be merged; train adapters on other layers"
+            )
+    elif head is not None and head.weight is not embeddings.weight:
+        model.config.get_text_config().tie_word_embeddings = False
 
 
 def _untie(adapted: nn.Module) -> None:

@@ -28,6 +28,11 @@ def listed(names: Collection[str]) -> str:
     return ", ".join(first) + (f" and {rest:,} more" if rest else "")
 
 
+def count_of(names: Collection[object]) -> str:
+    """How many tensors these are."""
+    return f"{len(names):,} tensor" + ("s" if len(names) != 1 else "")
+
+
 def lost(missing: Collection[str], unexpected: Collection[str], total: int, kind: str) -> str:
     """Of tensors that a file lacks.
 
@@ -49,7 +54,7 @@ def lost(missing: Collection[str], unexpected: Collection[str], total: int, kind
 def misfit(shapes: Collection[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
     """Of tensors with another shape than the configuration says: name, shape in the file, shape in the model."""
     said = [f"{name} is {list(found)} in the file and {list(wanted)} by config.json" for name, found, wanted in shapes]
-    return f"has {_tensors(shapes)} of another shape ({listed(said)}); put back the config.json of these weights"
+    return f"has {count_of(shapes)} of another shape ({listed(said)}); put back the config.json of these weights"
 
 
 def surplus(names: Collection[str], kind: str, is_beside: bool = False) -> str:
@@ -58,7 +63,7 @@ def surplus(names: Collection[str], kind: str, is_beside: bool = False) -> str:
     Args:
         is_beside: they belong to no part that the model has.
     """
-    held = f"holds {_tensors(names)} that a {kind} does not have ({listed(names)})"
+    held = f"holds {count_of(names)} that a {kind} does not have ({listed(names)})"
     if is_beside:
         return f"{held}; they are left out"
     return f"{held}, so it would not compute what these weights were trained for; put back their config.json"
@@ -66,19 +71,15 @@ def surplus(names: Collection[str], kind: str, is_beside: bool = False) -> str:
 
 def not_finite(names: Collection[str]) -> str:
     """Of tensors with NaN or infinite values."""
-    return f"has NaN or infinite values in {_tensors(names)} ({listed(names)}); name an earlier or undamaged copy"
+    return f"has NaN or infinite values in {count_of(names)} ({listed(names)}); name an earlier or undamaged copy"
 
 
 def not_floating(names: Collection[str]) -> str:
     """Of weights that are integers in the file of a model that is not quantized by its configuration."""
     return (
-        f"holds integers in {_tensors(names)} ({listed(names)}) and its config.json has no quantization_config; put it "
+        f"holds integers in {count_of(names)} ({listed(names)}) and its config.json has no quantization_config; put it "
         "back, or name the unquantized model"
     )
-
-
-def _tensors(names: Collection[object]) -> str:
-    return f"{len(names):,} tensor" + ("s" if len(names) != 1 else "")
 
 
 def _renamed(missing: Collection[str], unexpected: Collection[str]) -> str | None:
