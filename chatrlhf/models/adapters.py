@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,18 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters by the names they have without adapters, with what its adapters add; one at a time."""
+    """A model's parameters by the names they have without adapters, with what its adapters add; one at a time.
+
+    Raises:
+        ConfigError: adapters add to one of several names of a tensor, as those of a head that is tied to embeddings.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(weight) for _, weight in named)
+    if tied := [name for name, weight in named if uses[id(weight)] > 1 and bare_name(name) != name]:
+        raise ConfigError(
+            f"{KEY}: target_modules reach {bare_name(tied[0])}, which is one tensor with others (embeddings and head are "
+            "tied): vLLM cannot be given such weights; take that layer out, or set rollout_backend to chatrlhf"
+        )
     return _merged(model, model.named_parameters())
 
 

@@ -13,6 +13,7 @@ from chatrlhf.config.schema import RewardConfig
 from chatrlhf.device import pick_device
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.loading import hub_kwargs, read_model_config
+from chatrlhf.models.loading_report import load_pretrained
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.models.sizes import context_length
 from chatrlhf.models.tiny import TINY
@@ -102,6 +103,7 @@ def is_used_as_it_is(section: RewardConfig, stages: list[str], trained: Path) ->
 def load_classifier(section: RewardConfig, device: torch.device) -> Classifier:
     """The model and the tokenizer of `reward_config.model`, in float32."""
     kwargs = hub_kwargs(section)
-    model = AutoModelForSequenceClassification.from_pretrained(section.model, dtype=torch.float32, **kwargs).to(device)
+    kind = AutoModelForSequenceClassification
+    model = load_pretrained(kind, str(section.model), KEY, dtype=torch.float32, **kwargs).to(device)
     tokenizer = AutoTokenizer.from_pretrained(section.tokenizer_path or section.model, **kwargs)
     return Classifier(model, tokenizer, min(section.max_sequence_length, context_length(model)))

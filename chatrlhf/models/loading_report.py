@@ -20,10 +20,19 @@ from torch import nn
 
 from chatrlhf.distributed import is_main
 from chatrlhf.errors import ConfigError, MissingError, UserError, WeightsError
+from chatrlhf.models.adapters import base_of
 from chatrlhf.models.loading_words import lost, misfit, not_finite, not_floating, surplus
 from chatrlhf.models.meta_files import how_to_convert
 from chatrlhf.models.quantization import how_quantized
-from chatrlhf.models.weight_files import folder_damage, headers, local_folder, one_line, weight_files
+from chatrlhf.models.weight_files import (
+    ADAPTER_FILES,
+    MODEL_FILES,
+    folder_damage,
+    headers,
+    local_folder,
+    one_line,
+    weight_files,
+)
 
 # What an encoder without a head may lack: `last_hidden_state`, which is all that is read of it, does not use it.
 UNUSED_BY_BACKBONES = ("pooler.",)
@@ -62,6 +71,18 @@ def load_pretrained(auto: Any, name: str, key: str, fresh: tuple[str, ...] = (),
     _check_report(auto, model, report, key, name, fresh)
     _check_values(model, key, name, kwargs.get("revision"))
     return model
+
+
+def refuse_damaged(name: str, key: str) -> None:
+    """Look at the weight files of a folder, or of a hub id's snapshot in the cache; their values are not read.
+
+    Raises:
+        WeightsError: one is damaged.
+    """
+    folder = local_folder(name)
+    patterns = MODEL_FILES if base_of(name) is None else ADAPTER_FILES
+    if folder is not None and (wrong := folder_damage(folder, patterns)) is not None:
+        raise WeightsError(f"{key}: {name!r} cannot be loaded: {wrong}")
 
 
 @contextmanager
