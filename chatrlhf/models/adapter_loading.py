@@ -68,7 +68,8 @@ def attach(model: nn.Module, folder: str | Path) -> None:
             f"first (chatrlhf export merge --model {folder}), or set peft_enable to False"
         )
     with explained_adapters(folder):
-        model.load_adapter(str(folder), adapter_name=TRAINED)
+        # Of shapes that do not fit `_check_restored` says more.
+        model.load_adapter(str(folder), adapter_name=TRAINED, ignore_mismatched_sizes=True)
     _check_restored(model, folder)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,15 +100,16 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's parameters by the names they have without adapters, with what its adapters add; one at a time.
 
     Raises:
-        ConfigError: adapters add to one of several names of a tensor, as those of a head that is tied to embeddings.
+        ConfigError: adapters add to embeddings or a head that are one tensor by the configuration.
     """
-    named = list(model.named_parameters(remove_duplicate=False))
-    uses = Counter(id(weight) for _, weight in named)
-    if tied := [name for name, weight in named if uses[id(weight)] > 1 and bare_name(name) != name]:
-        raise ConfigError(
-            f"{KEY}: target_modules reach {bare_name(tied[0])}, which is one tensor with others (embeddings and head are "
-            "tied): vLLM cannot be given such weights; take that layer out, or set rollout_backend to chatrlhf"
-        )
+    adapted = set(map(id, adapted_weights(model).values()))
+    if adapted and model.config.get_text_config().tie_word_embeddings:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(id(layer) in adapted for layer in ends):
+            raise ConfigError(
+                f"{KEY}: target_modules reach embeddings or head, which are tied in this {model.config.model_type}: "
+                "vLLM cannot be given such weights; take that layer out, or set rollout_backend to chatrlhf"
+            )
     return _merged(model, model.named_parameters())
 
 
@@ -129,6 +129,11 @@ def base_of(name: str) -> str | None:
         raise WeightsError(
             f"{Path(name) / ADAPTER_CONFIG}: base_model_name_or_path is {json.dumps(base)}, so nothing says which "
             "model these adapters belong to; write its folder or hub id there"
+        )
+    if Path(base).exists() and Path(base).resolve() == Path(name).resolve():
+        raise WeightsError(
+            f"{Path(name) / ADAPTER_CONFIG}: base_model_name_or_path is the folder of the adapters itself; write the "
+            "folder or hub id of the model there that they were trained on"
         )
     beside = Path(name).resolve().parent / Path(base).name
     was_here = Path(base).is_absolute() and not Path(base).exists()  # the hub's names are not absolute

@@ -79,10 +79,12 @@ def refuse_damaged(name: str, key: str) -> None:
     Raises:
         WeightsError: one is damaged.
     """
-    folder = local_folder(name)
-    patterns = MODEL_FILES if base_of(name) is None else ADAPTER_FILES
+    folder, base = local_folder(name), base_of(name)
+    patterns = MODEL_FILES if base is None else ADAPTER_FILES
     if folder is not None and (wrong := folder_damage(folder, patterns)) is not None:
         raise WeightsError(f"{key}: {name!r} cannot be loaded: {wrong}")
+    if base is not None:
+        refuse_damaged(base, f"{key}: the base of the adapters in {name}")
 
 
 @contextmanager

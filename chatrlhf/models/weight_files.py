@@ -72,7 +72,7 @@ def folder_damage(folder: Path, patterns: Iterable[str] = MODEL_FILES) -> str | 
 def damage(path: Path) -> str | None:
     """What is wrong with one weight file, and the remedy; None where its header can be read."""
     if not path.is_file():
-        return f"{path.name} is no file; {AGAIN}"
+        return f"{path.name} is not there, or is no file; {AGAIN}"
     size = path.stat().st_size
     if size == 0:
         return f"{path.name} is empty (0 bytes); {AGAIN}"
