@@ -26,7 +26,8 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     """
     place = config_of(name)
     kwargs = hub_kwargs(section) | revision_of_base(name)
-    with explained(key, place, kwargs.get("revision")):
+    holder = key if base_of(name) is None else f"{key}: the base of the adapters in {name}"
+    with explained(holder, place, kwargs.get("revision")):
         settings = AutoConfig.from_pretrained(place, **kwargs)
     leave_router_logits(settings)
     if section is not None and section.rope_scaling is not None:
