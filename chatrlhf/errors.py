@@ -27,6 +27,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+class WeightsError(ConfigError, CheckpointError):
+    """Weights or adapters that are missing, damaged or of another model; the message names tensors and folder."""
+
+
 class RewardError(UserError):
     """A reward function, model or endpoint that gave something other than one finite number a completion."""
 

@@ -25,6 +25,7 @@ from chatrlhf.models.critics import refuse_critic_head, refuse_other_build
 from chatrlhf.models.factory import block_count, encoder_class, require_reward_model, tokenizer_and_settings
 from chatrlhf.models.frozen_trunk import refuse_more_than
 from chatrlhf.models.loading import read_model_config
+from chatrlhf.models.loading_report import refuse_damaged
 from chatrlhf.models.reward_model import SETTINGS
 from chatrlhf.models.rope import positions, refuse_rotations_by_length
 from chatrlhf.models.stop_tokens import ids_without_token, refuse_unknown_ids
@@ -95,6 +96,7 @@ def check_settings(
         task_type(settings, load_peft_config(config))
     if ranks is None:  # what is installed on other hardware nobody knows here
         _check_attention(config, stages)
+        _refuse_damaged(config, stages, has_reward_fn)
 
 
 def check_rows(config: Config, stages: list[str], inputs: Inputs) -> None:
@@ -143,6 +145,18 @@ def _check_models(config: Config, stages: list[str], has_reward_fn: bool, settin
         settings_of(name, "reward_config.model", config.reward_config)
         with suppress(MissingError):  # a plan knows models that are not here
             has_head(config.reward_config)
+
+
+def _refuse_damaged(config: Config, stages: list[str], has_reward_fn: bool) -> None:
+    """Weight files that cannot be read are found before the first stage, whichever stage would read them."""
+    named = {"actor_config.model": config.actor_config.model}
+    if not has_reward_fn and {"REWARD", "RL"} & set(stages):
+        named["reward_config.model"] = config.reward_config.model
+    if "RL" in stages:
+        named["critic_config.model"] = config.critic_config.model
+    for key, name in named.items():
+        if name not in (None, "actor", "shared", TINY):
+            refuse_damaged(name, key)
 
 
 def _check_critic(config: Config, settings: Any, settings_of: SettingsOf) -> None:

@@ -153,6 +153,7 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+    # What transformers would log of tensors that are missing or left over, `models/loading_report.py` asks for.
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.export.origin import write_origin
-from chatrlhf.export.weights import Weights, copy_other_files, tensor_sha256, write_index
+from chatrlhf.export.weights import Weights, copy_other_files, names_sha256, tensor_sha256, write_index
+from chatrlhf.models.weight_files import one_line
 from chatrlhf.trainers.checkpoint import publish_folder
 
 ABOUT, CORRECTIONS = "delta.json", "delta.corrections"
@@ -39,7 +41,9 @@ def make_delta(base: Path, target: Path, output: Path) -> dict[str, Any]:
     """
     refuse_existing(output)
     theirs, ours = Weights(base, "--base"), Weights(target, "--target")
-    about: dict[str, Any] = {"base": base.name, "base_sha256": theirs.sha256(), "tensors": {}}
+    hashes = theirs.hashes()
+    about: dict[str, Any] = {"base": base.name, "base_sha256": names_sha256(hashes), "tensors": {}}
+    about["base_tensors"] = hashes
     corrections: dict[str, Tensor] = {}
 
     def subtracted(name: str, value: Tensor) -> Tensor:
@@ -74,19 +78,22 @@ def apply_delta(base: Path, delta: Path, output: Path, warn: Callable[[str], Non
     refuse_existing(output)
     theirs, ours = Weights(base, "--base"), Weights(delta, "--delta")
     about: dict[str, Any] = {}
+    hashes = dict.fromkeys(theirs, "")
     if (delta / ABOUT).exists():
-        about = json.loads((delta / ABOUT).read_text(encoding="utf-8"))
-        if (found := theirs.sha256()) != about["base_sha256"]:
+        about, hashes = _about(delta), theirs.hashes()
+        if not _is_base(hashes, about):
+            found = names_sha256(hashes)
             raise CheckpointError(
                 f"--base: {base} is not the base that this delta was made from, {about['base']!r} (SHA-256 of its "
                 f"weights {found[:12]}..., expected {about['base_sha256'][:12]}...); name that one"
             )
     else:
         warn(f"{delta} does not say which base it was made from ({ABOUT} is missing), so it cannot be checked")
-    corrections = load_file(delta / CORRECTIONS) if (delta / CORRECTIONS).exists() else {}
+    corrections = _corrections(delta / CORRECTIONS)
 
     def added(name: str, value: Tensor) -> Tensor:
-        made = total(value, theirs.get(name) if name in theirs else None)
+        theirs_name = _base_name(name, hashes, about.get("base_tensors"))
+        made = total(value, None if theirs_name is None else theirs.get(theirs_name))
         if f"{name}:at" in corrections:
             made.view(-1)[corrections[f"{name}:at"]] = corrections[f"{name}:value"]
         if about and tensor_sha256(made) != about["tensors"].get(name):
@@ -101,6 +108,46 @@ def apply_delta(base: Path, delta: Path, output: Path, warn: Callable[[str], Non
         write_origin(folder, delta, f"put together with {base.name}")
 
     publish_folder(output, write)
+
+
+def _about(delta: Path) -> dict[str, Any]:
+    """What a delta says about itself. Raises CheckpointError where that is damaged."""
+    try:
+        about = json.loads((delta / ABOUT).read_text(encoding="utf-8"))
+        _ = about["base"], about["base_sha256"], about["tensors"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"--delta: {delta / ABOUT} cannot be read ({one_line(error)}); copy it again") from None
+    return about
+
+
+def _corrections(path: Path) -> dict[str, Tensor]:
+    """Numbers that the sum rounds away. Raises CheckpointError where they are damaged."""
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"--delta: {path} cannot be read ({one_line(error)}); copy it again") from None
+
+
+def _is_base(hashes: dict[str, str], about: dict[str, Any]) -> bool:
+    """Whether these are the tensors that a delta was made from, under whatever names.
+
+    A tied head is a second name of the embeddings in PyTorch's files, and left out in safetensors.
+    """
+    if names_sha256(hashes) == about["base_sha256"]:
+        return True
+    return "base_tensors" in about and set(about["base_tensors"].values()) == set(hashes.values())
+
+
+def _base_name(name: str, hashes: dict[str, str], known: dict[str, str] | None) -> str | None:
+    """Under which name the base here holds what the delta's base called ``name``; None where that had no such tensor.
+
+    Args:
+        hashes: of the base here, by name.
+        known: of the delta's base; None: the delta does not say.
+    """
+    if known is None or name not in known:
+        return name if known is None and name in hashes else None
+    return name if name in hashes else next((n for n, found in hashes.items() if found == known[name]), None)
 
 
 def difference(value: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:

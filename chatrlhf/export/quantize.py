@@ -27,6 +27,7 @@ from chatrlhf.export.origin import write_origin
 from chatrlhf.export.weights import copy_other_files
 from chatrlhf.models.adapters import base_of
 from chatrlhf.models.generation_config import check_generation_config, make_savable
+from chatrlhf.models.loading_report import explained, load_pretrained
 from chatrlhf.models.quantization import quantization_from
 from chatrlhf.models.rope import positions
 from chatrlhf.models.tokenizer import load_tokenizer
@@ -90,7 +91,7 @@ def quantize(asked: Asked, warn: Callable[[str], None] = print) -> Compared:
     def measure(model: nn.Module, name: str) -> Ladder:
         return climb(model, targets, [context], stride, ends, name)
 
-    model = AutoModelForCausalLM.from_pretrained(asked.model, config=config, dtype=asked.dtype)
+    model = load_pretrained(AutoModelForCausalLM, str(asked.model), "--model", config=config, dtype=asked.dtype)
     for change in make_savable(model):
         warn(change)
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -137,10 +138,8 @@ def _check(asked: Asked) -> None:
 
 def _config(asked: Asked) -> Any:
     check_generation_config(str(asked.model), "--model")
-    try:
+    with explained("--model", str(asked.model)):
         config = AutoConfig.from_pretrained(asked.model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model: {asked.model} is no model's folder ({str(error).splitlines()[0]})") from None
     if hasattr(config, "quantization_config"):
         raise ConfigError(f"--model: the weights of {asked.model} lie in few bits already; name the whole model")
     return config
@@ -167,12 +166,13 @@ def _in_few_bits(asked: Asked, config: Any) -> nn.Module:
         how = {"load_in_4bit": True, "bnb_4bit_quant_type": NF4, "bnb_4bit_use_double_quant": True}
         how["bnb_4bit_compute_dtype"] = asked.dtype
     kwargs = quantization_from(how, "--method")
-    return AutoModelForCausalLM.from_pretrained(asked.model, config=config, dtype=asked.dtype, **kwargs)
+    arguments = {"config": config, "dtype": asked.dtype, **kwargs}
+    return load_pretrained(AutoModelForCausalLM, str(asked.model), "--model", **arguments)
 
 
 def _loaded(folder: Path) -> nn.Module:
     """As anybody will load it."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load_pretrained(AutoModelForCausalLM, str(folder), "--output")
     return model if hasattr(model, "hf_device_map") else model.to(pick_device())
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from chatrlhf.errors import ConfigError
+from chatrlhf.models.weight_files import folder_damage, headers
 from chatrlhf.trainers.checkpoint import CONTENTS
 
 INDEX = "model.safetensors.index.json"
@@ -29,7 +30,7 @@ class Weights:
             key: the option that named the folder, for messages.
 
         Raises:
-            ConfigError: there are no weights in it.
+            ConfigError: there are no weights in it, or a file is damaged.
         """
         self.folder = folder
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
@@ -38,7 +39,9 @@ class Weights:
             raise ConfigError(
                 f"{key}: {folder} has no weights ({why}); name the folder of a model in its whole weights"
             )
-        self.files: dict[Path, list[str]] = {path: _names(path) for path in files}
+        if (wrong := folder_damage(folder, [path.name for path in files])) is not None:
+            raise ConfigError(f"{key}: the weights in {folder} cannot be read: {wrong}")
+        self.files: dict[Path, list[str]] = {path: sorted(headers(path)) for path in files}
         self._file_of = {name: path for path, names in self.files.items() for name in names}
         # The last file stays open: one of PyTorch's is read whole, and neighbours are asked for one after the other.
         self._reader = lru_cache(maxsize=1)(self.reader)
@@ -63,14 +66,23 @@ class Weights:
 
     def sha256(self) -> str:
         """Of all names, types, shapes and values; however they are spread over files."""
-        total = hashlib.sha256()
+        return names_sha256(self.hashes())
+
+    def hashes(self) -> dict[str, str]:
+        """`tensor_sha256` of each tensor, by name."""
         of_each = {}
         for path, names in self.files.items():
             read = self.reader(path)
             of_each |= {name: tensor_sha256(read(name)) for name in names}
-        for name in self:
-            total.update(f"{name}:{of_each[name]}\n".encode())
-        return total.hexdigest()
+        return of_each
+
+
+def names_sha256(hashes: dict[str, str]) -> str:
+    """Of the hashes of tensors and their names."""
+    total = hashlib.sha256()
+    for name in sorted(hashes):
+        total.update(f"{name}:{hashes[name]}\n".encode())
+    return total.hexdigest()
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -94,10 +106,3 @@ def write_index(folder: Path, names_of: dict[str, list[str]]) -> None:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
-
-
-def _names(path: Path) -> list[str]:
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return sorted(file.keys())
-    return sorted(torch.load(path, map_location="meta", weights_only=True))

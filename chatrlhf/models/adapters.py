@@ -7,6 +7,7 @@ calls it as it calls any other.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.config.peft import PeftConfig
-from chatrlhf.config.strict_json import load_settings
-from chatrlhf.errors import ConfigError
+from chatrlhf.errors import ConfigError, WeightsError
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
 
 ADAPTER_CONFIG, MODEL_CARD = "adapter_config.json", "README.md"
@@ -60,13 +60,6 @@ def with_adapters(model: nn.Module, settings: PeftConfig, base: str, revision: s
     return wrapped
 
 
-def go_on_with_adapters(model: nn.Module, folder: Path) -> None:
-    """Give a model the adapters of a folder, to be trained on."""
-    model.load_adapter(str(folder), adapter_name=TRAINED)
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(is_adapter(name))
-
-
 def backbone_with_adapters(policy: nn.Module) -> nn.Module:
     """A policy's backbone; where there are adapters inside, one that knows of them and saves them by itself."""
     backbone = backbone_of(policy)
@@ -79,13 +72,6 @@ def backbone_with_adapters(policy: nn.Module) -> nn.Module:
                 config.target_modules = {name.removeprefix(prefix) for name in config.target_modules}
         backbone._hf_peft_config_loaded = True  # by which transformers tells
     return backbone
-
-
-def train_on_adapters(base: nn.Module, folder: str) -> nn.Module:
-    """A model wrapped by peft with the adapters of a folder, to be trained on by a stage on TRL's trainers."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -112,7 +98,19 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters by the names they have without adapters, with what its adapters add; one at a time."""
+    """A model's parameters by the names they have without adapters, with what its adapters add; one at a time.
+
+    Raises:
+        ConfigError: adapters add to embeddings or a head that are one tensor by the configuration.
+    """
+    adapted = set(map(id, adapted_weights(model).values()))
+    if adapted and model.config.get_text_config().tie_word_embeddings:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(id(layer) in adapted for layer in ends):
+            raise ConfigError(
+                f"{KEY}: target_modules reach embeddings or head, which are tied in this {model.config.model_type}: "
+                "vLLM cannot be given such weights; take that layer out, or set rollout_backend to chatrlhf"
+            )
     return _merged(model, model.named_parameters())
 
 
@@ -120,11 +118,24 @@ def base_of(name: str) -> str | None:
     """Where the weights are that the adapters in a folder belong to; None where the folder holds no adapters.
 
     A run's folder may have been moved: what they belong to is then looked for beside them, under the name it had.
+
+    Raises:
+        WeightsError: their configuration cannot be read, or names no base.
     """
-    path = Path(name) / ADAPTER_CONFIG
-    if not path.exists():
+    settings = _adapter_settings(name)
+    if settings is None:
         return None
-    base = load_settings(path)["base_model_name_or_path"]
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise WeightsError(
+            f"{Path(name) / ADAPTER_CONFIG}: base_model_name_or_path is {json.dumps(base)}, so nothing says which "
+            "model these adapters belong to; write its folder or hub id there"
+        )
+    if Path(base).exists() and Path(base).resolve() == Path(name).resolve():
+        raise WeightsError(
+            f"{Path(name) / ADAPTER_CONFIG}: base_model_name_or_path is the folder of the adapters itself; write the "
+            "folder or hub id of the model there that they were trained on"
+        )
     beside = Path(name).resolve().parent / Path(base).name
     was_here = Path(base).is_absolute() and not Path(base).exists()  # the hub's names are not absolute
     is_whole = beside.exists() and not (beside / ADAPTER_CONFIG).exists()
@@ -133,9 +144,19 @@ def base_of(name: str) -> str | None:
 
 def revision_of_base(name: str) -> dict[str, str]:
     """How the base of the adapters in a folder is to be fetched: in the revision that they name, if they name one."""
-    path = Path(name) / ADAPTER_CONFIG
-    revision = load_settings(path).get("revision") if path.exists() else None
+    revision = (_adapter_settings(name) or {}).get("revision")
     return {"revision": revision} if revision else {}
+
+
+def _adapter_settings(name: str) -> dict[str, Any] | None:
+    """What a folder says of the adapters in it; None where it holds none."""
+    path = Path(name) / ADAPTER_CONFIG
+    if not path.exists():
+        return None
+    settings = load_settings(path)
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{path} holds a {type(settings).__name__}, not the settings of adapters; copy it again")
+    return settings
 
 
 def where(model: str) -> str:
@@ -148,14 +169,6 @@ def config_of(name: str) -> str:
     base = base_of(name)
     beside = Path(name) / BASE_CONFIG
     return name if base is None else str(beside) if beside.exists() else base
-
-
-def merged(model: nn.Module, folder: str) -> nn.Module:
-    """A model with the adapters of a folder added to its weights; no adapter is left, and all of it can be trained."""
-    from peft import PeftModel
-
-    # peft has frozen what the adapters were added to.
-    return PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
 
 
 @torch.no_grad()

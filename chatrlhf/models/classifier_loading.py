@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 from chatrlhf.config.schema import RewardConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapters import ADAPTER_CONFIG, backbone_with_adapters, base_of, revision_of_base, where
-from chatrlhf.models.loading import explained, hub_kwargs, load_backbone, read_model_config
+from chatrlhf.models.loading import hub_kwargs, load_backbone, read_model_config
+from chatrlhf.models.loading_report import explained, load_reported
 from chatrlhf.models.quantization import never_repack
 
 TASK = "SEQ_CLS"  # what peft calls a sequence classifier
@@ -63,7 +64,7 @@ def require_head(name: str, key: str, section: RewardConfig | None = None) -> No
     if not names:
         return
     trusted = section is not None and section.trust_remote_code
-    heads = tuple(f"{module}." for module in head_modules(_outline(read_model_config(name, key, section), trusted)))
+    heads = head_names(read_model_config(name, key, section), trusted)
     if not any(each.startswith(heads) for each in names):
         raise _without(name, key, [f"{heads[0]}weight"])
 
@@ -90,12 +91,10 @@ def load_sequence_classifier(
     kwargs = leave_head_whole(settings, kwargs)
     if section is not None and section.attn_implementation is not None:
         kwargs["attn_implementation"] = section.attn_implementation
-    kwargs |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    auto = AutoModelForSequenceClassification
-    model, report = explained(key, name, lambda: auto.from_pretrained(base or name, **kwargs))
+    auto, place = AutoModelForSequenceClassification, base or name
+    fresh = head_names(settings, kwargs["trust_remote_code"]) if base is not None else ()
+    model, absent = load_reported(auto, place, key, fresh, dtype=torch.float32, **kwargs)
     never_repack(model)
-    # What a file has in another shape is drawn at random, too.
-    absent = {*report["missing_keys"], *(each[0] for each in report["mismatched_keys"])}
     if base is not None:
         absent -= _add_adapters(model, name, key, keep_adapters)
     if absent:
@@ -117,6 +116,11 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_children()
         if module is not model.base_model and any(True for _ in module.parameters())
     }
+
+
+def head_names(settings: Any, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """How the names of a classifier's head begin."""
+    return tuple(f"{module}." for module in head_modules(_outline(settings, trust_remote_code)))
 
 
 def leave_head_whole(settings: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +197,8 @@ def _add_adapters(model: nn.Module, name: str, key: str, keep: bool) -> set[str]
             f"{key}: the adapters in {name!r} are of type {kind}, and adapters that are trained further must be of "
             "type LORA; set reward_config.peft_enable to False, and they are merged and all weights are trained"
         )
-    wrapped = explained(key, name, lambda: PeftModel.from_pretrained(model, name, is_trainable=keep))
+    with explained(key, name):
+        wrapped = PeftModel.from_pretrained(model, name, is_trainable=keep)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     if absent := sorted(expected.keys() - _adapter_shapes(name).keys()):
         raise ConfigError(

@@ -15,11 +15,11 @@ from chatrlhf.data.collate import Encoder
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import Template, reward_template
 from chatrlhf.errors import ConfigError
+from chatrlhf.models.adapter_loading import go_on_with_adapters
 from chatrlhf.models.adapters import (
     add_adapters,
     backbone_with_adapters,
     base_of,
-    go_on_with_adapters,
     has_adapters,
     where,
 )

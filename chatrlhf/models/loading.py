@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
-from chatrlhf.errors import ConfigError, MissingError
-from chatrlhf.models.adapters import base_of, config_of, merged, revision_of_base
+from chatrlhf.errors import ConfigError
+from chatrlhf.models.adapter_merging import merged
+from chatrlhf.models.adapters import base_of, config_of, revision_of_base
 from chatrlhf.models.backbone import backbone_of, head_stays_apart, language_model_class
 from chatrlhf.models.generation_config import adopt_generation_config, check_generation_config
-from chatrlhf.models.meta_files import how_to_convert
+from chatrlhf.models.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
 from chatrlhf.models.quantization import how_quantized, never_repack
 from chatrlhf.models.rope import stretch_positions
 
@@ -28,7 +28,9 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     """
     place = config_of(name)
     kwargs = hub_kwargs(section) | revision_of_base(name)
-    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **kwargs))
+    holder = key if base_of(name) is None else f"{key}: the base of the adapters in {name}"
+    with explained(holder, place, kwargs.get("revision")):
+        settings = AutoConfig.from_pretrained(place, **kwargs)
     leave_router_logits(settings)
     if section is not None and section.rope_scaling is not None:
         stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
@@ -86,7 +88,8 @@ def load_base_model(
     else:
         settings = read_model_config(name, key, section)
         fetched = (bits or {}) | revision_of_base(name)
-        model = _from_pretrained(language_model_class(settings), base, key, settings, section, fetched)
+        kind, of_base = language_model_class(settings), f"{key}: the base of the adapters in {name}"
+        model = _from_pretrained(kind, base, of_base, settings, section, fetched)
     adopt_generation_config(model, Path(name))
     return model
 
@@ -105,7 +108,9 @@ def _from_pretrained(
         check_generation_config(name, key, kwargs.get("revision"))
     if section is not None and section.attn_implementation is not None:
         kwargs["attn_implementation"] = section.attn_implementation
-    return never_repack(_explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs)))
+    # What only a head reads, a model without one may lack.
+    fresh = UNUSED_BY_BACKBONES if auto is AutoModel else ()
+    return never_repack(load_pretrained(auto, name, key, fresh, dtype=torch.float32, **kwargs))
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
@@ -143,28 +148,3 @@ def match_vocabulary(model: nn.Module, tokenizer: Any, section: ActorConfig | Re
     # Each new row is drawn around the mean of the old ones (Hewitt 2021), transformers' usual way.
     with head_stays_apart(model):
         model.resize_token_embeddings(len(tokenizer))
-
-
-def _explained(key: str, name: str, load: Callable[[], Any]) -> Any:
-    """What ``load`` gives, or an error that names the key."""
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if (command := how_to_convert(name)) is not None:
-            raise ConfigError(
-                f"{key}: {name!r} holds Meta's original LLaMA files; convert them first: {command}"
-            ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = "a folder without a usable model" if Path(name).is_dir() else "no folder here and not on the hub"
-        missing = isinstance(error, OSError) and not Path(name).exists()
-        refusal = MissingError if missing else ConfigError
-        raise refusal(f"{key}: {name!r} cannot be loaded, it is {kind} ({reason})") from None
-
-
-def explained(key: str, name: str, load: Callable[[], Any]) -> Any:
-    """What ``load`` gives of a model.
-
-    Raises:
-        ConfigError: it failed; key, model and reason are named.
-    """
-    return _explained(key, name, load)

@@ -18,17 +18,20 @@ from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.data.text_pairs import TextPairEncoder
-from chatrlhf.errors import CheckpointError
+from chatrlhf.errors import CheckpointError, WeightsError
+from chatrlhf.models.adapter_loading import attach
+from chatrlhf.models.adapter_merging import merged
 from chatrlhf.models.adapters import (
     base_of,
     config_of,
     has_adapters,
-    merged,
     revision_of_base,
     save_model,
 )
 from chatrlhf.models.backbone import is_encoder_decoder
-from chatrlhf.models.classifier_loading import leave_head_whole
+from chatrlhf.models.classifier_loading import head_names, leave_head_whole
+from chatrlhf.models.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
+from chatrlhf.models.loading_words import not_finite
 from chatrlhf.models.pairs import sequences_for
 from chatrlhf.models.quantization import how_quantized, never_repack, quantization_from
 from chatrlhf.models.reward_network import RewardModel
@@ -36,11 +39,13 @@ from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import response_states
 from chatrlhf.models.sharing import Base
 from chatrlhf.models.tokenizer import load_tokenizer
+from chatrlhf.models.weight_files import damage, one_line
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
 OWN = "own"  # the pooling of a classifier that is kept whole
 KEPT = ("pooling", "scale", "shift", "skipped", "separator", "takes_padding")  # of a `RewardModel`, beside its weights
 LATER = {"quantization": None, "skipped": None, "separator": None, "takes_padding": True, "reads_pairs": False}
+KEY = "reward model"  # for messages about folders that no configuration names
 
 
 @dataclass
@@ -159,6 +164,7 @@ def load_reward_model(
 
     Raises:
         CheckpointError: the folder holds none.
+        WeightsError: it is damaged, or lacks tensors; see `load_pretrained`.
     """
     folder = Path(path)
     if not is_reward_model(path):
@@ -178,15 +184,37 @@ def is_reward_model(path: str | Path) -> bool:
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """What a folder says of its reward model; of an older one what was true of all then."""
-    return LATER | json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    """What a folder says of its reward model; of an older one what was true of all then.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
+    path = folder / SETTINGS
+    try:
+        settings = LATER | json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path} cannot be read ({one_line(error)}); copy the reward model again") from None
+    if lacking := [name for name in ("mlp_size", "pooling", "scale", "shift", "max_length") if name not in settings]:
+        raise WeightsError(f"{path} lacks {', '.join(lacking)}; copy the reward model again")
+    return settings
 
 
 def assembled(folder: Path, settings: dict[str, Any], backbone: nn.Module) -> RewardModel:
-    """A backbone with the head and the pooling that a folder keeps."""
+    """A backbone with the head and the pooling that a folder keeps.
+
+    Raises:
+        WeightsError: the head is damaged, or of another model.
+    """
     head = None if settings["pooling"] == OWN else ScalarHead(state_size(backbone), settings["mlp_size"])
     model = RewardModel(backbone, head, **{name: settings[name] for name in KEPT})
-    model.load_head(load_file(folder / HEAD))
+    weights = _head_weights(folder / HEAD)
+    try:
+        model.load_head(weights)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{folder / HEAD}: this head does not fit the model and mlp_size beside it ({one_line(error)}); copy the "
+            "reward model again"
+        ) from None
     return model
 
 
@@ -220,13 +248,15 @@ def read_backbone(
     """
     place = base_of(str(folder))
     if place is None:
-        return auto_class(settings).from_pretrained(folder, **{"dtype": torch.float32, **kwargs}), str(folder.resolve())
+        kind, fresh = auto_class(settings), () if settings["pooling"] == OWN else UNUSED_BY_BACKBONES
+        whole = load_pretrained(kind, str(folder), KEY, fresh, **{"dtype": torch.float32, **kwargs})
+        return whole, str(folder.resolve())
     if base is not None and settings["pooling"] != OWN and base.carries(folder, _config_of_base(folder), how):
         return base.backbone(folder), place
     bits = quantization_from(how, "reward_config")
     backbone = read_base(folder, settings, **bits, **kwargs)
     if bits or keep_adapters:
-        backbone.base_model.load_adapter(str(folder))
+        attach(backbone.base_model, folder)
     else:
         merged(backbone.base_model, str(folder))
     return backbone, place
@@ -235,11 +265,13 @@ def read_backbone(
 def read_base(folder: Path, settings: dict[str, Any], **kwargs: Any) -> nn.Module:
     """The model that the adapters in a reward model's folder belong to, without them."""
     config, name = _config_of_base(folder), str(folder)
+    fresh = UNUSED_BY_BACKBONES
     if settings["pooling"] == OWN:
-        kwargs = leave_head_whole(config, kwargs)
+        kwargs, fresh = leave_head_whole(config, kwargs), head_names(config)  # which lies beside the adapters
     # float32 unless asked otherwise: that is what was trained.
     fetched = {"dtype": torch.float32, **kwargs, **revision_of_base(name)}
-    return never_repack(auto_class(settings).from_pretrained(base_of(name), config=config, **fetched))
+    key = f"{KEY}: the base of the adapters in {folder}"
+    return never_repack(load_pretrained(auto_class(settings), base_of(name), key, fresh, config=config, **fetched))
 
 
 def auto_class(settings: dict[str, Any]) -> Any:
@@ -248,4 +280,15 @@ def auto_class(settings: dict[str, Any]) -> Any:
 
 
 def _config_of_base(folder: Path) -> Any:
-    return AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))
+    with explained(KEY, config_of(str(folder))):
+        return AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))
+
+
+def _head_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a head. Raises WeightsError where they are damaged or not finite."""
+    if (wrong := damage(path)) is not None:
+        raise WeightsError(f"{path.parent}: the reward model's head cannot be loaded: {wrong}")
+    weights = load_file(path)
+    if wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise WeightsError(f"{path} {not_finite(wrong)}")
+    return weights

@@ -73,6 +73,8 @@ class RewardModel(nn.Module):
         if self.head is not None:
             self.head.load_state_dict(weights)
         else:
+            if weights.keys() != (own := self.head_weights()).keys():
+                raise RuntimeError(f"it has {', '.join(sorted(weights))}, and the model {', '.join(sorted(own))}")
             self.backbone.load_state_dict(weights, strict=False)
 
     def add_model_tags(self, tags: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from chatrlhf.config.peft import PeftConfig
+from chatrlhf.models.adapter_loading import attach
 from chatrlhf.models.adapters import (
     TRAINED,
     adapted_weights,
@@ -56,7 +57,7 @@ class Base:
     def backbone(self, folder: Path) -> nn.Module:
         """The backbone that the adapters in a folder make of these weights."""
         backbone = bare_copy(backbone_of(self.policy))
-        backbone.load_adapter(str(folder), adapter_name=TRAINED)
+        attach(backbone, folder)
         return backbone
 
 

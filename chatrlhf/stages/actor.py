@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from chatrlhf.data.inputs import corpus
-from chatrlhf.models.adapters import base_of, train_on_adapters
+from chatrlhf.models.adapter_loading import train_on_adapters
+from chatrlhf.models.adapters import base_of
 from chatrlhf.models.factory import load_actor, load_base
 from chatrlhf.models.quantization import ready_for_adapters
 from chatrlhf.models.sizes import parameter_count, trained_count

@@ -20,6 +20,8 @@ from chatrlhf.conversation import SPEAKERS, Prompt, Turn
 from chatrlhf.device import pick_device
 from chatrlhf.errors import ConfigError, GenerationError
 from chatrlhf.generation.text import Message, NoAnswer, Reply, Request
+from chatrlhf.models.adapters import base_of
+from chatrlhf.models.loading_report import explained, load_pretrained
 from chatrlhf.models.stop_tokens import ids_without_token, stop_tokens, vocabulary_rows
 from chatrlhf.models.tokenizer import load_tokenizer
 from chatrlhf.progress import quiet_libraries
@@ -47,20 +49,23 @@ class LocalModel:
         quiet_libraries()
         self.model, self.lanes = name, lanes
         try:
-            config = AutoConfig.from_pretrained(name)
-            self.tokenizer = load_tokenizer(name, "--model")
+            if base_of(name) is not None:
+                raise ConfigError(f"--model: {name!r} holds adapters; merge them first (chatrlhf export merge)")
+            with explained("--model", name):
+                config = AutoConfig.from_pretrained(name)
+                self.tokenizer = load_tokenizer(name, "--model")
             self.is_seq2seq = bool(config.is_encoder_decoder)
             kind = AutoModelForSeq2SeqLM if self.is_seq2seq else AutoModelForCausalLM
-            self.network = kind.from_pretrained(name, dtype="auto").to(pick_device()).eval()
+            self.network = load_pretrained(kind, name, "--model", dtype="auto").to(pick_device()).eval()
             self.ends = stop_tokens(self.network, self.tokenizer).ids
             unused = ids_without_token(self.tokenizer, vocabulary_rows(self.network))
             self.suppressed = [*(self.network.generation_config.suppress_tokens or []), *unused] or None
         except ConfigError as error:
-            raise GenerationError(str(error)) from None
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise GenerationError(f"{error}; or give --base-url for an endpoint") from None
+        except RuntimeError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise GenerationError(
-                f"--model: {name!r} cannot be loaded ({reason}); give a folder or hub id, or --base-url for an endpoint"
+                f"--model: {name!r} cannot be loaded ({reason}); give a smaller model, or --base-url for an endpoint"
             ) from None
         self.positions = None if self.is_seq2seq else getattr(config, "max_position_embeddings", None)
         self._waiting: deque[tuple[Request, list[int], asyncio.Future[Reply]]] = deque()
