@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.strict_json import load_settings
 from chatrlhf.errors import ConfigError, WeightsError
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
 
