@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from families import CAUSAL, VOCAB
 from small_run import records
 from tiny import flan_t5
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+    PreTrainedTokenizerFast,
+)
 
 from chatrlhf import load_config, run
 from chatrlhf.models.tokenizer import train_tokenizer
@@ -28,9 +34,10 @@ from chatrlhf.trainers.ppo import PPOTrainer
 from chatrlhf.types import Rollout
 
 FAMILIES = (*CAUSAL, "Flan-T5")
-METHODS = ("full", "LoRA")
+ENCODER = "DeBERTa-v3"  # reads replies for a Llama
 TEMPLATES = ("chatllama", "hh", "stable_vicuna", "airoboros", "orca", "raw")
-OPENED = ("LLaMA", "Mistral", "Gemma", "Gemma 2", "Gemma 3", "Mixtral")  # whose tokenizers put BOS before a text
+OPENED = ("LLaMA", "Mistral", "Gemma", "Gemma 2", "Gemma 3", "Mixtral", ENCODER)  # by BOS are the texts of these
+CLOSED = ("Flan-T5", ENCODER)  # and by EOS those of these
 SEED, STEPS = 5, 3
 COLD = 1e-4  # a temperature at which the likeliest token has all of the probability
 SAMPLING = {
@@ -40,6 +47,19 @@ SAMPLING = {
     "forbidden_tokens": [70, 71, 72],
     "max_length": 320,
 }
+
+DEBERTA = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    relative_attention=True,
+    position_biased_input=False,
+    pos_att_type=["p2c", "c2p"],
+    type_vocab_size=0,
+    initializer_range=0.3,
+    pooler_hidden_size=32,
+)
 
 # A word follows no word where a prompt meets its reply: any tokenizer parts them there.
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -57,16 +77,29 @@ class Asked:
     part: Callable[[Any], Any] = lambda answer: answer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
-    """What one family is made of."""
+    """A family and how its models are trained; so that all of them meet, templates and rewards change from one to next.
+
+    Args:
+        family: of the policy and the reward model; `ENCODER` is a reward model's alone.
+        lora: whether adapters are trained, and not the weights themselves.
+    """
 
     family: str
-    method: str
+    lora: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}/LoRA" if self.lora else self.family
+
+    @property
+    def policy(self) -> str:
+        return "LLaMA" if self.family == ENCODER else self.family
 
     @property
     def number(self) -> int:
-        return FAMILIES.index(self.family)
+        return FAMILIES.index(self.policy)
 
     @property
     def template(self) -> str:
@@ -75,7 +108,15 @@ class Case:
     @property
     def pairs(self) -> bool:
         """Whether its reward model learns from preferences, and not from scores."""
-        return (self.number + METHODS.index(self.method)) % 2 == 1
+        return (self.number + self.lora) % 2 == 1
+
+    @property
+    def critic_judges(self) -> bool:
+        """Whether its critic starts as the reward model; otherwise it starts at 0."""
+        return self.family not in (ENCODER, "Flan-T5")
+
+
+CASES = [Case(family, lora) for lora in (False, True) for family in FAMILIES] + [Case(ENCODER)]
 
 
 # ----- what a user brings
@@ -120,28 +161,28 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer that opens or closes a text as the family's does."""
     texts = [message["content"] for row in TRAIN for message in row]
     tokenizer = train_tokenizer(texts, VOCAB)
-    if family == "Flan-T5":
-        closed = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
-        tokenizer.backend_tokenizer.post_processor = closed
     if family in OPENED:
         tokenizer.add_special_tokens({"bos_token": "<s>"})
-        opened = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
-        tokenizer.backend_tokenizer.post_processor = opened
+    around = f"{tokenizer.bos_token or ''} $A {tokenizer.eos_token if family in CLOSED else ''}".strip()
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in tokenizer.all_special_tokens]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=special)
     return tokenizer
 
 
-def write_base(family: str, folder: Path) -> bool:
+def write_model(family: str, folder: Path) -> bool:
     """A model with random weights; returns whether it has dropout, so that what it computes in training is random."""
     torch.manual_seed(0)
     tokenizer = tokenizer_for(family)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids |= {"bos_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer)}
     if family == "Flan-T5":
-        sizes = dict(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64)
-        model = flan_t5(**sizes, **ids, decoder_start_token_id=ids["pad_token_id"])
+        model = flan_t5(d_model=32, d_kv=16, d_ff=64, **ids, decoder_start_token_id=tokenizer.pad_token_id)
+    elif family == ENCODER:
+        config = DebertaV2Config(**DEBERTA, **ids, max_position_embeddings=SAMPLING["max_length"], num_labels=1)
+        model = AutoModelForSequenceClassification.from_config(config)
     else:
-        config = type(CAUSAL[family]).from_dict(CAUSAL[family].to_dict() | ids)
-        config.update({"bos_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer)})
-        config.update({"max_position_embeddings": SAMPLING["max_length"]})
+        config = type(CAUSAL[family]).from_dict(CAUSAL[family].to_dict())
+        config.update(ids | {"max_position_embeddings": SAMPLING["max_length"]})
         model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -149,39 +190,41 @@ def write_base(family: str, folder: Path) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def configuration(case: Case, files: Path, base: Path, out: Path) -> Any:
-    """All rows in one batch, so that every step's loss is over all of them; microbatches where nothing depends on it."""
+def configuration(case: Case, folder: Path) -> Any:
+    """A run over what lies in ``folder``; all rows are one batch, so that each step's loss is over all of them."""
     stage = {"batch_size": len(TRAIN), "micro_batch_size": 4, "epochs": STEPS, "lr": 1e-2, "checkpoint_steps": 1}
     stage |= {"n_checkpoints_to_keep": STEPS, "max_sequence_length": SAMPLING["max_length"], "precision": "fp32"}
-    stage |= {"peft_enable": case.method == "LoRA"}
-    experts = case.family == "Mixtral"  # whose balance is over the rows of a backward
+    stage |= {"peft_enable": case.lora}
+    experts = case.policy == "Mixtral"  # whose balance is over the rows of a backward
     kind = "pairs" if case.pairs else "scores"
     return load_config(
         {
             "seed": SEED,
             "num_threads": 1,
-            "output_dir": str(out),
+            "output_dir": str(folder / "run"),
             "actor_config": stage
             | {
-                "model": str(base),
+                "model": str(folder / "base"),
                 "template": case.template,
                 "micro_batch_size": None if experts else 4,
-                "peft_config_path": str(files / "peft.yaml"),
-                "train_dataset_path": str(files / "actor_train.json"),
-                "validation_dataset_path": str(files / "actor_held_out.json"),
+                "peft_config_path": str(folder / "peft.yaml"),
+                "train_dataset_path": str(folder / "actor_train.json"),
+                "validation_dataset_path": str(folder / "actor_held_out.json"),
             },
             "reward_config": stage
             | {
+                "model": str(folder / "judge") if case.family == ENCODER else "actor",
                 "checkpoint_steps": 100,
                 "model_head_hidden_size": 16 if case.number % 3 == 0 else None,
-                "train_dataset_path": str(files / f"{kind}_train.json"),
-                "validation_dataset_path": str(files / f"{kind}_held_out.json"),
+                "train_dataset_path": str(folder / f"{kind}_train.json"),
+                "validation_dataset_path": str(folder / f"{kind}_held_out.json"),
             },
-            "critic_config": {"peft_enable": case.method == "LoRA"},
+            "critic_config": {"peft_enable": case.lora},
             "trainer_config": {
-                "examples_path": str(files / "prompts_train.json"),
-                "validation_examples_path": str(files / "prompts_held_out.json"),
+                "examples_path": str(folder / "prompts_train.json"),
+                "validation_examples_path": str(folder / "prompts_held_out.json"),
                 "num_rollouts": len(TRAIN),
+                "chunk_size": 5,
                 "total_episodes": 2 * len(TRAIN),
                 "batch_size": len(TRAIN) // 2,
                 "ppo_epochs": 2,
@@ -212,12 +255,14 @@ def questions(case: Case, folder: Path) -> list[Asked]:
     """Run all stages in ``folder`` and ask for everything that they computed."""
     base, out = folder / "base", folder / "run"
     write_files(folder)
-    dropout = write_base(case.family, base)
+    dropout = write_model(case.policy, base)
+    if case.family == ENCODER:
+        write_model(ENCODER, folder / "judge")
     with watched() as (trainers, rollouts):
-        run(configuration(case, folder, base, out))
+        run(configuration(case, folder))
     metrics = {(row["stage"], row["step"]): row for row in _merged(records(out, "metrics.jsonl"))}
     asked = [*sft_losses(out, base, metrics, dropout), *reward_scores(case, out, metrics)]
-    asked += rl_rollouts(out, metrics, rollouts)
+    asked += rl_rollouts(case, out, metrics, rollouts)
     return [*asked, greedy_rollout(trainers[-1], out)]
 
 
@@ -245,7 +290,8 @@ def sft_losses(out: Path, base: Path, metrics: dict, dropout: bool) -> list[Aske
 
 def reward_scores(case: Case, out: Path, metrics: dict) -> list[Asked]:
     """Scores of whole conversations, and what the last evaluation of the REWARD stage made of them."""
-    rows = [row for each in judged(HELD_OUT, case.pairs) for row in (each.get("messages"), each.get("chosen"), each.get("rejected")) if row]
+    held_out = judged(HELD_OUT, case.pairs)
+    rows = [row[name] for row in held_out for name in ("messages", "chosen", "rejected") if name in row]
     settings = json.loads((out / "reward" / "reward_model.json").read_text())
     replies = [{"conversation": row, "finished": True} for row in rows]
     question = {"ask": "scores", "folder": str(out / "reward"), "replies": replies}
@@ -255,77 +301,72 @@ def reward_scores(case: Case, out: Path, metrics: dict) -> list[Asked]:
         if case.pairs:
             margins = [(a - b) / settings["scale"] for a, b in zip(scores[::2], scores[1::2], strict=True)]
             return {"loss/eval": statistics.fmean(math.log1p(math.exp(-margin)) for margin in margins)}
-        given = [row["score"] for row in judged(HELD_OUT, pairs=False)]
-        squares = statistics.fmean((a - b) ** 2 for a, b in zip(scores, given, strict=True))
+        squares = statistics.fmean((a - row["score"]) ** 2 for a, row in zip(scores, held_out, strict=True))
         return {"loss/eval": squares / settings["scale"] ** 2, "reward/rmse": math.sqrt(squares)}
 
     return [Asked("reward", question, {name: last[name] for name in evaluated([0.0] * len(rows))}, evaluated)]
 
 
-def rl_rollouts(out: Path, metrics: dict, rollouts: list) -> list[Asked]:
-    """The first and the last rollouts of held-out prompts and the first of training, with all that was made of them.
+def rl_rollouts(case: Case, out: Path, metrics: dict, rollouts: list) -> Iterator[Asked]:
+    """The first rollout of held-out prompts, the first that was learned from, and the last of held-out prompts.
 
-    Before the first update policy and reference are the fine-tuned actor and the critic, where it starts from the
-    reward model, is that; behind the last update they are the folders that the run left.
+    Before the first update policy and critic are the fine-tuned actor and the reward model; after the last one they are
+    folders of their own.
     """
-    first = "actor", "reward"
-    asked = []
-    for (policy, critic), seed, step, prefix, (rollout, scores, read) in (
-        (first, step_seed(SEED, 0, "held-out"), 0, "eval/", rollouts[0]),
-        (first, step_seed(SEED, 0, "rollout"), 1, "", rollouts[1]),
-        (("actor_rl", "critic"), step_seed(SEED, 0, "held-out"), 2, "eval/", rollouts[-1]),
+    for number, purpose, policy, critic, step, prefix in (
+        (0, "held-out", "actor", "reward", 0, "eval/"),
+        (1, "rollout", "actor", "reward", 1, ""),
+        (-1, "held-out", "actor_rl", "critic", 2, "eval/"),
     ):
-        prompts = [_messages(prompt.turns[-1].text) for prompt in rollout.prompts.prompts]
-        replies = _rows(rollout.response_ids, rollout)
-        is_copy = critic == "reward" and not any(map(any, _rows(read.values, rollout)))
+        logged, (rollout, scores, read) = metrics["RL", step], rollouts[number]
         question = {
             "ask": "rollout",
             "policy": str(out / policy),
             "reference": str(out / "actor"),
-            "critic": None if is_copy else str(out / critic),
-            "prompts": prompts,
-            "replies": replies,
-            "seed": seed,
+            "critic": str(out / critic) if critic == "critic" or case.critic_judges else None,
+            "prompts": [prompt_of(prompt.turns[-1].text) for prompt in rollout.prompts.prompts],
+            "replies": real(rollout.response_ids, rollout),
+            "seed": step_seed(SEED, 0, purpose),
             "sampling": SAMPLING,
         }
-        row = metrics["RL", step]
-
-        def ask(quantity: str, said: Any, name: str, question: dict = question) -> None:
-            asked.append(Asked(quantity, question, said, lambda answer: answer[name]))
-
-        ask("log-probabilities", _rows(read.logprobs, rollout), "logprobs")
-        ask("log-probabilities", _rows(rollout.sampling_logprobs, rollout), "logprobs")
-        ask("log-probabilities", _rows(read.ref_logprobs, rollout), "reference_logprobs")
-        ask("entropy", _rows(read.entropy, rollout), "entropy")
-        ask("KL", row["eval/kl" if prefix else "kl/ref"], "kl")
-        ask("rollouts", [[0.0] * len(reply) for reply in replies], "drawn")
-        ask("rollouts", rollout.finished.tolist(), "finished")
-        ask("rollouts", [True] * len(replies), "complete")
-        if not is_copy:
-            ask("values", _rows(read.values, rollout), "values")
-        asked += _rewards(out, prompts, replies, rollout, scores, row["eval/reward" if prefix else "reward/mean"])
-    return asked
-
-
-def _rewards(out: Path, prompts: list, replies: list, rollout: Rollout, scores: torch.Tensor, mean: float) -> list[Asked]:
-    """A policy's replies as the reward model read them."""
-    given = [{"prompt": prompt, "reply_ids": reply} for prompt, reply in zip(prompts, replies, strict=True)]
-    if json.loads((out / "reward" / "reward_model.json").read_text())["pooling"] == "start":
-        # Prompt and reply are read as one text, which is encoded anew.
-        given = [
-            {"conversation": [*prompt, {"role": "assistant", "content": text}], "finished": finished}
-            for prompt, text, finished in zip(prompts, rollout.completions, rollout.finished.tolist(), strict=True)
+        said = [
+            ("log-probabilities", "logprobs", real(read.logprobs, rollout)),
+            ("log-probabilities", "logprobs", real(rollout.sampling_logprobs, rollout)),
+            ("log-probabilities", "reference_logprobs", real(read.ref_logprobs, rollout)),
+            ("entropy", "entropy", real(read.entropy, rollout)),
+            ("KL", "kl", logged["eval/kl" if prefix else "kl/ref"]),
+            ("sampled", "outside", real(torch.zeros_like(read.logprobs), rollout)),
+            ("sampled", "finished", rollout.finished.tolist()),
+            ("sampled", "complete", [True] * len(rollout)),
+            ("values", "values", real(read.values, rollout)),
         ]
-    question = {"ask": "scores", "folder": str(out / "reward"), "replies": given}
-    return [Asked("reward", question, scores.tolist()), Asked("reward", question, mean, statistics.fmean)]
+        yield from (Asked(quantity, question, value, itemgetter(name)) for quantity, name, value in said)
+        question = {"ask": "scores", "folder": str(out / "reward"), "replies": judged_replies(out, question, rollout)}
+        yield Asked("reward", question, scores.tolist())
+        yield Asked("reward", question, logged["eval/reward" if prefix else "reward/mean"], statistics.fmean)
+        if number == 1:
+            shown = [row["score"] for row in records(out, "samples.jsonl") if row["step"] == step]
+            yield Asked("reward", question, shown, itemgetter(slice(len(shown))))
 
 
-def _messages(asked: str) -> list[dict[str, str]]:
-    """The prompt of the files whose last message says so."""
-    return next(row[:-1] for row in (*TRAIN, *HELD_OUT) if row[-2]["content"] == asked)
+def judged_replies(out: Path, question: dict[str, Any], rollout: Rollout) -> list[dict[str, Any]]:
+    """Replies as the reward model reads them: the sampled ids where prompt and reply are one row, or texts."""
+    prompts = question["prompts"]
+    if json.loads((out / "reward" / "reward_model.json").read_text())["pooling"] == "last":
+        pairs = zip(prompts, question["replies"], strict=True)
+        return [{"prompt": prompt, "reply_ids": reply} for prompt, reply in pairs]
+    return [
+        {"conversation": [*prompt, {"role": "assistant", "content": text}], "finished": finished}
+        for prompt, text, finished in zip(prompts, rollout.completions, rollout.finished.tolist(), strict=True)
+    ]
 
 
-def _rows(values: torch.Tensor, rollout: Rollout) -> list[list[Any]]:
+def prompt_of(text: str) -> list[dict[str, str]]:
+    """The prompt of the files whose last message this is."""
+    return next(row[:-1] for row in (*TRAIN, *HELD_OUT) if row[-2]["content"] == text)
+
+
+def real(values: torch.Tensor, rollout: Rollout) -> list[list[Any]]:
     """Of [B, R] what is real, row by row."""
     return [row[mask].tolist() for row, mask in zip(values, rollout.response_mask, strict=True)]
 
@@ -337,4 +378,4 @@ def greedy_rollout(trainer: PPOTrainer, out: Path) -> Asked:
     rollout = cold.generate(trainer.held_out.prompts, seed=0)
     prompts = [row[:-1] for row in HELD_OUT]
     question = {"ask": "greedy", "folder": str(out / "actor_rl"), "prompts": prompts, "sampling": SAMPLING}
-    return Asked("greedy", question, _rows(rollout.response_ids, rollout))
+    return Asked("greedy", question, real(rollout.response_ids, rollout))

@@ -216,14 +216,18 @@ def rollout(
 ) -> dict[str, Any]:
     """What the models of a PPO step make of sampled replies.
 
+    Args:
+        critic: None: one that has learned nothing yet, whose values are 0.
+        seed: of the random numbers that the replies are drawn by, one a token in rows of the longest limit.
+
     Returns:
-        ``logprobs``, ``reference_logprobs``, ``entropy`` and, with a critic, ``values``: a list a reply, one number a
-        token; ``kl``: nats a reply, the mean over replies of the summed log-ratios; ``drawn``: of each token, how far
-        the random number of its draw lies outside of the token's share of the distribution, 0 where it is inside;
-        ``finished``: whether each reply was ended by EOS; ``complete``: whether it ended there, or at its limit.
+        ``logprobs``, ``reference_logprobs``, ``entropy``, ``values``: a list a reply, a number a token; ``kl``: nats a
+        reply, the mean over replies of the summed log-ratios; ``outside``: of each token, how far the random number of
+        its draw lies outside of the token's share of the distribution, 0 where it is inside; ``finished``: whether each
+        reply was ended by EOS; ``complete``: whether it ended there, or at its limit.
     """
-    tokenizer, width = tokenizer_of(policy), 0
-    found: dict[str, Any] = {name: [] for name in ("logprobs", "reference_logprobs", "entropy", "values", "drawn")}
+    tokenizer = tokenizer_of(policy)
+    found: dict[str, Any] = {name: [] for name in ("logprobs", "reference_logprobs", "entropy", "values", "outside")}
     ids_of = [prompt_ids(policy, prompt) for prompt in prompts]
     width = max(new_token_limit(sampling, prompt) for prompt in ids_of)
     random_numbers = torch.rand(len(prompts), width, generator=torch.Generator().manual_seed(seed))
@@ -236,22 +240,20 @@ def rollout(
         found["logprobs"].append(logprobs.gather(1, at)[:, 0].tolist())
         found["reference_logprobs"].append(reference_logprobs.gather(1, at)[:, 0].tolist())
         found["entropy"].append((-(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(dim=1)).tolist())
-        if critic is not None:  # before a token its value is what the head says behind the one before
-            found["values"].append(heads_output(critic, prompt, reply)[-len(reply) - 1 : -1].tolist())
+        # A token's value is what the head says behind the token before it.
+        values = heads_output(critic, prompt, reply)[-len(reply) - 1 : -1] if critic else torch.zeros(len(reply))
+        found["values"].append(values.tolist())
         # A token is drawn where the random number falls among the shares laid end to end.
         ends = logprobs.double().exp().cumsum(dim=1)
         upper = ends.gather(1, at)[:, 0]
         lower = upper - logprobs.double().exp().gather(1, at)[:, 0]
         number = row[: len(reply)].double()
-        found["drawn"].append(torch.maximum(lower - number, number - upper).clamp(min=0).tolist())
-    ratios = [
-        sum(own) - sum(other) for own, other in zip(found["logprobs"], found["reference_logprobs"], strict=True)
-    ]
+        found["outside"].append(torch.maximum(lower - number, number - upper).clamp(min=0).tolist())
+    ratios = [sum(own) - sum(other) for own, other in zip(found["logprobs"], found["reference_logprobs"], strict=True)]
     found["kl"] = sum(ratios) / len(ratios)
     found["finished"] = [reply[-1] == tokenizer.eos_token_id for reply in replies]
     found["complete"] = [
-        tokenizer.eos_token_id not in reply[:-1]
-        and (finished or len(reply) == new_token_limit(sampling, prompt))
+        tokenizer.eos_token_id not in reply[:-1] and (finished or len(reply) == new_token_limit(sampling, prompt))
         for prompt, reply, finished in zip(ids_of, replies, found["finished"], strict=True)
     ]
     return found

@@ -1,0 +1,51 @@
+"""All that a run computes is what plain transformers computes from the folders that it left, to five decimals.
+
+`python tests/oracle/compare.py` prints the table.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+from compare import QUANTITIES, Oracle, differences
+from product_run import CASES, Case
+from recompute import Blocker
+
+TOLERANCE = 1e-5
+CANARIES = ("LLaMA", "Flan-T5/LoRA")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Iterator[Oracle]:
+    made = Oracle()
+    yield made
+    assert made.close() == 0
+
+
+@pytest.fixture(autouse=True)
+def what_is_imported_is_not_garbage() -> Iterator[None]:
+    """Trainers collect garbage several times a run, most of the time among the objects of what they have imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def marked(case: Case) -> object:
+    return pytest.param(case, id=case.name, marks=() if case.name in CANARIES else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+def test_a_run_is_recomputed_from_what_it_left(case, oracle, tmp_path):
+    found = differences(case, tmp_path, oracle)
+    assert set(found) >= set(QUANTITIES) - {"values"} and max(found.values()) <= TOLERANCE, found
+
+
+def test_the_oracle_cannot_import_what_it_checks():
+    for name in ("chatrlhf", "chatrlhf.models"):
+        with pytest.raises(ImportError, match="without chatrlhf"):
+            Blocker().find_spec(name)
+    assert Blocker().find_spec("transformers") is None
