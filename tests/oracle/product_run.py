@@ -18,6 +18,7 @@ import yaml
 from families import CAUSAL, VOCAB
 from small_run import records
 from tiny import flan_t5
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
@@ -84,14 +85,16 @@ class Case:
     Args:
         family: of the policy and the reward model; `ENCODER` is a reward model's alone.
         lora: whether adapters are trained, and not the weights themselves.
+        sentencepiece: whether the tokenizer is of Llama 2's kind, to which the start of a text is special.
     """
 
     family: str
     lora: bool = False
+    sentencepiece: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.family}/LoRA" if self.lora else self.family
+        return self.family + "/LoRA" * self.lora + "/SentencePiece" * self.sentencepiece
 
     @property
     def policy(self) -> str:
@@ -111,12 +114,23 @@ class Case:
         return (self.number + self.lora) % 2 == 1
 
     @property
+    def experts(self) -> bool:
+        """Whether a batch's loss is not its rows' alone: the balance of experts is that of a whole batch."""
+        return self.policy == "Mixtral"
+
+    @property
+    def held_out(self) -> list[list[dict[str, str]]]:
+        """Held-out rows of the ACTOR stage."""
+        return HELD_OUT if self.experts else TWO_BATCHES
+
+    @property
     def critic_judges(self) -> bool:
         """Whether its critic starts as the reward model; otherwise it starts at 0."""
         return self.family not in (ENCODER, "Flan-T5")
 
 
-CASES = [Case(family, lora) for lora in (False, True) for family in FAMILIES] + [Case(ENCODER)]
+CASES = [Case(family, lora) for lora in (False, True) for family in FAMILIES]
+CASES += [Case(ENCODER), Case("LLaMA", sentencepiece=True)]
 
 
 # ----- what a user brings
@@ -134,6 +148,7 @@ def conversations(number: int, first: int = 0) -> list[list[dict[str, str]]]:
 
 
 TRAIN, HELD_OUT = conversations(12), conversations(6, first=12)
+TWO_BATCHES = [*HELD_OUT, *conversations(14, first=18)]  # held-out rows that one batch has no room for
 
 
 def judged(rows: list[list[dict[str, str]]], pairs: bool) -> list[dict[str, Any]]:
@@ -153,6 +168,8 @@ def write_files(folder: Path) -> None:
         }
         for kind, content in files.items():
             (folder / f"{kind}_{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    rows = [{"messages": row} for row in TWO_BATCHES]
+    (folder / "two_batches.json").write_text(json.dumps(rows), encoding="utf-8")
     peft = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all"}
     (folder / "peft.yaml").write_text(yaml.safe_dump(peft), encoding="utf-8")
 
@@ -169,10 +186,25 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def write_model(family: str, folder: Path) -> bool:
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """As transformers makes Llama 2's: a blank before the first word only, and bytes for what has no token."""
+    model = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
+    model.train_from_iterator([message["content"] for row in TRAIN for message in row], trainer)
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    blanks = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    model.decoder = decoders.Sequence(list(blanks))
+    model.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=model, **names, clean_up_tokenization_spaces=False)
+
+
+def write_model(family: str, folder: Path, sentencepiece: bool = False) -> bool:
     """A model with random weights; returns whether it has dropout, so that what it computes in training is random."""
     torch.manual_seed(0)
-    tokenizer = tokenizer_for(family)
+    tokenizer = sentencepiece_tokenizer() if sentencepiece else tokenizer_for(family)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     ids |= {"bos_token_id": tokenizer.bos_token_id, "vocab_size": len(tokenizer)}
     if family == "Flan-T5":
@@ -195,7 +227,6 @@ def configuration(case: Case, folder: Path) -> Any:
     stage = {"batch_size": len(TRAIN), "micro_batch_size": 4, "epochs": STEPS, "lr": 1e-2, "checkpoint_steps": 1}
     stage |= {"n_checkpoints_to_keep": STEPS, "max_sequence_length": SAMPLING["max_length"], "precision": "fp32"}
     stage |= {"peft_enable": case.lora}
-    experts = case.policy == "Mixtral"  # whose balance is over the rows of a backward
     kind = "pairs" if case.pairs else "scores"
     return load_config(
         {
@@ -206,10 +237,12 @@ def configuration(case: Case, folder: Path) -> Any:
             | {
                 "model": str(folder / "base"),
                 "template": case.template,
-                "micro_batch_size": None if experts else 4,
+                "micro_batch_size": None if case.experts else 4,
                 "peft_config_path": str(folder / "peft.yaml"),
                 "train_dataset_path": str(folder / "actor_train.json"),
-                "validation_dataset_path": str(folder / "actor_held_out.json"),
+                "validation_dataset_path": str(
+                    folder / ("actor_held_out.json" if case.experts else "two_batches.json")
+                ),
             },
             "reward_config": stage
             | {
@@ -243,27 +276,27 @@ def configuration(case: Case, folder: Path) -> Any:
 @contextmanager
 def watched() -> Iterator[tuple[list[PPOTrainer], list[tuple[Rollout, torch.Tensor, Likelihoods]]]]:
     """The trainer of an RL stage that runs inside, and every rollout that it scored, in their order."""
-    trainers, rollouts = [], []
+    seen, rollouts = [], []
     train, read = PPOTrainer.train, Scorer.read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PPOTrainer, "train", lambda self, *args: trainers.append(self) or train(self, *args))
+        patch.setattr(PPOTrainer, "train", lambda self, *args: seen.append(self) or train(self, *args))
         patch.setattr(Scorer, "read", lambda self, *args: rollouts.append(read(self, *args)) or rollouts[-1])
-        yield trainers, rollouts
+        yield seen, rollouts
 
 
 def questions(case: Case, folder: Path) -> list[Asked]:
     """Run all stages in ``folder`` and ask for everything that they computed."""
     base, out = folder / "base", folder / "run"
     write_files(folder)
-    dropout = write_model(case.policy, base)
+    dropout = write_model(case.policy, base, case.sentencepiece)
     if case.family == ENCODER:
         write_model(ENCODER, folder / "judge")
-    with watched() as (trainers, rollouts):
+    with watched() as (seen, rollouts):
         run(configuration(case, folder))
     metrics = {(row["stage"], row["step"]): row for row in _merged(records(out, "metrics.jsonl"))}
-    asked = [*sft_losses(out, base, metrics, dropout), *reward_scores(case, out, metrics)]
+    asked = [*sft_losses(case, out, base, metrics, dropout), *reward_scores(case, out, metrics)]
     asked += rl_rollouts(case, out, metrics, rollouts)
-    return [*asked, greedy_rollout(trainers[-1], out)]
+    return [*asked, greedy_rollout(seen[-1], out)]
 
 
 def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -274,7 +307,7 @@ def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
-def sft_losses(out: Path, base: Path, metrics: dict, dropout: bool) -> list[Asked]:
+def sft_losses(case: Case, out: Path, base: Path, metrics: dict, dropout: bool) -> list[Asked]:
     """The loss of each step by the weights before it, and the held-out loss before the first and after the last."""
     weights = [base, *(out / "checkpoints" / "ACTOR" / f"step-{step:06d}" for step in range(1, STEPS)), out / "actor"]
 
@@ -282,7 +315,7 @@ def sft_losses(out: Path, base: Path, metrics: dict, dropout: bool) -> list[Aske
         question = {"ask": "sft_loss", "folder": str(folder), "conversations": rows, "ids_of": str(out / "actor")}
         return Asked("SFT loss", question, said)
 
-    asked = [loss(weights[step], HELD_OUT, metrics["ACTOR", step]["loss/eval"]) for step in range(STEPS + 1)]
+    asked = [loss(weights[step], case.held_out, metrics["ACTOR", step]["loss/eval"]) for step in range(STEPS + 1)]
     if not dropout:
         asked += [loss(weights[step], TRAIN, metrics["ACTOR", step + 1]["loss/train"]) for step in range(STEPS)]
     return asked
