@@ -7,11 +7,12 @@ python tests/oracle/compare.py LLaMA/LoRA Flan-T5   of these
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -65,20 +66,17 @@ def differences(case: Case, folder: Path, oracle: Callable[[dict[str, Any]], Any
 
 
 def difference(said: Any, answer: Any) -> float:
-    """The largest difference of two equal structures of numbers: absolute up to 1, relative beyond, as floats round."""
-    return max((abs(a - b) / max(1.0, abs(b)) for a, b in _numbers(said, answer)), default=0.0)
+    """The largest difference of two structures of numbers: absolute up to 1, relative beyond, as floats round.
 
-
-def _numbers(said: Any, answer: Any) -> Iterator[tuple[float, float]]:
+    It is infinite where the structures are not the same: replies of other lengths, for instance.
+    """
     if isinstance(said, dict):
-        assert said.keys() == answer.keys(), f"{said} is of another shape than {answer}"
         said, answer = list(said.values()), [answer[name] for name in said]
-    if isinstance(said, list):
-        assert len(said) == len(answer), f"{said} is of another shape than {answer}"
-        for a, b in zip(said, answer, strict=True):
-            yield from _numbers(a, b)
-    else:
-        yield float(said), float(answer)
+    if not isinstance(said, list):
+        return abs(said - answer) / max(1.0, abs(answer))
+    if len(said) != len(answer):
+        return math.inf
+    return max(map(difference, said, answer), default=0.0)
 
 
 def row(case: Case, found: dict[str, float]) -> str:
