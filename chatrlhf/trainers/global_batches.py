@@ -86,6 +86,7 @@ class GlobalBatches:
 
     def __init__(self, *args: Any, order: EpochOrder | StreamOrder, **kwargs: Any) -> None:
         self.order = order
+        self.evaluated: list[tuple[float, int]] = []  # mean loss and labels of each held-out batch
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, *args: Any) -> EpochOrder | StreamOrder:
@@ -122,6 +123,22 @@ class GlobalBatches:
         if share is None:
             return result
         return (share * result[0], result[1]) if return_outputs else share * result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The held-out loss as a mean over labels, as in training; the trainer averages batches by their rows."""
+        self.evaluated = []
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.evaluated:
+            losses, labels = torch.tensor(self.evaluated, dtype=torch.float64).unbind(dim=1)
+            output.metrics["eval_loss"] = float(losses @ labels / labels.sum())
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        labels = self._get_num_items_in_batch([inputs], self.args.device)  # before the step takes them out
+        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        if labels is not None:
+            self.evaluated.append((float(loss), int(labels)))
+        return loss, *rest
 
 
 class _Loader(DataLoader):
