@@ -15,8 +15,8 @@ PACKAGE = ROOT / "chatrlhf"
 
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
-    ("errors", "conversation", "types", "functional", "config"),
-    ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples", "sharding"),
+    ("errors", "boundary", "conversation", "types", "functional", "config"),
+    ("device", "disk", "distributed", "heap", "lanes", "progress", "data", "models", "samples", "sharding"),
     ("generation", "inspection"),
     ("rl",),
     ("evaluation", "synth"),

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.schema import Config
@@ -104,11 +105,12 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
     Raises:
         MissingError: it exists in neither place; both are named.
     """
-    path = Path(value).expanduser()
-    tried = [path] if path.is_absolute() else [base / path for base in (config.base_dir, Path.cwd()) if base]
-    for candidate in tried:
-        if candidate.exists():
-            return candidate
+    with doing(f"{key}: finding the file", value, untrusted=True):
+        path = Path(value).expanduser()
+        tried = [path] if path.is_absolute() else [base / path for base in (config.base_dir, Path.cwd()) if base]
+        for candidate in tried:
+            if candidate.exists():
+                return candidate
     places = " and ".join(dict.fromkeys(str(candidate) for candidate in tried))
     raise MissingError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.checks import check_micro_batch, refuse_checkpoint_name
 from chatrlhf.config.datasets import DataKeys
 from chatrlhf.config.launch import LaunchKeys
@@ -193,7 +194,9 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """Folder that holds everything this run leaves behind."""
-        return Path(self.output_dir or self.actor_config.model_folder or "./models").expanduser()
+        folder = self.output_dir or self.actor_config.model_folder or "./models"
+        with doing("output_dir", folder, untrusted=True):  # "~user" may be unknown
+            return Path(folder).expanduser()
 
     @property
     def notes(self) -> list[str]:

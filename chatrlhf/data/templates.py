@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chatrlhf.boundary import doing
 from chatrlhf.conversation import Prompt, Turn
 from chatrlhf.errors import ConfigError, DataError
 
@@ -223,7 +224,8 @@ def get_template(
         places = [base / Path(name).expanduser() for base in (folder, Path.cwd()) if base is not None]
         for place in places:
             if place.is_file():
-                return Template(place.read_text(encoding="utf-8"))
+                with doing(f"{key}: reading", place):
+                    return Template(place.read_text(encoding="utf-8"))
         raise ConfigError(f"{key}: there is no file {' or '.join(map(str, dict.fromkeys(places)))}; correct the path")
     if name.count(PLACEHOLDER) == 1:
         return _from_text(*name.split(PLACEHOLDER))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from chatrlhf.boundary import doing
 from chatrlhf.distributed import gather_results, is_main
 from chatrlhf.errors import RewardError
 from chatrlhf.generation.sampler import Sampler
@@ -98,14 +99,15 @@ class HeldOut:
 def _criteria(function: EvalFunction | None, prompts: list[str], completions: list[str]) -> dict[str, list[float]]:
     if function is None:
         return {}
-    judged = list(function(list(prompts), list(completions)))
+    with doing("calling trainer_config.eval_fn", untrusted=True):
+        judged = list(function(list(prompts), list(completions)))
     if len(judged) != len(completions):
         raise RewardError(
             f"trainer_config.eval_fn returned {len(judged)} results for {len(completions)} completions; return one each"
         )
-    rows = [dict(row) if isinstance(row, Mapping) else {"score": float(row)} for row in judged]
-    names = list(rows[0])
-    try:
-        return {name: [float(row[name]) for row in rows] for name in names}
-    except KeyError as error:
-        raise RewardError(f"trainer_config.eval_fn: a completion lacks the criterion {error}") from None
+    with doing("trainer_config.eval_fn: reading what it returned", untrusted=True):
+        rows = [dict(row) if isinstance(row, Mapping) else {"score": float(row)} for row in judged]
+        try:
+            return {name: [float(row[name]) for row in rows] for name in rows[0]}
+        except KeyError as error:
+            raise RewardError(f"trainer_config.eval_fn: a completion lacks the criterion {error}") from None

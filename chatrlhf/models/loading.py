@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.models.adapters import base_of, config_of, merged, revision_of_base
 from chatrlhf.models.backbone import backbone_of, head_stays_apart, language_model_class
+from chatrlhf.models.config_sizes import check_sizes
 from chatrlhf.models.meta_files import how_to_convert
 from chatrlhf.models.quantization import how_quantized, never_repack
 from chatrlhf.models.rope import stretch_positions
@@ -25,10 +27,12 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     Raises:
         ConfigError: there is none, or nothing in it to stretch; it names the key.
     """
-    place = config_of(name)
-    kwargs = hub_kwargs(section) | revision_of_base(name)
-    settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **kwargs))
-    leave_router_logits(settings)
+    with doing(f"{key}: reading the configuration of", name, untrusted=True):
+        place = config_of(name)
+        kwargs = hub_kwargs(section) | revision_of_base(name)
+        settings = _explained(key, place, lambda: AutoConfig.from_pretrained(place, **kwargs))
+        check_sizes(settings, key, place)
+        leave_router_logits(settings)
     if section is not None and section.rope_scaling is not None:
         stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
     return settings

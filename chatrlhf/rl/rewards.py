@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from chatrlhf.boundary import doing
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.errors import ConfigError, RewardError
@@ -45,7 +46,9 @@ class FunctionReward:
 
     def texts(self, prompts: list[str], completions: list[str]) -> Tensor:
         """Scores of texts. Raises RewardError where they are not one finite number each."""
-        return checked_scores(self.function(list(prompts), list(completions)), completions, self.name)
+        with doing(f"calling the reward function {self.name}", untrusted=True):
+            scores = self.function(list(prompts), list(completions))
+        return checked_scores(scores, completions, self.name)
 
 
 @dataclass
@@ -112,10 +115,13 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key}: expected 'package.module:function', got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{key}: module {module_name!r} cannot be imported ({error})") from None
+    with doing(f"{key}: importing the module", module_name, untrusted=True):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # it is there, and imports one that is not
+            raise ConfigError(f"{key}: module {module_name!r} cannot be imported ({error})") from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"{key}: module {module_name!r} has no function {function_name!r}")

@@ -178,7 +178,7 @@ def run_trainer(
         Interrupted: a signal asked to stop; a checkpoint is there.
         CheckpointError: the checkpoints are damaged, of another model, or dealt out in another way.
     """
-    files.begin()
+    files.begin(model)
     stage, store = files.stage, files.store
     newest = store.newest() if files.resume else None
     done, path = newest or (0, None)

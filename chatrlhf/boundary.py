@@ -1,0 +1,199 @@
+"""Boundary to the outside world: what it does wrong becomes one line for people, its traceback a log file.
+
+`doing` goes around what a disk, a file, memory or another library can break, and says what was being done. A fault of
+this package is left alone: it keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import pickle
+import re
+import sys
+import sysconfig
+import tempfile
+import traceback
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from chatrlhf.errors import OutsideError, UserError
+
+PACKAGE = str(Path(__file__).parent) + os.sep
+LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
+
+OUTSIDE = (
+    OSError,
+    MemoryError,
+    EOFError,
+    UnicodeError,
+    json.JSONDecodeError,
+    csv.Error,
+    zlib.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+# By name, because `--help` imports none of these packages; a class stands for those derived from it, too.
+OUTSIDE_NAMES = {
+    "httpx.HTTPError",
+    "huggingface_hub.StrictDataclassError",
+    "jinja2.TemplateError",
+    "openai.OpenAIError",
+    "pyarrow.ArrowException",
+    "pyo3_runtime.PanicException",
+    "safetensors.SafetensorError",
+    "torch.DistError",
+    "torch.OutOfMemoryError",
+    "yaml.YAMLError",
+}
+# PyTorch raises a bare RuntimeError for these.
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
+TORCH_FILE = re.compile(r"PytorchStream(Reader|Writer)|inline_container")
+LOST_PROCESS = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL")
+OS_ERROR = re.compile(r"os error (\d+)")  # how Rust's libraries say errno
+
+LESS_MEMORY = (
+    "lower micro_batch_size or max_sequence_length, or train adapters (peft_enable); --dry-run estimates what is needed"
+)
+MORE_ROOM = "make room there; training then continues with --resume"
+REMEDIES = {
+    errno.ENOSPC: MORE_ROOM,
+    errno.EDQUOT: MORE_ROOM,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f); training then continues with --resume",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENAMETOOLONG: "shorten the path",
+    errno.ENOTDIR: "a part of the path is a file; name a folder",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "remove it, or name another place",
+}
+ASK_FOR_REPORT = (
+    "this is a fault in chatrlhf, not in your files; please report it with the lines above, the command and the "
+    "configuration"
+)
+
+
+class Reason(NamedTuple):
+    """Why something failed, and what can be done about it ("" where nothing is known)."""
+
+    text: str
+    remedy: str = ""
+
+
+@contextmanager
+def doing(what: str, path: object = None, untrusted: bool = False) -> Iterator[None]:
+    """Say what is being done, in case the outside world makes it fail.
+
+    Args:
+        what: a key, stage or action, such as ``"reading the tokenizer in"``.
+        path: file or folder, where one is concerned.
+        untrusted: what is read comes from outside and a library reads it, so that each of that library's errors, and
+            each error of the block's own lines, is a fault of the input. Where it is a user's code, its line is named.
+
+    Raises:
+        OutsideError: in place of such a failure, which is its cause. A `UserError` is left as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        calls = list(traceback.walk_tb(error.__traceback__))[1:]  # the first is this one
+        functions = [
+            call for call in calls[1:] if not call[0].f_code.co_name.startswith("<")
+        ]  # no <listcomp>, <lambda>
+        is_input = untrusted and (not functions or not _file(calls[-1]).startswith(PACKAGE))
+        reason = _reason(error, is_input)
+        if reason is None:
+            raise
+        subject = what if path is None else f"{what} {str(path)!r}"
+        line = f"{subject}: {reason.text}{_users_line(calls)}" + (f"; {reason.remedy}" if reason.remedy else "")
+        raise OutsideError(line, "".join(traceback.format_exception(error))) from error
+
+
+def _file(call: tuple[FrameType, int]) -> str:
+    return call[0].f_code.co_filename
+
+
+def _users_line(calls: list[tuple[FrameType, int]]) -> str:
+    """The last line of a user's own code that was being executed."""
+    users = [call for call in calls if not _file(call).startswith((PACKAGE, "<", *LIBRARIES))]
+    return f" ({_file(users[-1])}, line {users[-1][1]})" if users else ""
+
+
+def _reason(error: BaseException, is_input: bool) -> Reason | None:
+    """Why the outside world made something fail; None for a fault of this package, or a wish to end."""
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
+        return Reason(f"out of memory ({_first_line(error)})", LESS_MEMORY)
+    if isinstance(error, BrokenPipeError):
+        return None  # whoever read the output has gone
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return Reason(": ".join([error.strerror, *names[:1]]), REMEDIES.get(error.errno, ""))
+    if (number := OS_ERROR.search(text)) is not None:
+        return Reason(os.strerror(int(number[1])), REMEDIES.get(int(number[1]), ""))
+    if isinstance(error, ImportError) and not (error.name or "").startswith("chatrlhf"):
+        return Reason(f"{_first_line(error)}", "install what is missing, in the versions of constraints.txt")
+    if isinstance(error, OUTSIDE) or _names(error) & OUTSIDE_NAMES:
+        return Reason(_first_line(error))
+    if isinstance(error, RuntimeError) and LOST_PROCESS.search(text):
+        return Reason(f"lost another process of this launch ({_first_line(error)})", "see why that one has ended")
+    if isinstance(error, RuntimeError) and TORCH_FILE.search(text):
+        return Reason(_first_line(error))
+    return Reason(_first_line(error)) if is_input and isinstance(error, (Exception, SystemExit)) else None
+
+
+def _names(error: BaseException) -> set[str]:
+    """Package and class of an error and of what it is derived from, such as "yaml.YAMLError"."""
+    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def line_of(error: UserError) -> str:
+    """An error in one line; where something outside has failed, with the log file that now holds the traceback."""
+    line = re.sub(r"\s*\n\s*", " ", str(error).strip())
+    if not isinstance(error, OutsideError):
+        return line
+    details = "\n".join([error.details, *traceback.format_exception(error, chain=False)])
+    log = _written((error.run_dir, Path(tempfile.gettempdir())), details)
+    return f"{line} (traceback: {log})" if log else f"{line} (no place can be written to for its traceback)"
+
+
+def _written(folders: Iterable[Path | None], details: str) -> Path | None:
+    """A new log file in the first of the folders that is there and can be written to."""
+    for folder in folders:
+        with suppress(OSError):
+            if folder is not None and folder.is_dir():
+                return _new_log(folder, details)
+    return None
+
+
+def _new_log(folder: Path, details: str) -> Path:
+    handle, name = tempfile.mkstemp(".log", "error-", folder)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(details)
+    except OSError:
+        os.unlink(name)
+        raise
+    return Path(name)
+
+
+def show_fault() -> None:
+    """Print the traceback of a fault of this package, and ask for a report."""
+    traceback.print_exc()
+    print(f"error: {ASK_FOR_REPORT}", file=sys.stderr, flush=True)
