@@ -18,7 +18,7 @@ import tempfile
 import traceback
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from chatrlhf.errors import OutsideError, UserError
 
+OUR_FAULT, USER_ERROR, STOPPED = 1, 2, 130  # exit statuses
 PACKAGE = str(Path(__file__).parent) + os.sep
 LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
@@ -53,10 +54,13 @@ OUTSIDE_NAMES = {
     "torch.OutOfMemoryError",
     "yaml.YAMLError",
 }
+MOST_OF_PATH = 240  # characters in a message
+PARSERS = ("json", "yaml")  # they stop at what is nested too deeply
 # PyTorch raises a bare RuntimeError for these.
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
 TORCH_FILE = re.compile(r"PytorchStream(Reader|Writer)|inline_container")
 LOST_PROCESS = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL")
+BAD_PATH = re.compile(r"embedded null|home directory|Symlink loop")  # a ValueError or RuntimeError, says pathlib
 OS_ERROR = re.compile(r"os error (\d+)")  # how Rust's libraries say errno
 
 LESS_MEMORY = (
@@ -112,12 +116,21 @@ def doing(what: str, path: object = None, untrusted: bool = False) -> Iterator[N
             call for call in calls[1:] if not call[0].f_code.co_name.startswith("<")
         ]  # no <listcomp>, <lambda>
         is_input = untrusted and (not functions or not _file(calls[-1]).startswith(PACKAGE))
-        reason = _reason(error, is_input)
+        is_too_deep = isinstance(error, RecursionError) and _package(calls[-1]) in PARSERS
+        reason = _reason(error, is_input or is_too_deep)
         if reason is None:
             raise
-        subject = what if path is None else f"{what} {str(path)!r}"
+        subject = what if path is None else f"{what} {_shortened(str(path))!r}"
         line = f"{subject}: {reason.text}{_users_line(calls)}" + (f"; {reason.remedy}" if reason.remedy else "")
         raise OutsideError(line, "".join(traceback.format_exception(error))) from error
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= MOST_OF_PATH else f"{path[: MOST_OF_PATH // 2]}...{path[-MOST_OF_PATH // 2 :]}"
+
+
+def _package(call: tuple[FrameType, int]) -> str:
+    return str(call[0].f_globals.get("__name__")).partition(".")[0]
 
 
 def _file(call: tuple[FrameType, int]) -> str:
@@ -138,12 +151,14 @@ def _reason(error: BaseException, is_input: bool) -> Reason | None:
     if isinstance(error, BrokenPipeError):
         return None  # whoever read the output has gone
     if isinstance(error, OSError) and error.strerror:
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        names = [_shortened(str(name)) for name in (error.filename, error.filename2) if name is not None]
         return Reason(": ".join([error.strerror, *names[:1]]), REMEDIES.get(error.errno, ""))
     if (number := OS_ERROR.search(text)) is not None:
         return Reason(os.strerror(int(number[1])), REMEDIES.get(int(number[1]), ""))
     if isinstance(error, ImportError) and not (error.name or "").startswith("chatrlhf"):
         return Reason(f"{_first_line(error)}", "install what is missing, in the versions of constraints.txt")
+    if isinstance(error, (ValueError, RuntimeError)) and BAD_PATH.search(text):
+        return Reason(f"no path can be made of it ({text})", "correct it")
     if isinstance(error, OUTSIDE) or _names(error) & OUTSIDE_NAMES:
         return Reason(_first_line(error))
     if isinstance(error, RuntimeError) and LOST_PROCESS.search(text):
@@ -191,6 +206,26 @@ def _new_log(folder: Path, details: str) -> Path:
         os.unlink(name)
         raise
     return Path(name)
+
+
+def exit_status(work: Callable[[], int], stopped: str) -> int:
+    """The status that a script exits with; what stopped it is said.
+
+    Args:
+        stopped: what to say after Ctrl-C.
+    """
+    try:
+        with doing(Path(sys.argv[0]).name):
+            return work()
+    except UserError as error:
+        print(f"error: {line_of(error)}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr, flush=True)
+        return STOPPED
+    except Exception:
+        show_fault()
+        return OUR_FAULT
 
 
 def show_fault() -> None:

@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from chatrlhf import __version__
-from chatrlhf.boundary import doing, line_of, show_fault
+from chatrlhf.boundary import OUR_FAULT, STOPPED, USER_ERROR, doing, line_of, show_fault
 from chatrlhf.errors import Interrupted, UserError
 
-EXIT_OUR_FAULT, EXIT_USER_ERROR = 1, 2
 STAGES = ("ALL", "PRETRAIN", "ACTOR", "REWARD", "RL")  # as in `config/schema.py`, which is not quick to import
 
 DESCRIPTION = """Train an assistant with RLHF: PRETRAIN (language modelling on long plain text), ACTOR (supervised
@@ -34,20 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if _speaks():
             print(f"error: {line_of(error)}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return USER_ERROR
     except Interrupted as stopped:
         _say(str(stopped))
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         _say("stopped at once; --resume goes on from the newest checkpoint")
-        return 130
+        return STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
         return 128 + signal.SIGPIPE
     except Exception:
         if _speaks():  # else another process failed and said why; this one lost touch with it
             show_fault()
-        return EXIT_OUR_FAULT
+        return OUR_FAULT
 
 
 def _run(words: Sequence[str]) -> int:

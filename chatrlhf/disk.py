@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import nn
 from chatrlhf.config.schema import Config
 from chatrlhf.errors import ConfigError, UserError
 
+MODEL_FOLDER = "actor_config.model_folder"  # ChatLLaMA's name
 ADAM_BYTES = 8  # of a trained parameter: two moments in float32
 
 
@@ -22,11 +24,20 @@ def check_output_dir(config: Config) -> None:
     Raises:
         ConfigError: it cannot, or it is the folder of a model; the key is named.
     """
-    folder, key = config.run_dir, _key(config)
+    folder = config.run_dir
+    key = "output_dir" if config.output_dir is not None or config.actor_config.model_folder is None else MODEL_FOLDER
+    try:
+        _try_to_write(folder)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{key}: nothing can be written to {str(folder)!r} ({reason}); name another folder") from None
     for section in ("actor_config", "reward_config", "critic_config"):
         model = getattr(config, section).model
-        if model is not None and Path(model).is_dir() and folder.is_dir() and folder.samefile(model):
+        if model is not None and os.path.isdir(model) and folder.is_dir() and folder.samefile(model):
             raise ConfigError(f"{key}: {str(folder)!r} is the folder of {section}.model; name another for the results")
+
+
+def _try_to_write(folder: Path) -> None:
     made: list[Path] = []
     try:
         for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
@@ -34,19 +45,10 @@ def check_output_dir(config: Config) -> None:
             made.append(missing)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, ValueError) as error:  # ValueError: a null character
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{key}: nothing can be written to {str(folder)!r} ({reason}); name another folder") from None
     finally:
         for each in reversed(made):
             with suppress(OSError):
                 each.rmdir()
-
-
-def _key(config: Config) -> str:
-    if config.output_dir is None and config.actor_config.model_folder is not None:
-        return "actor_config.model_folder"
-    return "output_dir"
 
 
 def check_room(

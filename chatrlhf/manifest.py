@@ -47,7 +47,7 @@ class Manifest:
             return Manifest(run_dir)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
+        except (OSError, ValueError, RecursionError) as error:  # neither text nor JSON, or lists that are too deep
             raise CheckpointError(f"{path}: it cannot be read as JSON ({error}); {_RESTORE}") from None
         if not _is_record(stored):
             raise CheckpointError(f"{path}: it is JSON, but no record of a run; {_RESTORE}")

@@ -20,6 +20,7 @@ from chatrlhf.config.schema import Config
 from chatrlhf.errors import ConfigError, MissingError
 
 LOW_TEMPERATURE = 0.5
+MOST_VALUES = 100_000  # in a YAML file
 
 
 def load_config(
@@ -48,8 +49,9 @@ def load_config(
     elif isinstance(source, Mapping):
         raw = dict(source)
     else:
-        path = Path(source).expanduser()
-        raw, base_dir, where = _read_yaml(path), path.resolve().parent, str(path)
+        with doing("the configuration", source, untrusted=True):
+            path = Path(source).expanduser()
+            raw, base_dir, where = _read_yaml(path), path.resolve().parent, str(path)
     raw = _none_strings_to_null(raw)
     # Overrides may use anybody's names too, so each layer is translated before the upper covers the lower.
     with _naming(where):
@@ -139,11 +141,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"configuration file {str(path)!r} does not exist (working directory {Path.cwd()})") from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: it is no UTF-8
         raise ConfigError(f"{path}: not a YAML text file ({error})") from None
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not, lists that are too deep
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
@@ -151,7 +153,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections such as 'actor_config:', got a {type(raw).__name__}")
+    if _size(raw, {}) > MOST_VALUES:
+        raise ConfigError(
+            f"{path}: its aliases (*name) repeat more than {MOST_VALUES:,} values; write out what is meant"
+        )
     return raw
+
+
+def _size(value: Any, sizes: dict[int, int]) -> int:
+    """Values in a tree when each alias is replaced by what it stands for; too many in one that holds itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = MOST_VALUES  # while it is being counted
+        parts = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(value)]
 
 
 def _parse_overrides(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
@@ -166,7 +183,7 @@ def _parse_overrides(overrides: Mapping[str, Any] | Sequence[str] | None) -> dic
             raise ConfigError(f"--set {word!r}: expected section.key=value, such as trainer_config.actor_lr=1e-5")
         try:
             parsed[key.strip()] = yaml.safe_load(value) if value else None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {key}: the value {value!r} is not valid YAML ({error})") from None
     return parsed
 

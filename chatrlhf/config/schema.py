@@ -131,7 +131,8 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchK
     @field_validator("loss", mode="before")
     @classmethod
     def _other_names(cls, loss: Any) -> Any:
-        return {"mse": "regression", "bradley_terry": "pairwise", "pairs": "pairwise"}.get(loss, loss)
+        names = {"mse": "regression", "bradley_terry": "pairwise", "pairs": "pairwise"}
+        return names.get(loss, loss) if isinstance(loss, str) else loss
 
     @model_validator(mode="after")
     def _no_surprises(self) -> RewardConfig:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from chatrlhf.boundary import doing
 from chatrlhf.conversation import Prompt, Turn
+from chatrlhf.data.time_limit import cpu_limit
 from chatrlhf.errors import ConfigError, DataError
 
 PLACEHOLDER = "{user_input}"
@@ -25,6 +26,7 @@ FILE_NAME = "chat_template.jinja"  # transformers' name: AutoTokenizer finds it 
 OWN = "chat"  # the name that stands for the model's own template
 SpecialTokens = tuple[tuple[str, str], ...]  # a tokenizer's, each with its name: ("eos_token", "</s>")
 CLOSES_PROMPTS = '{{ eos_token if add_generation_prompt else "" }}'  # behind all else, where an encoder reads prompts
+RENDERING_SECONDS = 10.0  # of computing, for one prompt
 STAND_IN = re.compile("CHATRLHF([0-9]{6})TEXT")
 
 
@@ -172,20 +174,21 @@ def _frames(source: str, arguments: str, special_tokens: SpecialTokens, opens_re
 
     It depends on the shape of a prompt alone, not on its words, so that few are made for a whole dataset.
     """
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     values = json.loads(arguments)
     try:
-        rendered, _ = render_jinja_template(
-            [values.pop("messages")],
-            chat_template=source,
-            add_generation_prompt=opens_reply,
-            **values,
-            **dict(special_tokens),
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the template cannot show a prompt of this shape ({error}); choose another") from None
+        with cpu_limit(RENDERING_SECONDS):
+            rendered, _ = render_jinja_template(
+                [values.pop("messages")],
+                chat_template=source,
+                add_generation_prompt=opens_reply,
+                **values,
+                **dict(special_tokens),
+            )
+    except Exception as error:  # a template may do all that Python can fail at
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the template cannot show a prompt of this shape ({reason}); choose another") from None
     parts = STAND_IN.split(rendered[0])
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts) if i % 2 or part)
 

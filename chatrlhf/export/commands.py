@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatrlhf.boundary import doing
 from chatrlhf.errors import ConfigError
 
 if TYPE_CHECKING:  # what is asked for help needs nothing behind it
@@ -40,7 +41,8 @@ def _merge(options: argparse.Namespace) -> Path:
 
     from chatrlhf.export.merge import merge
 
-    compared = merge(options.model, options.output, getattr(torch, options.dtype), _warn)
+    with doing("--model: merging the adapters in", options.model, untrusted=True):
+        compared = merge(options.model, options.output, getattr(torch, options.dtype), _warn)
     print(
         f"wrote {options.output}: its logits differ from those of base and adapters by {compared.difference:.3g} "
         f"(root mean square; their own deviation is {compared.spread:.3g})"
@@ -51,7 +53,8 @@ def _merge(options: argparse.Namespace) -> Path:
 def _delta(options: argparse.Namespace) -> Path:
     from chatrlhf.export.delta import make_delta
 
-    about = make_delta(options.base, options.target, options.output)
+    with doing("--target: subtracting --base from", options.target):
+        about = make_delta(options.base, options.target, options.output)
     print(f"wrote {options.output}: {len(about['tensors']):,} tensors, base SHA-256 {about['base_sha256'][:12]}...")
     return options.output
 
@@ -59,7 +62,8 @@ def _delta(options: argparse.Namespace) -> Path:
 def _apply_delta(options: argparse.Namespace) -> Path:
     from chatrlhf.export.delta import apply_delta
 
-    apply_delta(options.base, options.delta, options.output, _warn)
+    with doing("--delta: applying", options.delta):
+        apply_delta(options.base, options.delta, options.output, _warn)
     print(f"wrote {options.output}")
     return options.output
 
@@ -73,7 +77,8 @@ def _quantize(options: argparse.Namespace) -> Path:
 
     given = {name: value for name, value in vars(options).items() if name in Asked.__dataclass_fields__}
     asked = Asked(**given | {"dtype": getattr(torch, options.dtype)})
-    found = quantize(asked)
+    with doing("--model: quantizing", options.model):
+        found = quantize(asked)
     on = (asked.text or asked.calibration).name
     title = f"perplexity of {on}" + ("" if asked.text else ", its last tokens, which were not calibrated upon")
     show_ladders(Console(highlight=False, soft_wrap=True), [found.before, found.after], title)

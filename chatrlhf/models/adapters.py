@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.backbone import backbone_of, is_encoder_decoder
@@ -119,10 +120,10 @@ def base_of(name: str) -> str | None:
 
     A run's folder may have been moved: what they belong to is then looked for beside them, under the name it had.
     """
-    path = Path(name) / ADAPTER_CONFIG
-    if not path.exists():
+    settings = _adapter_config(name)
+    if settings is None:
         return None
-    base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = settings["base_model_name_or_path"]
     beside = Path(name).resolve().parent / Path(base).name
     was_here = Path(base).is_absolute() and not Path(base).exists()  # the hub's names are not absolute
     is_whole = beside.exists() and not (beside / ADAPTER_CONFIG).exists()
@@ -131,9 +132,24 @@ def base_of(name: str) -> str | None:
 
 def revision_of_base(name: str) -> dict[str, str]:
     """How the base of the adapters in a folder is to be fetched: in the revision that they name, if they name one."""
-    path = Path(name) / ADAPTER_CONFIG
-    revision = json.loads(path.read_text(encoding="utf-8")).get("revision") if path.exists() else None
+    revision = (_adapter_config(name) or {}).get("revision")
     return {"revision": revision} if revision else {}
+
+
+def _adapter_config(name: str) -> dict[str, Any] | None:
+    """What peft wrote beside the adapters in a folder; None where the folder holds no adapters.
+
+    Raises:
+        ConfigError, OutsideError: the file is no JSON object that names a base.
+    """
+    path = Path(name) / ADAPTER_CONFIG
+    with doing("reading", path, untrusted=True):
+        if not path.exists():
+            return None
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str):
+        raise ConfigError(f"{path}: expected an object with the text 'base_model_name_or_path'; restore the file")
+    return settings
 
 
 def where(model: str) -> str:

@@ -36,6 +36,6 @@ def check_sizes(settings: Any, key: str, place: str) -> None:
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             raise ConfigError(
-                f"{key}: the config.json of {place!r} has {name} {size!r}, which is no whole number from 1 to {most:,}; "
-                "restore the file"
+                f"{key}: the config.json of {place!r} has {name} {size!r}, and expected is a whole number from 1 to "
+                f"{most:,}; restore the file"
             )

@@ -103,7 +103,8 @@ def _from_pretrained(
     kwargs = {"config": settings, **hub_kwargs(section), **(bits or {})}
     if section is not None and section.attn_implementation is not None:
         kwargs["attn_implementation"] = section.attn_implementation
-    return never_repack(_explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs)))
+    with doing(f"{key}: loading", name, untrusted=True):
+        return never_repack(_explained(key, name, lambda: auto.from_pretrained(name, dtype=torch.float32, **kwargs)))
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from chatrlhf.boundary import doing
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.pairs import PairEncoder
@@ -226,20 +227,21 @@ def load_reward_model(
         kwargs: for `from_pretrained`.
 
     Raises:
-        CheckpointError: the folder holds none.
+        CheckpointError, OutsideError: the folder holds none, or a damaged one.
     """
     folder = Path(path)
     if not (folder / SETTINGS).exists():
         raise CheckpointError(f"{folder}: no reward model here ({SETTINGS} is missing); train one with --type REWARD")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    backbone, place = _backbone(folder, settings.get("quantization"), base, kwargs)
-    head = ScalarHead(state_size(backbone), settings["mlp_size"])
-    head.load_state_dict(load_file(folder / HEAD))
-    model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
-    tokenizer = load_tokenizer(str(folder), key="reward_config.model")
-    template = Template.load(folder) or FORMATS["raw"]
-    scorer, encoder = (ReplyScorer, PairEncoder) if model.pooling == "reply" else (RewardScorer, Encoder)
-    return scorer(model, encoder(tokenizer, template, settings["max_length"]), place)
+    with doing("reading the reward model in", folder, untrusted=True):
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        backbone, place = _backbone(folder, settings.get("quantization"), base, kwargs)
+        head = ScalarHead(state_size(backbone), settings["mlp_size"])
+        head.load_state_dict(load_file(folder / HEAD))
+        model = RewardModel(backbone, head, settings["pooling"], settings["scale"], settings["shift"]).to(device).eval()
+        tokenizer = load_tokenizer(str(folder), key="reward_config.model")
+        template = Template.load(folder) or FORMATS["raw"]
+        scorer, encoder = (ReplyScorer, PairEncoder) if model.pooling == "reply" else (RewardScorer, Encoder)
+        return scorer(model, encoder(tokenizer, template, settings["max_length"]), place)
 
 
 def _backbone(

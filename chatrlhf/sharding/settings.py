@@ -21,6 +21,8 @@ EPS = 1e-8  # Adam's, which the YAML has no key for
 # What the YAML knows as well: where the JSON leaves it out, it is not DeepSpeed's own default but the YAML's value.
 FROM_YAML = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
+SECTIONS = ("bf16", "fp16", "optimizer", "scheduler")  # objects, the last two with an object "params"
+
 # DeepSpeed's schedules and those of the YAML that they are.
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -91,13 +93,22 @@ def read_deepspeed_config(config: Config, section: str) -> tuple[dict[str, Any],
         path = next((each for each in places if each.exists()), places[-1])
     try:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither text nor JSON
         raise ConfigError(f"{key}: {path} cannot be read as JSON ({error})") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise ConfigError(
             f'{key}: {path} has no "zero_optimization" section; DeepSpeed\'s stages are chosen there: '
             '"zero_optimization": {"stage": 2}'
         )
+    if settings["zero_optimization"].get("stage") not in (None, 0, 1, 2, 3):
+        raise ConfigError(
+            f"{key}: {path} has zero_optimization.stage {settings['zero_optimization']['stage']!r}, expected 0 to 3"
+        )
+    for name in SECTIONS:
+        if not isinstance(settings.get(name, {}), dict) or not isinstance(
+            settings.get(name, {}).get("params", {}), dict
+        ):
+            raise ConfigError(f"{key}: {path} has {name} {settings[name]!r}, expected an object")
     return settings, path
 
 

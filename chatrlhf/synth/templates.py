@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, str]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: the templates cannot be read ({error.strerror}); correct the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: the templates are no JSON ({error}); correct the file") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected an object of templates such as {', '.join(DEFAULTS)}")

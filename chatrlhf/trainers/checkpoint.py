@@ -190,7 +190,7 @@ def why_invalid(folder: Path) -> str | None:
         return next(filter(None, (_why_other(folder / name, name, what) for name, what in contents.items())), None)
     except FileNotFoundError:
         return f"{CONTENTS} is missing"
-    except ValueError:  # neither text nor JSON
+    except (ValueError, RecursionError):  # neither text nor JSON, or lists that are too deep
         return f"{CONTENTS} is not valid JSON"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
