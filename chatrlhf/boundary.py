@@ -27,10 +27,17 @@ from typing import NamedTuple
 from chatrlhf.errors import OutsideError, UserError
 
 OUR_FAULT, USER_ERROR, STOPPED = 1, 2, 130  # exit statuses
+ASK_FOR_REPORT = (
+    "this is a fault in chatrlhf, not in your files; please report it with the lines above, the command and the "
+    "configuration"
+)
+MOST_OF_PATH = 240  # characters in a message
 PACKAGE = str(Path(__file__).parent) + os.sep
 LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
-OUTSIDE = (
+# Errors that are never this package's fault. Those of other packages stand by name, because `--help` imports none of
+# them; a class stands for those derived from it, too.
+TYPES = (
     OSError,
     MemoryError,
     EOFError,
@@ -41,8 +48,7 @@ OUTSIDE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
 )
-# By name, because `--help` imports none of these packages; a class stands for those derived from it, too.
-OUTSIDE_NAMES = {
+NAMES = {
     "httpx.HTTPError",
     "huggingface_hub.StrictDataclassError",
     "jinja2.TemplateError",
@@ -51,21 +57,11 @@ OUTSIDE_NAMES = {
     "pyo3_runtime.PanicException",
     "safetensors.SafetensorError",
     "torch.DistError",
-    "torch.OutOfMemoryError",
     "yaml.YAMLError",
 }
-MOST_OF_PATH = 240  # characters in a message
-PARSERS = ("json", "yaml")  # they stop at what is nested too deeply
-# PyTorch raises a bare RuntimeError for these.
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
-TORCH_FILE = re.compile(r"PytorchStream(Reader|Writer)|inline_container")
-LOST_PROCESS = re.compile(r"Connection (closed|reset|refused)|gloo|NCCL")
-BAD_PATH = re.compile(r"embedded null|home directory|Symlink loop")  # a ValueError or RuntimeError, says pathlib
-OS_ERROR = re.compile(r"os error (\d+)")  # how Rust's libraries say errno
+PARSERS = ("json", "yaml")  # a RecursionError of theirs is text that is nested too deeply
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries name errno
 
-LESS_MEMORY = (
-    "lower micro_batch_size or max_sequence_length, or train adapters (peft_enable); --dry-run estimates what is needed"
-)
 MORE_ROOM = "make room there; training then continues with --resume"
 REMEDIES = {
     errno.ENOSPC: MORE_ROOM,
@@ -80,10 +76,6 @@ REMEDIES = {
     errno.EISDIR: "name a file",
     errno.EEXIST: "remove it, or name another place",
 }
-ASK_FOR_REPORT = (
-    "this is a fault in chatrlhf, not in your files; please report it with the lines above, the command and the "
-    "configuration"
-)
 
 
 class Reason(NamedTuple):
@@ -91,6 +83,22 @@ class Reason(NamedTuple):
 
     text: str
     remedy: str = ""
+
+
+OUT_OF_MEMORY = Reason(
+    "out of memory",
+    "lower micro_batch_size or max_sequence_length, or set peft_enable to True; --dry-run estimates what is needed",
+)
+# PyTorch and pathlib raise bare RuntimeErrors and ValueErrors for these.
+MESSAGES = {
+    r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED": OUT_OF_MEMORY,
+    r"PytorchStream(Reader|Writer)|inline_container": Reason("a file of PyTorch's cannot be read or written"),
+    r"Connection (closed|reset|refused)|gloo|NCCL": Reason(
+        "another process of this launch is gone", "see why that one has ended"
+    ),
+    r"NVIDIA driver|CUDA driver|no kernel image": Reason("the GPU cannot be used", "update its driver, or PyTorch"),
+    r"embedded null|home directory|Symlink loop": Reason("it is no path of this machine", "correct it"),
+}
 
 
 @contextmanager
@@ -112,60 +120,58 @@ def doing(what: str, path: object = None, untrusted: bool = False) -> Iterator[N
         raise
     except BaseException as error:
         calls = list(traceback.walk_tb(error.__traceback__))[1:]  # the first is this one
-        functions = [
-            call for call in calls[1:] if not call[0].f_code.co_name.startswith("<")
-        ]  # no <listcomp>, <lambda>
-        is_input = untrusted and (not functions or not _file(calls[-1]).startswith(PACKAGE))
-        is_too_deep = isinstance(error, RecursionError) and _package(calls[-1]) in PARSERS
-        reason = _reason(error, is_input or is_too_deep)
+        reason = _reason(error, calls, untrusted)
         if reason is None:
             raise
-        subject = what if path is None else f"{what} {_shortened(str(path))!r}"
+        subject = what if path is None else f"{what} {_shortened(path)!r}"
         line = f"{subject}: {reason.text}{_users_line(calls)}" + (f"; {reason.remedy}" if reason.remedy else "")
         raise OutsideError(line, "".join(traceback.format_exception(error))) from error
 
 
-def _shortened(path: str) -> str:
-    return path if len(path) <= MOST_OF_PATH else f"{path[: MOST_OF_PATH // 2]}...{path[-MOST_OF_PATH // 2 :]}"
+Calls = list[tuple[FrameType, int]]  # frame and line, from the outermost on
 
 
-def _package(call: tuple[FrameType, int]) -> str:
-    return str(call[0].f_globals.get("__name__")).partition(".")[0]
+def _reason(error: BaseException, calls: Calls, untrusted: bool) -> Reason | None:
+    """Why the outside world made something fail; None for a fault of this package, or a wish to end."""
+    if isinstance(error, BrokenPipeError):
+        return None  # whoever read the output has gone
+    if isinstance(error, MemoryError):
+        return Reason(f"{OUT_OF_MEMORY.text} ({_first_line(error)})", OUT_OF_MEMORY.remedy)
+    if isinstance(error, OSError) and error.strerror:
+        file = "" if error.filename is None else f": {_shortened(error.filename)}"
+        return Reason(f"{error.strerror}{file}", REMEDIES.get(error.errno or 0, ""))
+    if (number := OS_ERROR.search(str(error))) is not None:
+        return Reason(os.strerror(int(number[1])), REMEDIES.get(int(number[1]), ""))
+    if isinstance(error, ImportError) and not (error.name or "").startswith("chatrlhf"):
+        return Reason(_first_line(error), "install what is missing, in the versions of constraints.txt")
+    if isinstance(error, (RuntimeError, ValueError)):
+        for pattern, known in MESSAGES.items():
+            if re.search(pattern, str(error)):
+                return Reason(f"{known.text} ({_first_line(error)})", known.remedy)
+    is_input = untrusted and _is_of_input(calls) and isinstance(error, (Exception, SystemExit))
+    is_too_deep = isinstance(error, RecursionError) and _package(calls[-1]) in PARSERS
+    is_outside = isinstance(error, TYPES) or bool(_names(error) & NAMES)
+    return Reason(_first_line(error)) if is_input or is_too_deep or is_outside else None
+
+
+def _is_of_input(calls: Calls) -> bool:
+    """Whether a library raised an error, or the lines of the block itself, and no function of this package."""
+    functions = [call for call in calls[1:] if not call[0].f_code.co_name.startswith("<")]  # <listcomp>, <lambda>
+    return not functions or not _file(calls[-1]).startswith(PACKAGE)
+
+
+def _users_line(calls: Calls) -> str:
+    """The last line of a user's own code that was being executed."""
+    users = [call for call in calls if not _file(call).startswith((PACKAGE, "<", *LIBRARIES))]
+    return f" ({_file(users[-1])}, line {users[-1][1]})" if users else ""
 
 
 def _file(call: tuple[FrameType, int]) -> str:
     return call[0].f_code.co_filename
 
 
-def _users_line(calls: list[tuple[FrameType, int]]) -> str:
-    """The last line of a user's own code that was being executed."""
-    users = [call for call in calls if not _file(call).startswith((PACKAGE, "<", *LIBRARIES))]
-    return f" ({_file(users[-1])}, line {users[-1][1]})" if users else ""
-
-
-def _reason(error: BaseException, is_input: bool) -> Reason | None:
-    """Why the outside world made something fail; None for a fault of this package, or a wish to end."""
-    text = str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
-        return Reason(f"out of memory ({_first_line(error)})", LESS_MEMORY)
-    if isinstance(error, BrokenPipeError):
-        return None  # whoever read the output has gone
-    if isinstance(error, OSError) and error.strerror:
-        names = [_shortened(str(name)) for name in (error.filename, error.filename2) if name is not None]
-        return Reason(": ".join([error.strerror, *names[:1]]), REMEDIES.get(error.errno, ""))
-    if (number := OS_ERROR.search(text)) is not None:
-        return Reason(os.strerror(int(number[1])), REMEDIES.get(int(number[1]), ""))
-    if isinstance(error, ImportError) and not (error.name or "").startswith("chatrlhf"):
-        return Reason(f"{_first_line(error)}", "install what is missing, in the versions of constraints.txt")
-    if isinstance(error, (ValueError, RuntimeError)) and BAD_PATH.search(text):
-        return Reason(f"no path can be made of it ({text})", "correct it")
-    if isinstance(error, OUTSIDE) or _names(error) & OUTSIDE_NAMES:
-        return Reason(_first_line(error))
-    if isinstance(error, RuntimeError) and LOST_PROCESS.search(text):
-        return Reason(f"lost another process of this launch ({_first_line(error)})", "see why that one has ended")
-    if isinstance(error, RuntimeError) and TORCH_FILE.search(text):
-        return Reason(_first_line(error))
-    return Reason(_first_line(error)) if is_input and isinstance(error, (Exception, SystemExit)) else None
+def _package(call: tuple[FrameType, int]) -> str:
+    return str(call[0].f_globals.get("__name__")).partition(".")[0]
 
 
 def _names(error: BaseException) -> set[str]:
@@ -176,6 +182,12 @@ def _names(error: BaseException) -> set[str]:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _shortened(path: object) -> str:
+    text = str(path)
+    half = MOST_OF_PATH // 2
+    return text if len(text) <= MOST_OF_PATH else f"{text[:half]}...{text[-half:]}"
 
 
 def line_of(error: UserError) -> str:

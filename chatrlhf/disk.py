@@ -29,7 +29,8 @@ def check_output_dir(config: Config) -> None:
     try:
         _try_to_write(folder)
     except (OSError, ValueError) as error:  # ValueError: a null character
-        reason = getattr(error, "strerror", None) or error
+        in_the_way = [path for path in (folder, *folder.parents) if os.path.isfile(path)]
+        reason = f"{in_the_way[0]} is a file" if in_the_way else getattr(error, "strerror", None) or error
         raise ConfigError(f"{key}: nothing can be written to {str(folder)!r} ({reason}); name another folder") from None
     for section in ("actor_config", "reward_config", "critic_config"):
         model = getattr(config, section).model

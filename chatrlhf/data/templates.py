@@ -224,10 +224,10 @@ def get_template(
             raise ConfigError(f"{key}: the model's tokenizer brings no chat template; choose one of {_known()}")
         return Template(tokenizer.chat_template)
     if name.endswith(".jinja"):
-        places = [base / Path(name).expanduser() for base in (folder, Path.cwd()) if base is not None]
-        for place in places:
-            if place.is_file():
-                with doing(f"{key}: reading", place):
+        with doing(f"{key}: reading", name, untrusted=True):
+            places = [base / Path(name).expanduser() for base in (folder, Path.cwd()) if base is not None]
+            for place in places:
+                if place.is_file():
                     return Template(place.read_text(encoding="utf-8"))
         raise ConfigError(f"{key}: there is no file {' or '.join(map(str, dict.fromkeys(places)))}; correct the path")
     if name.count(PLACEHOLDER) == 1:

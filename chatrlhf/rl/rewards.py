@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ class FunctionReward:
         """Scores of texts. Raises RewardError where they are not one finite number each."""
         with doing(f"calling the reward function {self.name}", untrusted=True):
             scores = self.function(list(prompts), list(completions))
+            scores = list(scores) if isinstance(scores, Iterator) else scores
         return checked_scores(scores, completions, self.name)
 
 

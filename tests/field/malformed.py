@@ -1,103 +1,30 @@
 """Malformed inputs, made from a seed: files, YAML, folders and models that people bring damaged.
 
-`python tests/field/malformed.py` runs all of them, prints what each that fails has said, and counts.
+`python tests/field/malformed.py` runs all of them, or those whose names hold one of its arguments, and prints what each
+that fails has said.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import importlib.util
-import io
 import json
 import os
 import random
-import shutil
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 
-NUMBER, SEED = 300, 11
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' helpers, where this is run by itself
 
-# ---------------------------------------------------------------- what a user has, before it is damaged
+from malformed_runs import Case, run, sound_folder  # noqa: E402
 
+from chatrlhf.data import templates  # noqa: E402
 
-def write_sound(folder: Path) -> None:
-    """A folder in which everything is right: a model, adapters, data of all kinds, a configuration, a run."""
-    import tiny
-
-    from chatrlhf.cli import main
-
-    tokenizer = tiny.tokenizer()
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    for name in ("base", "judge"):
-        model = tiny.llama(vocab=len(tokenizer), **ids)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    (folder / "base/chat_template.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
-    rows = [{"user_input": f"the cat {i}", "completion": f"on the mat {i}"} for i in range(4)]
-    pairs = [{"user_input": row["user_input"], "chosen": row["completion"], "rejected": "a hat"} for row in rows]
-    for name, content in (("a", rows), ("r", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    (folder / "a.json").write_text(json.dumps(rows))
-    (folder / "a.csv").write_text("user_input,completion\n" + "".join(f"the cat {i},on the mat\n" for i in range(4)))
-    (folder / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
-    write_parquet(folder / "a.parquet", rows)
-    (folder / "text.txt").write_text("the cat sat on the mat " * 40)
-    (folder / "own.jinja").write_text((folder / "base/chat_template.jinja").read_text())
-    (folder / "peft.yaml").write_text("r: 4\nlora_alpha: 8\n")
-    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    (folder / "templates.json").write_text('{"rlhf": "Write one more request."}')
-    (folder / "topics.txt").write_text("cats\nhats\n")
-    (folder / "rewarding.py").write_text("def score(p, c):\n    return [float(len(x)) for x in c]\n")
-    (folder / "c.yaml").write_text(yaml.safe_dump(settings(folder)))
-    write_adapters(folder / "adapters", folder / "base", tokenizer)
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        assert main(["c.yaml", "--output-dir", "done"]) == 0
-
-
-def write_parquet(path: Path, rows: list[dict[str, str]]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def write_adapters(path: Path, base: Path, tokenizer: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-
-
-def settings(folder: Path) -> dict[str, Any]:
-    stage = {"batch_size": 4, "max_sequence_length": 32, "validation_fraction": 0, "lr": 1e-3, "precision": "fp32"}
-    return {
-        "output_dir": "run",
-        "num_threads": 1,
-        "actor_config": {"model": "base", "train_dataset_path": "a.jsonl", **stage},
-        "reward_config": {"model": "actor", "train_dataset_path": "r.jsonl", **stage},
-        "trainer_config": {
-            "examples_path": "a.jsonl",
-            "total_episodes": 4,
-            "num_rollouts": 4,
-            "batch_size": 4,
-            "validation_fraction": 0,
-            "precision": "fp32",
-            "gen_kwargs": {"max_new_tokens": 4},
-        },
-    }
+SEED = 11
 
 
 # ---------------------------------------------------------------- damage to one file
@@ -223,17 +150,6 @@ TARGETS = [
 ]
 
 # ---------------------------------------------------------------- the groups of cases
-
-
-@dataclass(frozen=True)
-class Case:
-    """One malformed input, and how the command line is asked to read it."""
-
-    name: str
-    owner: str
-    damage: Callable[[Path], None]  # to a folder
-    words: tuple[str, ...]
-    says: tuple[str, ...]
 
 
 def file_cases(draw: random.Random) -> Iterator[Case]:
@@ -519,7 +435,8 @@ PATHS = {
 }
 NO_FOLDER = {**{name: PATHS[name] for name in PATHS if name not in ("nothing there", "blanks and letters")},
              "a file": "text.txt", "in /proc": "/proc/chatrlhf", "in /sys": "/sys/kernel/chatrlhf"}  # fmt: skip
-NO_FILE = {**PATHS, "a folder": "base", "the folder itself": "."}
+NO_OPTION = {name: NO_FOLDER[name] for name in NO_FOLDER if name not in ("a null character", "an unknown user's home")}
+NO_FILE = {**PATHS, "a folder": "base"}
 
 
 def option(key: str, value: str) -> tuple[str, ...]:
@@ -537,16 +454,18 @@ def path_cases() -> Iterator[Case]:
     )
     for key in ("actor_config.train_dataset_path", "actor_config.validation_dataset_path"):
         for name, value in NO_FILE.items():
-            yield Case(f"{key} is {name}", "files", loops, (*ACTOR, *option(key, value)), (key, value))
+            yield Case(f"{key} is {name}", "files", loops, (*ACTOR, *option(key, value[:40])), (key, value[:40]))
     for name, value in NO_FILE.items():
         words = (*ACTOR, *option("actor_config.peft_config_path", value), "--set", "actor_config.peft_enable=true")
-        yield Case(f"peft_config_path is {name}", "boundary", loops, words, ("peft_config_path", value))
+        yield Case(f"peft_config_path is {name}", "boundary", loops, words, ("peft_config_path", value[:40]))
         words = (*ACTOR, *option("actor_config.template", f"{value}/x.jinja"))
-        yield Case(f"template is {name}", "boundary", loops, words, ("template", value))
+        yield Case(f"template is {name}", "boundary", loops, words, ("template", value[:40]))
     for key in ("actor_config.model", "actor_config.tokenizer_path"):
         for name, value in {**PATHS, "a file": "text.txt", "a folder of data": "."}.items():
-            yield Case(f"{key} is {name}", "weights", loops, (*ACTOR, *option(key, value)), (key, value))
+            yield Case(f"{key} is {name}", "weights", loops, (*ACTOR, *option(key, value[:40])), (key, value[:40]))
     for name, value in NO_FILE.items():
+        if name in ("a null character", "an unknown user's home"):
+            continue
         yield Case(f"data stats: {name}", "files", loops, ("data", "stats", value), (value, value[:40]))
         yield Case(
             f"eval: text is {name}",
@@ -556,7 +475,7 @@ def path_cases() -> Iterator[Case]:
             (value, value[:40]),
         )
         yield Case(f"configuration is {name}", "files", loops, (value,), (value, value[:40]))
-    for name, value in NO_FOLDER.items():
+    for name, value in NO_OPTION.items():
         yield Case(f"init: {name}", "boundary", loops, ("init", value), (value[:40],))
         yield Case(f"merge: --output is {name}", "boundary", loops, (*MERGE[:-1], value), (value[:40], "--output"))
         yield Case(f"merge: --model is {name}", "boundary", loops, (*MERGE[:3], value, "--output", "o"), (value[:40],))
@@ -597,118 +516,41 @@ def function_cases() -> Iterator[Case]:
         yield Case(f"rewarding.py with {name}", "boundary", written("rewarding.py", text), WITH_FUNCTION, says)
 
 
-# ---------------------------------------------------------------- running one
-
-
-@dataclass
-class Outcome:
-    status: int | str
-    said: str
-    changed: list[str]
-    seconds: float
-
-    def faults(self, case: Case) -> list[str]:
-        found = []
-        if "Traceback (most recent call last)" in self.said:
-            found.append("traceback")
-        if self.status != 2:
-            found.append(f"status {self.status}")
-        lines = [line for line in self.said.splitlines() if line.startswith("error: ")]
-        if not lines or not any(word in lines[-1] for word in case.says):
-            found.append(f"names none of {case.says}")
-        return found + [f"changed {name}" for name in self.changed]
-
-
-OURS = ("done/manifest.json", "done/metrics.jsonl")  # which each run of this folder writes
-
-
-def contents(folder: Path) -> dict[str, bytes | str]:
-    """Everything in a folder, by its name."""
-    found: dict[str, bytes | str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            found[name] = os.readlink(path)
-        elif path.is_file():
-            found[name] = path.read_bytes()
-    return found
-
-
-def command(name: str) -> Callable[[list[str]], int]:
-    """The command line, or a script's."""
-    if name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("script", Path(__file__).resolve().parents[2] / name)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.main
-    from chatrlhf.cli import main
-
-    return main
-
-
-def run(case: Case, sound: Path, folder: Path) -> Outcome:
-    """Run a case in a copy of a sound folder."""
-    shutil.copytree(sound, folder, symlinks=True)
-    case.damage(folder)
-    before = contents(folder)
-    out, here, path, modules = io.StringIO(), os.getcwd(), list(sys.path), set(sys.modules)
-    start = time.perf_counter()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            try:
-                status: int | str = command(case.words[0])(list(case.words[case.words[0].endswith(".py") :]))
-            except SystemExit as end:
-                status = end.code
-            except BaseException:
-                traceback.print_exc()
-                status = "an exception"
-    finally:
-        os.chdir(here)
-        sys.path[:] = path
-        for name in set(sys.modules) - modules:
-            if name.startswith("rewarding"):
-                del sys.modules[name]
-    after = contents(folder)
-    changed = [name for name in before if after.get(name) != before[name] and name not in OURS]
-    return Outcome(status, out.getvalue(), changed, time.perf_counter() - start)
+# ---------------------------------------------------------------- all of them
 
 
 def all_cases() -> list[Case]:
+    """`NUMBER` cases, of each group as many as its weight says; the same ones every time."""
     draw = random.Random(SEED)
-    return [
-        *file_cases(draw),
-        *model_cases(),
-        *template_cases(),
-        *record_cases(draw),
-        *yaml_cases(draw),
-        *path_cases(),
-        *function_cases(),
+    groups = [
+        (100, file_cases(draw)),
+        (45, model_cases()),
+        (20, template_cases()),
+        (40, record_cases(draw)),
+        (45, yaml_cases(draw)),
+        (40, path_cases()),
+        (10, function_cases()),
     ]
+    return [case for number, group in groups for case in draw.sample(list(group), number)]
+
+
+def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    templates.RENDERING_SECONDS = 0.2
+    wanted, failed, start = sys.argv[1:] or [""], 0, time.perf_counter()
+    with sound_folder() as sound:
+        for case in all_cases():
+            if not any(word in case.name for word in wanted):
+                continue
+            outcome = run(case, sound)
+            faults = outcome.faults(case)
+            failed += bool(faults)
+            if faults or sys.argv[1:]:
+                last = outcome.said.strip().splitlines()[-1:]
+                print(f"[{case.owner}] {case.name} ({outcome.seconds:.2f} s): {', '.join(faults)} | {last}", flush=True)
+    print(f"{failed} fail, {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-
-    from chatrlhf.data import templates
-
-    templates.RENDERING_SECONDS = 0.2
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        sound = Path(place) / "sound"
-        sound.mkdir()
-        write_sound(sound)
-        total, failed = time.perf_counter(), 0
-        for i, case in enumerate(all_cases()):
-            if len(sys.argv) > 1 and sys.argv[1] not in case.name:
-                continue
-            outcome = run(case, sound, Path(place) / f"{i}")
-            shutil.rmtree(Path(place) / f"{i}")
-            faults = outcome.faults(case)
-            failed += bool(faults)
-            last = outcome.said.strip().splitlines()[-1][:230] if outcome.said.strip() else ""
-            if faults or len(sys.argv) > 1:
-                print(f"[{case.owner}] {case.name} ({outcome.seconds:.2f} s): {', '.join(faults)} | {last}", flush=True)
-        print(f"{failed} fail, {time.perf_counter() - total:.0f} s")
+    main()
