@@ -161,8 +161,8 @@ def _is_of_input(calls: Calls) -> bool:
 
 
 def _users_line(calls: Calls) -> str:
-    """The last line of a user's own code that was being executed."""
-    users = [call for call in calls if not _file(call).startswith((PACKAGE, "<", *LIBRARIES))]
+    """The last line of a user's own code that was called from the block."""
+    users = [call for call in calls[1:] if not _file(call).startswith((PACKAGE, "<", *LIBRARIES))]
     return f" ({_file(users[-1])}, line {users[-1][1]})" if users else ""
 
 
