@@ -91,7 +91,7 @@ OUT_OF_MEMORY = Reason(
 )
 # PyTorch and pathlib raise bare RuntimeErrors and ValueErrors for these.
 MESSAGES = {
-    r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED": OUT_OF_MEMORY,
+    r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|size calculation overflowed": OUT_OF_MEMORY,
     r"PytorchStream(Reader|Writer)|inline_container": Reason("a file of PyTorch's cannot be read or written"),
     r"Connection (closed|reset|refused)|gloo|NCCL": Reason(
         "another process of this launch is gone", "see why that one has ended"
@@ -196,15 +196,15 @@ def line_of(error: UserError) -> str:
     if not isinstance(error, OutsideError):
         return line
     details = "\n".join([error.details, *traceback.format_exception(error, chain=False)])
-    log = _written((error.run_dir, Path(tempfile.gettempdir())), details)
+    log = _written((lambda: error.run_dir, lambda: Path(tempfile.gettempdir())), details)
     return f"{line} (traceback: {log})" if log else f"{line} (no place can be written to for its traceback)"
 
 
-def _written(folders: Iterable[Path | None], details: str) -> Path | None:
+def _written(folders: Iterable[Callable[[], Path | None]], details: str) -> Path | None:
     """A new log file in the first of the folders that is there and can be written to."""
-    for folder in folders:
-        with suppress(OSError):
-            if folder is not None and folder.is_dir():
+    for folder_of in folders:
+        with suppress(OSError):  # there may be no temporary folder, either
+            if (folder := folder_of()) is not None and folder.is_dir():
                 return _new_log(folder, details)
     return None
 

@@ -14,11 +14,11 @@ from chatrlhf.boundary import doing
 from chatrlhf.config.schema import STAGES, Config
 from chatrlhf.data.inputs import read_inputs
 from chatrlhf.device import pick_device
-from chatrlhf.disk import check_output_dir
 from chatrlhf.distributed import gather_results, is_main, start
 from chatrlhf.errors import ConfigError, OutsideError
 from chatrlhf.manifest import Manifest
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
+from chatrlhf.output_dir import check_output_dir
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
 from chatrlhf.rl.rewards import FunctionReward, RewardFunction, resolve_reward_fn

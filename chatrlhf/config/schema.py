@@ -28,10 +28,10 @@ STAGES = ("PRETRAIN", "ACTOR", "REWARD", "RL")
 class TinyConfig(Section):
     """Dimensions of the Llama that `model: tiny` makes on the spot, with a byte-level BPE tokenizer."""
 
-    hidden_size: int = Field(128, ge=8)
-    num_hidden_layers: int = Field(4, ge=1)
+    hidden_size: int = Field(128, ge=8, le=10**6)
+    num_hidden_layers: int = Field(4, ge=1, le=10**4)
     num_attention_heads: int = Field(4, ge=1)
-    intermediate_size: int | None = Field(None, ge=8, description="null: 8/3 of hidden_size, in steps of 32")
+    intermediate_size: int | None = Field(None, ge=8, le=10**7, description="null: 8/3 of hidden_size, in steps of 32")
     vocab_size: int = Field(1024, ge=260, description="upper bound for the tokenizer trained on the data")
     max_position_embeddings: int = Field(512, ge=8)
     tie_word_embeddings: bool = True
@@ -163,7 +163,7 @@ class Config(Section):
     seed: int = Field(1, ge=0)
     output_dir: str | None = Field(None, description="null: actor_config.model_folder, or ./models")
     trackers: list[str] = Field(default_factory=list, description="any of accelerate's: tensorboard, wandb, ...")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its own choice")
+    num_threads: int | None = Field(None, ge=1, le=65536, description="CPU threads of torch; null: its own choice")
     pretrain_config: PretrainConfig = Field(default_factory=PretrainConfig)
     actor_config: ActorConfig = Field(default_factory=ActorConfig)
     reward_config: RewardConfig = Field(default_factory=RewardConfig)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatrlhf.arguments import whole_number
 from chatrlhf.boundary import doing
 from chatrlhf.errors import ConfigError
 
@@ -136,26 +137,23 @@ def _add_quantize(quantize: argparse.ArgumentParser) -> None:
     add("--method", choices=("gptq", "nf4", "int8"), default="gptq", help="(%(default)s)")
     add("--calibration", type=Path, metavar="FILE", help="gptq: rows or a text, like what the model will read")
     add("--text", type=Path, metavar="FILE", help="for the perplexity (the last tenth of --calibration)")
-    add("--group-size", type=_count(1), default=128, metavar="N", help="gptq: inputs that share a scale (%(default)s)")
-    add("--samples", type=_count(1), default=128, metavar="N", help="gptq: pieces to calibrate upon (%(default)s)")
-    add("--length", type=_count(2), default=2048, metavar="N", help="gptq: tokens of a piece (%(default)s)")
+    add(
+        "--group-size",
+        type=whole_number(1),
+        default=128,
+        metavar="N",
+        help="gptq: inputs that share a scale (%(default)s)",
+    )
+    add(
+        "--samples", type=whole_number(1), default=128, metavar="N", help="gptq: pieces to calibrate upon (%(default)s)"
+    )
+    add("--length", type=whole_number(2), default=2048, metavar="N", help="gptq: tokens of a piece (%(default)s)")
     add(
         "--context",
-        type=_count(2),
+        type=whole_number(2),
         default=512,
         metavar="N",
         help="tokens of a window for perplexity (%(default)s)",
     )
-    add("--windows", type=_count(1), default=64, metavar="N", help="of the text, at most (%(default)s)")
+    add("--windows", type=whole_number(1), default=64, metavar="N", help="of the text, at most (%(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of what stays whole (%(default)s)")
-
-
-def _count(least: int) -> Callable[[str], int]:
-    """A whole number, not below ``least``."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-        return int(text)
-
-    return read

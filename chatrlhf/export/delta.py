@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chatrlhf.boundary import doing
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.export.origin import write_origin
 from chatrlhf.export.weights import Weights, copy_other_files, tensor_sha256, write_index
@@ -75,7 +76,9 @@ def apply_delta(base: Path, delta: Path, output: Path, warn: Callable[[str], Non
     theirs, ours = Weights(base, "--base"), Weights(delta, "--delta")
     about: dict[str, Any] = {}
     if (delta / ABOUT).exists():
-        about = json.loads((delta / ABOUT).read_text(encoding="utf-8"))
+        with doing("--delta: reading", delta / ABOUT, untrusted=True):
+            read = json.loads((delta / ABOUT).read_text(encoding="utf-8"))
+            about = {name: read[name] for name in ("base", "base_sha256", "tensors")}
         if (found := theirs.sha256()) != about["base_sha256"]:
             raise CheckpointError(
                 f"--base: {base} is not the base that this delta was made from, {about['base']!r} (SHA-256 of its "

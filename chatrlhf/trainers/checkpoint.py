@@ -14,10 +14,10 @@ from torch import nn
 
 from chatrlhf.boundary import doing
 from chatrlhf.data.files import sha256_of
-from chatrlhf.disk import check_room
 from chatrlhf.distributed import barrier, gather_results, is_main, world_size
 from chatrlhf.errors import CheckpointError
 from chatrlhf.sharding.environment import Sharding
+from chatrlhf.trainers.disk_space import check_room
 
 CONTENTS = "contents.json"
 SHARDING = "sharding.json"  # beside states that lie as they were dealt out

@@ -12,9 +12,9 @@ from field_reports import report
 from small_run import differences, left_behind, write_config, write_files
 from torch import nn
 
-from chatrlhf import disk
 from chatrlhf.cli import main
 from chatrlhf.errors import UserError
+from chatrlhf.trainers import disk_space
 from chatrlhf.trainers.checkpoint import why_invalid
 from chatrlhf.trainers.hf_stage import StageCallback
 from chatrlhf.trainers.ppo import PPOTrainer
@@ -89,6 +89,16 @@ def test_an_output_dir_that_cannot_be(place, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "base", "c.yaml"]
 
 
+@pytest.mark.parametrize("name, is_folder", [("checkpoints", False), ("previous", False), ("metrics.jsonl", True)])
+def test_what_is_in_the_way_in_it(name, is_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run", name).mkdir() if is_folder else Path("run", name).write_text("mine")
+    Path("c.yaml").write_text("actor_config: {train_dataset_path: nowhere.json}")
+    assert main(["c.yaml", "--type", "ACTOR", "--output-dir", "run"]) == 2
+    assert f"error: output_dir: run/{name} is in the way" in capsys.readouterr().err
+
+
 def test_folders_made_to_try_are_removed_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text("actor_config: {train_dataset_path: nowhere.json}")
@@ -100,15 +110,15 @@ def test_room_is_counted_before_training(tmp_path, monkeypatch):
     model, said = nn.Linear(100, 10, bias=False), []  # 4 kB of weights, 8 kB of Adam's moments
     free = namedtuple("Usage", "free")
     for room, refused, warned in ((15_000, True, False), (17_000, False, True), (41_000, False, False)):
-        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _, room=room: free(room))
+        monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _, room=room: free(room))
         said.clear()
         if refused:
             with pytest.raises(UserError, match="needs at least 1.6e-05 GB; make room"):
-                disk.check_room(tmp_path, "ACTOR", model, 2, False, said.append)
-            disk.check_room(tmp_path, "ACTOR", model, 2, True, said.append)  # some of it is there already
+                disk_space.check_room(tmp_path, "ACTOR", model, 2, False, said.append)
+            disk_space.check_room(tmp_path, "ACTOR", model, 2, True, said.append)  # some of it is there already
         else:
-            disk.check_room(tmp_path, "ACTOR", model, 2, False, said.append)
+            disk_space.check_room(tmp_path, "ACTOR", model, 2, False, said.append)
             assert bool(said) == warned
     model.requires_grad_(False)
-    disk.check_room(tmp_path, "ACTOR", model, 2, False, said.append)
+    disk_space.check_room(tmp_path, "ACTOR", model, 2, False, said.append)
     assert said == []
