@@ -11,9 +11,10 @@ from field_reports import report
 from malformed import all_cases
 from malformed_runs import Case, inside, run, sound_folder
 
-from chatrlhf import pipeline
+from chatrlhf import load_config, pipeline
 from chatrlhf.cli import main
 from chatrlhf.data import templates
+from chatrlhf.errors import UserError
 from chatrlhf.inspection import faults
 
 # Parts whose loaders answer with too little yet: no traceback, but the file is not named, or it is passed over.
@@ -79,6 +80,26 @@ def test_a_fault_of_ours_in_another_command(sound, monkeypatch):
     monkeypatch.setattr(faults, "faults_in", lambda *_: [][0])
     status, said = answer(sound, "data", "check", "a.jsonl")
     assert status == 1 and "IndexError" in said and "please report it" in said
+
+
+def test_the_python_api_raises_a_typed_error(tmp_path, monkeypatch):
+    cause = PermissionError(13, "Permission denied", "/data/a.jsonl")
+
+    def fails(*_, **__):
+        raise cause
+
+    monkeypatch.setattr(pipeline, "read_inputs", fails)
+    config = load_config({"output_dir": str(tmp_path / "run")})
+    with pytest.raises(UserError, match="Permission denied: /data/a.jsonl") as caught:
+        pipeline.run(config, type="ACTOR")
+    assert caught.value.__cause__ is cause and caught.value.run_dir == tmp_path / "run"
+
+
+@pytest.mark.parametrize("words", [("--row", "0"), ("-n", "-1"), ("--context", "0"), ("--row", "9" * 30)])
+def test_numbers_that_no_option_takes(sound, words):
+    with pytest.raises(SystemExit) as end:
+        answer(sound, "data", "show", "a.jsonl", *words)
+    assert end.value.code == 2
 
 
 def answer(folder: Path, *words: str) -> tuple[int, str]:
