@@ -11,14 +11,15 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 if importlib.util.find_spec("chatrlhf") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from chatrlhf.boundary import exit_status  # noqa: E402
 from chatrlhf.data.download import SOURCES, download  # noqa: E402
 from chatrlhf.data.sources.catalogue import listing  # noqa: E402
 from chatrlhf.data.sources.shp import PAIRS_PER_POST, POST_CHARS  # noqa: E402
-from chatrlhf.errors import UserError  # noqa: E402
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -43,12 +44,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = vars(parse(argv))
-    try:
-        lines = listing() if options.pop("list") else download(**options).lines()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parse(argv)
+    return exit_status(lambda: _download(**vars(options)), "stopped before all files were written")
+
+
+def _download(**words: Any) -> int:
+    lines = listing() if words.pop("list") else download(**words).lines()
     print("\n".join(lines))
     return 0
 

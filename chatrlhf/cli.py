@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from chatrlhf import __version__
+from chatrlhf.boundary import OUR_FAULT, STOPPED, USER_ERROR, doing, line_of, show_fault
 from chatrlhf.errors import Interrupted, UserError
 
-EXIT_USER_ERROR = 2
 STAGES = ("ALL", "PRETRAIN", "ACTOR", "REWARD", "RL")  # as in `config/schema.py`, which is not quick to import
 
 DESCRIPTION = """Train an assistant with RLHF: PRETRAIN (language modelling on long plain text), ACTOR (supervised
@@ -24,41 +25,50 @@ EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 2 where the user can mend it, 1 for a fault of this package."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["init"]:
-            return _init(words[1:])
-        if words[:1] == ["data"]:
-            from chatrlhf.inspection.commands import main as data
-
-            return data(words[1:])
-        if words[:1] == ["eval"]:
-            from chatrlhf.evaluation.commands import main as evaluate
-
-            return evaluate(words[1:])
-        if words[:1] == ["export"]:
-            from chatrlhf.export.commands import main as export
-
-            return export(words[1:])
-        if words[:1] == ["plan"]:
-            from chatrlhf.planning.commands import main as plan
-
-            return plan(words[1:])
-        return _train(words)
+        with doing(" ".join(["chatrlhf", *words[:1]])):
+            return _run(words)
     except UserError as error:
-        _say(f"error: {error}")
-        return EXIT_USER_ERROR
+        if _speaks():
+            print(f"error: {line_of(error)}", file=sys.stderr, flush=True)
+        return USER_ERROR
     except Interrupted as stopped:
         _say(str(stopped))
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         _say("stopped at once; --resume goes on from the newest checkpoint")
-        return 130
+        return STOPPED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
+        return 128 + signal.SIGPIPE
     except Exception:
-        if _speaks():
-            raise
-        return 1  # another process failed and said why; this one lost touch with it
+        if _speaks():  # else another process failed and said why; this one lost touch with it
+            show_fault()
+        return OUR_FAULT
+
+
+def _run(words: Sequence[str]) -> int:
+    if words[:1] == ["init"]:
+        return _init(words[1:])
+    if words[:1] == ["data"]:
+        from chatrlhf.inspection.commands import main as data
+
+        return data(words[1:])
+    if words[:1] == ["eval"]:
+        from chatrlhf.evaluation.commands import main as evaluate
+
+        return evaluate(words[1:])
+    if words[:1] == ["export"]:
+        from chatrlhf.export.commands import main as export
+
+        return export(words[1:])
+    if words[:1] == ["plan"]:
+        from chatrlhf.planning.commands import main as plan
+
+        return plan(words[1:])
+    return _train(words)
 
 
 def _speaks() -> bool:

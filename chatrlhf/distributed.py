@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from chatrlhf.boundary import doing
 from chatrlhf.errors import UserError
 
 T = TypeVar("T")
@@ -32,14 +33,17 @@ def start() -> None:
     Raises:
         UserError: there are more processes on this machine than GPUs.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with doing("reading WORLD_SIZE and LOCAL_RANK, which a launcher sets", untrusted=True):
+        processes, local = (
+            int(os.environ.get(name, usual)) for name, usual in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
     if processes == 1 or dist.is_initialized():
         return
     from accelerate import PartialState
 
     backend = "gloo"
     if torch.cuda.is_available():
-        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         if local >= gpus:
             raise UserError(
                 f"process {local} of this machine has no GPU of its own, there are {gpus}; launch at most {gpus} "
@@ -50,8 +54,9 @@ def start() -> None:
     else:
         # accelerate would number the CPUs, and transformers finds no checkpoint's tensors on a "cpu:0".
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    PartialState(cpu=not torch.cuda.is_available())  # so that TRL's trainers and the trackers see this group
+    with doing("joining the other processes (WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT)", untrusted=True):
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        PartialState(cpu=not torch.cuda.is_available())  # so that TRL's trainers and the trackers see this group
 
 
 def start_alone() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Something in the user's files, settings or function is wrong; the command line prints it in one line."""
@@ -41,6 +43,19 @@ class RolloutError(UserError):
 
 class GenerationError(UserError):
     """Text cannot be generated with this model or endpoint, or not any more; the message says what to change."""
+
+
+class OutsideError(UserError):
+    """A file, a disk, memory or another library has failed; its error is the cause.
+
+    ``details`` is the traceback, kept as text because a cause does not travel from process to process; ``run_dir`` the
+    folder of the run that failed, where its log is to be, if there is one.
+    """
+
+    def __init__(self, line: str, details: str = "") -> None:
+        super().__init__(line)
+        self.details = details
+        self.run_dir: Path | None = None
 
 
 class Interrupted(Exception):

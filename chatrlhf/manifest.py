@@ -19,6 +19,7 @@ from chatrlhf.progress import METRICS, SAMPLES
 from chatrlhf.trainers.checkpoint import write_atomically
 
 FILE_NAME = "manifest.json"
+_RESTORE = "restore it, or use another output_dir"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 # Where each stage leaves its results.
 OUTPUTS = {"PRETRAIN": ("pretrained",), "ACTOR": ("actor",), "REWARD": ("reward",), "RL": ("actor_rl", "critic")}
@@ -46,10 +47,10 @@ class Manifest:
             return Manifest(run_dir)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise CheckpointError(
-                f"{path}: it is not valid JSON ({error}); restore it or use another output_dir"
-            ) from None
+        except (OSError, ValueError, RecursionError) as error:  # neither text nor JSON, or lists that are too deep
+            raise CheckpointError(f"{path}: it cannot be read as JSON ({error}); {_RESTORE}") from None
+        if not _is_record(stored):
+            raise CheckpointError(f"{path}: it is JSON, but no record of a run; {_RESTORE}")
         return Manifest(run_dir, stored.get("stages", {}), stored.get("config", {}))
 
     def begin(self, config: Config, stages: list[str]) -> list[str]:
@@ -111,6 +112,20 @@ class Manifest:
             **extra,
         }
         write_atomically(self.run_dir / FILE_NAME, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_record(stored: Any) -> bool:
+    """Whether JSON has the shape that `_save` writes, as far as it is read again."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("config", {}), dict):
+        return False
+    stages = stored.get("stages", {})
+    return isinstance(stages, dict) and all(
+        isinstance(stage, dict)
+        and isinstance(stage.get("output", ""), str)
+        and isinstance(stage.get("metrics", {}), dict)
+        and (stage.get("status") != "done" or {"output", "metrics"} <= stage.keys())
+        for stage in stages.values()
+    )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

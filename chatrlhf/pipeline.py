@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.schema import STAGES, Config
 from chatrlhf.data.inputs import read_inputs
 from chatrlhf.device import pick_device
-from chatrlhf.distributed import start
-from chatrlhf.errors import ConfigError
+from chatrlhf.distributed import gather_results, is_main, start
+from chatrlhf.errors import ConfigError, OutsideError
 from chatrlhf.manifest import Manifest
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
+from chatrlhf.output_dir import check_output_dir
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
 from chatrlhf.rl.rewards import DialogueReward, FunctionReward, RewardFunction, resolve_reward_fn
@@ -66,15 +68,26 @@ def run(
         resume: go on with the run in the output folder from its newest checkpoints.
 
     Raises:
-        UserError: one line that says what was received, what was expected and what to change.
+        UserError: one line that says what was received, what was expected and what to change; an OutsideError, whose
+            cause is what a library has raised, where a file, a disk or memory failed.
         Interrupted: SIGTERM or Ctrl-C; a valid checkpoint is there.
     """
     if type not in ("ALL", *STAGES):
         raise ConfigError(f"type: expected ALL, {', '.join(STAGES)}, got {type!r}")
+    try:
+        with doing("the run in", config.run_dir):
+            return _run(config, type, reward_fn, resume)
+    except OutsideError as error:
+        error.run_dir = config.run_dir
+        raise
+
+
+def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bool) -> RunResult:
     start()
     stages = config.stages(type)
     # Checks come first: nothing is written before everything that will be read has been read once.
     reward = _reward_function(config, reward_fn, stages)
+    gather_results(lambda: check_output_dir(config) if is_main() else None)
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
     preflight(config, stages, inputs, reward is not None, config.run_dir)
@@ -118,8 +131,9 @@ def _run_stage(this: Run, stage: str) -> StageResult:
         # Python's and NumPy's generators too: a user's reward function may draw from them, and what it draws must not
         # depend on which stages ran earlier in this process.
         set_seed(this.seed(stage))
-        record = {"PRETRAIN": run_pretrain, "ACTOR": run_actor, "REWARD": run_reward, "RL": run_rl}[stage](this)
-        this.manifest.finish(stage, record)
+        with doing(stage):
+            record = {"PRETRAIN": run_pretrain, "ACTOR": run_actor, "REWARD": run_reward, "RL": run_rl}[stage](this)
+            this.manifest.finish(stage, record)
     done = this.manifest.stages[stage]
     return StageResult(this.dir / done["output"], Metrics(done["metrics"], this.dir / METRICS))
 

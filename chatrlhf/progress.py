@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from chatrlhf.boundary import doing
 from chatrlhf.distributed import is_main
 from chatrlhf.errors import ConfigError
 
@@ -114,7 +115,9 @@ class RunLog:
             path = self.run_dir / name
             if not path.exists():
                 continue
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, stage, step)]
+            with doing("reading", path):
+                lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _belongs(line, stage, step)]
             if name == METRICS:
                 self._remember(stage, kept)
             beside = path.with_name(f".writing-{name}")
@@ -137,9 +140,11 @@ class RunLog:
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if not is_main():
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with (self.run_dir / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        path = self.run_dir / name
+        with doing("writing", path):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def quiet_libraries() -> None:
@@ -166,6 +171,8 @@ def _belongs(line: str, stage: str, step: int) -> bool:
         record = json.loads(line)
     except json.JSONDecodeError:
         return False  # half a line, left by a kill
+    if not isinstance(record, dict):
+        return False
     return record.get("stage") != stage or record.get("step", 0) <= step
 
 

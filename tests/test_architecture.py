@@ -15,13 +15,13 @@ PACKAGE = ROOT / "chatrlhf"
 
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
-    ("errors", "conversation", "types", "functional", "config"),
+    ("errors", "arguments", "boundary", "conversation", "types", "functional", "config"),
     ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples", "sharding"),
     ("generation", "inspection"),
     ("rl",),
     ("evaluation", "synth"),
     ("trainers",),
-    ("manifest", "paired_checks", "preflight", "export"),
+    ("manifest", "output_dir", "paired_checks", "preflight", "export"),
     ("stages",),
     ("pipeline", "planning", "artifacts", "cli", "__init__", "__main__"),
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
 from chatrlhf.config.peft import PeftConfig
 from chatrlhf.config.schema import Config
@@ -24,6 +25,7 @@ LOW_TEMPERATURE = 0.5
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 200
 SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 2, 8, 8
+MOST_VALUES = 100_000  # in a YAML file
 
 
 def load_config(
@@ -52,8 +54,9 @@ def load_config(
     elif isinstance(source, Mapping):
         raw = dict(source)
     else:
-        path = _expanded(source)
-        raw, base_dir, where = _read_yaml(path), path.resolve().parent, str(path)
+        with doing("the configuration", source, untrusted=True):
+            path = _expanded(source)
+            raw, base_dir, where = _read_yaml(path), path.resolve().parent, str(path)
     # Overrides may use anybody's names too, so each layer is translated before the upper covers the lower.
     with _naming(where):
         raw, notes = translate({key: value for key, value in raw.items() if value is not None})
@@ -108,11 +111,12 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
     Raises:
         MissingError: it exists in neither place; both are named.
     """
-    path = _expanded(value)
-    tried = [path] if path.is_absolute() else [base / path for base in (config.base_dir, Path.cwd()) if base]
-    for candidate in tried:
-        if _exists(candidate):
-            return candidate
+    with doing(f"{key}: finding the file", value, untrusted=True):
+        path = _expanded(value)
+        tried = [path] if path.is_absolute() else [base / path for base in (config.base_dir, Path.cwd()) if base]
+        for candidate in tried:
+            if _exists(candidate):
+                return candidate
     places = " and ".join(dict.fromkeys(str(candidate) for candidate in tried))
     raise MissingError(f"{key}: file {value!r} does not exist (tried {places}); correct the path")
 
@@ -168,7 +172,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections such as 'actor_config:', got a {type(raw).__name__}")
+    if _size(raw, {}) > MOST_VALUES:
+        raise ConfigError(
+            f"{path}: its aliases (*name) repeat more than {MOST_VALUES:,} values; write out what is meant"
+        )
     return raw
+
+
+def _size(value: Any, sizes: dict[int, int]) -> int:
+    """Values in a tree when each alias is replaced by what it stands for; too many in one that holds itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = MOST_VALUES  # while it is being counted
+        parts = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(value)]
 
 
 def _overriding(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.checks import check_micro_batch, refuse_checkpoint_name
 from chatrlhf.config.datasets import DataKeys
 from chatrlhf.config.launch import LaunchKeys
@@ -28,10 +29,10 @@ STAGES = ("PRETRAIN", "ACTOR", "REWARD", "RL")
 class TinyConfig(Section):
     """Dimensions of the Llama that `model: tiny` makes on the spot, with a byte-level BPE tokenizer."""
 
-    hidden_size: int = Field(128, ge=8)
-    num_hidden_layers: int = Field(4, ge=1)
+    hidden_size: int = Field(128, ge=8, le=10**6)
+    num_hidden_layers: int = Field(4, ge=1, le=10**4)
     num_attention_heads: int = Field(4, ge=1)
-    intermediate_size: int | None = Field(None, ge=8, description="null: 8/3 of hidden_size, in steps of 32")
+    intermediate_size: int | None = Field(None, ge=8, le=10**7, description="null: 8/3 of hidden_size, in steps of 32")
     vocab_size: int = Field(1024, ge=260, description="upper bound for the tokenizer trained on the data")
     max_position_embeddings: int = Field(512, ge=8)
     tie_word_embeddings: bool = True
@@ -138,7 +139,8 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchK
     @field_validator("loss", mode="before")
     @classmethod
     def _other_names(cls, loss: Any) -> Any:
-        return {"mse": "regression", "bradley_terry": "pairwise", "pairs": "pairwise"}.get(loss, loss)
+        names = {"mse": "regression", "bradley_terry": "pairwise", "pairs": "pairwise"}
+        return names.get(loss, loss) if isinstance(loss, str) else loss
 
     @model_validator(mode="after")
     def _no_surprises(self) -> RewardConfig:
@@ -169,7 +171,7 @@ class Config(Section):
     seed: int = Field(1, ge=0)
     output_dir: str | None = Field(None, description="null: actor_config.model_folder, or ./models")
     trackers: list[str] = Field(default_factory=list, description="any of accelerate's: tensorboard, wandb, ...")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its own choice")
+    num_threads: int | None = Field(None, ge=1, le=65536, description="CPU threads of torch; null: its own choice")
     pretrain_config: PretrainConfig = Field(default_factory=PretrainConfig)
     actor_config: ActorConfig = Field(default_factory=ActorConfig)
     reward_config: RewardConfig = Field(default_factory=RewardConfig)
@@ -203,7 +205,9 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """Folder that holds everything this run leaves behind."""
-        return Path(self.output_dir or self.actor_config.model_folder or "./models").expanduser()
+        folder = self.output_dir or self.actor_config.model_folder or "./models"
+        with doing("output_dir", folder, untrusted=True):  # "~user" may be unknown
+            return Path(folder).expanduser()
 
     @property
     def notes(self) -> list[str]:

@@ -17,8 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Prompt
+from chatrlhf.data.time_limit import cpu_limit
 from chatrlhf.errors import ConfigError, DataError
 
 PLACEHOLDER = "{user_input}"
@@ -26,6 +28,7 @@ FILE_NAME = "chat_template.jinja"  # transformers' name: AutoTokenizer finds it 
 OWN = "chat"  # the name that stands for the model's own template; one of several is "chat:NAME"
 CLOSES_PROMPTS = '{{ eos_token if add_generation_prompt else "" }}'  # behind all else, where an encoder reads prompts
 SpecialTokens = tuple[tuple[str, str], ...]  # a tokenizer's, each with its name: ("eos_token", "</s>")
+RENDERING_SECONDS = 10.0  # of computing, for one conversation
 
 # Transformers' function for the date, called with a format: `strftime_now("%d %b %Y")`.
 DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\n]*"|'[^'\n]*')\s*\)""")
@@ -79,27 +82,28 @@ class Template:
     def _rendered(
         self, arguments: Mapping[str, Any], special_tokens: SpecialTokens, asks: bool, marks: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError, TemplateSyntaxError
+        from jinja2 import TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         values = dict(special_tokens) | arguments
         try:
-            rendered, spans = render_jinja_template(
-                [values.pop("messages")],
-                chat_template=self.source,
-                add_generation_prompt=asks,
-                return_assistant_tokens_mask=marks,
-                **values,
-            )
+            with cpu_limit(RENDERING_SECONDS):
+                rendered, spans = render_jinja_template(
+                    [values.pop("messages")],
+                    chat_template=self.source,
+                    add_generation_prompt=asks,
+                    return_assistant_tokens_mask=marks,
+                    **values,
+                )
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"{self.origin}, line {error.lineno}: it is not valid Jinja ({error.message}); correct it"
             ) from None
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            line = _line_of(error)
+        except Exception as error:  # a template may do all that Python can fail at
+            line, reason = _line_of(error), str(error) or type(error).__name__
             where = f"{self.origin}, line {line}" if line else self.origin
             raise DataError(
-                f"{where}: the template cannot show this conversation ({error}); change the row, or name another "
+                f"{where}: the template cannot show this conversation ({reason}); change the row, or name another "
                 "template (one of chatrlhf's, or a .jinja file)"
             ) from None
         return rendered[0], spans[0] if marks else []
@@ -264,10 +268,11 @@ def _found(name: str, key: str, tokenizer: Any, folder: Path | None) -> Template
     if is_own(name):
         return Template(_own(name.partition(":")[2], key, tokenizer))
     if name.endswith(".jinja"):
-        paths = [base / Path(name).expanduser() for base in (folder, Path.cwd()) if base is not None]
-        for path in paths:
-            if path.is_file():
-                return Template(path.read_text(encoding="utf-8"))
+        with doing(f"{key}: reading", name, untrusted=True):
+            paths = [base / Path(name).expanduser() for base in (folder, Path.cwd()) if base is not None]
+            for path in paths:
+                if path.is_file():
+                    return Template(path.read_text(encoding="utf-8"))
         raise ConfigError(f"{key}: there is no file {' or '.join(map(str, dict.fromkeys(paths)))}; correct the path")
     if name.count(PLACEHOLDER) == 1:
         return _from_text(*name.split(PLACEHOLDER))

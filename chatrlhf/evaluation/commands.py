@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatrlhf.arguments import whole_number
+from chatrlhf.boundary import doing
 from chatrlhf.errors import ConfigError
 
 if TYPE_CHECKING:  # with torch behind it: what is asked for help needs none
@@ -43,17 +45,21 @@ def main(words: Sequence[str]) -> int:
     if options.json is not None:
         rows = [{"name": each.name, "positions": each.positions, "perplexity": each.perplexity} for each in ladders]
         about = {"text": str(options.text), "stride": options.stride, "targets": targets, "models": rows}
-        options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        with doing("--json: writing", options.json):
+            options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     if options.picture is not None:
         from chatrlhf.evaluation.picture import save_ladders
 
-        save_ladders(ladders, options.picture)
+        with doing("--picture: writing", options.picture, untrusted=True):
+            save_ladders(ladders, options.picture)
     return 0
 
 
 def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladder], int]:
     import torch
+    from pydantic import ValidationError
 
+    from chatrlhf.config.load import explain
     from chatrlhf.config.schema import ActorConfig
     from chatrlhf.data.files import read_rows
     from chatrlhf.device import pick_device
@@ -67,7 +73,10 @@ def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladd
     ladders, first, ids, ends = [], None, None, []
     for spec in options.models:
         name, scaling = _scaled(spec)
-        settings = ActorConfig(model=name, rope_scaling=scaling)
+        try:
+            settings = ActorConfig(model=name, rope_scaling=scaling)
+        except ValidationError as error:
+            raise ConfigError(f"--models: {spec!r}: {explain(error, ActorConfig)}; write DIR@linear:8") from None
         if (warning := scaling_warning(name, settings.rope_scaling)) is not None:
             console.print(f"warning: {warning}", markup=False)
         model, tokenizer = load_actor(settings, [], pick_device())
@@ -104,8 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     add("text", type=Path, help="a text file, or rows with a field 'text'")
     add("--models", nargs="+", required=True, metavar="DIR", help="side by side; DIR@linear:8 stretches positions")
     add("--contexts", type=_numbers, default=DEFAULT_CONTEXTS, metavar="N,N,...", help="tokens (64,128,...,2048)")
-    add("--stride", type=int, default=32, metavar="N", help="tokens that are predicted in a window (%(default)s)")
-    add("--windows", type=int, default=64, metavar="N", help="at most (%(default)s)")
+    add(
+        "--stride",
+        type=whole_number(1),
+        default=32,
+        metavar="N",
+        help="tokens that are predicted in a window (%(default)s)",
+    )
+    add("--windows", type=whole_number(1), default=64, metavar="N", help="at most (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--picture", type=Path, metavar="FILE", help="draw them there, such as ladder.png")
     return parser

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatrlhf.arguments import whole_number
+from chatrlhf.boundary import doing
 from chatrlhf.errors import ConfigError
 
 if TYPE_CHECKING:  # what is asked for help needs nothing behind it
@@ -40,7 +42,8 @@ def _merge(options: argparse.Namespace) -> Path:
 
     from chatrlhf.export.merge import merge
 
-    compared = merge(options.model, options.output, getattr(torch, options.dtype), _warn)
+    with doing("--model: merging the adapters in", options.model, untrusted=True):
+        compared = merge(options.model, options.output, getattr(torch, options.dtype), _warn)
     print(
         f"wrote {options.output}: its logits differ from those of base and adapters by {compared.difference:.3g} "
         f"(root mean square; their own deviation is {compared.spread:.3g})"
@@ -51,7 +54,8 @@ def _merge(options: argparse.Namespace) -> Path:
 def _delta(options: argparse.Namespace) -> Path:
     from chatrlhf.export.delta import make_delta
 
-    about = make_delta(options.base, options.target, options.output)
+    with doing("--target: subtracting --base from", options.target):
+        about = make_delta(options.base, options.target, options.output)
     print(f"wrote {options.output}: {len(about['tensors']):,} tensors, base SHA-256 {about['base_sha256'][:12]}...")
     return options.output
 
@@ -59,7 +63,8 @@ def _delta(options: argparse.Namespace) -> Path:
 def _apply_delta(options: argparse.Namespace) -> Path:
     from chatrlhf.export.delta import apply_delta
 
-    apply_delta(options.base, options.delta, options.output, _warn)
+    with doing("--delta: applying", options.delta):
+        apply_delta(options.base, options.delta, options.output, _warn)
     print(f"wrote {options.output}")
     return options.output
 
@@ -73,7 +78,8 @@ def _quantize(options: argparse.Namespace) -> Path:
 
     given = {name: value for name, value in vars(options).items() if name in Asked.__dataclass_fields__}
     asked = Asked(**given | {"dtype": getattr(torch, options.dtype)})
-    found = quantize(asked, _warn)
+    with doing("--model: quantizing", options.model):
+        found = quantize(asked, _warn)
     on = (asked.text or asked.calibration).name
     title = f"perplexity of {on}" + ("" if asked.text else ", its last tokens, which were not calibrated upon")
     show_ladders(Console(highlight=False, soft_wrap=True), [found.before, found.after], title)
@@ -131,26 +137,23 @@ def _add_quantize(quantize: argparse.ArgumentParser) -> None:
     add("--method", choices=("gptq", "nf4", "int8"), default="gptq", help="(%(default)s)")
     add("--calibration", type=Path, metavar="FILE", help="gptq: rows or a text, like what the model will read")
     add("--text", type=Path, metavar="FILE", help="for the perplexity (the last tenth of --calibration)")
-    add("--group-size", type=_count(1), default=128, metavar="N", help="gptq: inputs that share a scale (%(default)s)")
-    add("--samples", type=_count(1), default=128, metavar="N", help="gptq: pieces to calibrate upon (%(default)s)")
-    add("--length", type=_count(2), default=2048, metavar="N", help="gptq: tokens of a piece (%(default)s)")
+    add(
+        "--group-size",
+        type=whole_number(1),
+        default=128,
+        metavar="N",
+        help="gptq: inputs that share a scale (%(default)s)",
+    )
+    add(
+        "--samples", type=whole_number(1), default=128, metavar="N", help="gptq: pieces to calibrate upon (%(default)s)"
+    )
+    add("--length", type=whole_number(2), default=2048, metavar="N", help="gptq: tokens of a piece (%(default)s)")
     add(
         "--context",
-        type=_count(2),
+        type=whole_number(2),
         default=512,
         metavar="N",
         help="tokens of a window for perplexity (%(default)s)",
     )
-    add("--windows", type=_count(1), default=64, metavar="N", help="of the text, at most (%(default)s)")
+    add("--windows", type=whole_number(1), default=64, metavar="N", help="of the text, at most (%(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of what stays whole (%(default)s)")
-
-
-def _count(least: int) -> Callable[[str], int]:
-    """A whole number, not below ``least``."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-        return int(text)
-
-    return read

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from chatrlhf.boundary import doing
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.weight_files import folder_damage, headers
 from chatrlhf.trainers.checkpoint import CONTENTS
@@ -60,9 +61,10 @@ class Weights:
     @staticmethod
     def reader(path: Path) -> Callable[[str], Tensor]:
         """What gives the tensors of one file; those of a safetensors file are read when they are asked for."""
-        if path.suffix == ".safetensors":
-            return safe_open(path, "pt").get_tensor
-        return torch.load(path, map_location="cpu", weights_only=True).__getitem__
+        with doing("reading the weights in", path, untrusted=True):
+            if path.suffix == ".safetensors":
+                return safe_open(path, "pt").get_tensor
+            return torch.load(path, map_location="cpu", weights_only=True).__getitem__
 
     def sha256(self) -> str:
         """Of all names, types, shapes and values; however they are spread over files."""

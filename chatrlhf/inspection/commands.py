@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatrlhf.arguments import whole_number
+from chatrlhf.boundary import doing
 from chatrlhf.conversation import Conversation
 from chatrlhf.data.sources.catalogue import SOURCES
 from chatrlhf.inspection.faults import STAGES
@@ -45,7 +47,8 @@ def _stats(options: argparse.Namespace, console: Console) -> int:
         statistics = count(records_in(options.file, options.dataset), encoder)
     show_statistics(console, statistics, str(options.file))
     if options.picture is not None:
-        save_picture(statistics, options.file.name, options.picture)
+        with doing("--picture: writing", options.picture, untrusted=True):
+            save_picture(statistics, options.file.name, options.picture)
         console.print(f"wrote {options.picture}", highlight=False)
     return 0
 
@@ -125,10 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     for each in (stats, show):
         each.add_argument("--tokenizer", metavar="MODEL", help="a folder or hub id")
         each.add_argument("--template", metavar="NAME", help="as actor_config.template")
-        each.add_argument("--context", type=int, default=2048, metavar="N", help="tokens (%(default)s)")
+        each.add_argument("--context", type=whole_number(1), default=2048, metavar="N", help="tokens (%(default)s)")
     stats.add_argument("--picture", type=Path, metavar="FILE", help="write the histograms there, such as stats.png")
     check.add_argument("--stage", choices=STAGES, help="also look for what this stage needs")
-    show.add_argument("--row", type=int, default=1, metavar="N", help="the first record to show (%(default)s)")
-    show.add_argument("-n", "--number", type=int, default=3, metavar="N", help="how many (%(default)s)")
+    show.add_argument(
+        "--row", type=whole_number(1), default=1, metavar="N", help="the first record to show (%(default)s)"
+    )
+    show.add_argument("-n", "--number", type=whole_number(1), default=3, metavar="N", help="how many (%(default)s)")
     show.add_argument("--loss-on", choices=("completion", "all_turns", "all"), default="completion")
     return parser

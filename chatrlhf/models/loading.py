@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.adapter_merging import merged
 from chatrlhf.models.adapters import base_of, config_of, revision_of_base
 from chatrlhf.models.backbone import backbone_of, head_stays_apart, language_model_class
+from chatrlhf.models.config_sizes import check_sizes
 from chatrlhf.models.generation_config import adopt_generation_config, check_generation_config
 from chatrlhf.models.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
 from chatrlhf.models.quantization import how_quantized, never_repack
@@ -31,7 +33,9 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     holder = key if base_of(name) is None else f"{key}: the base of the adapters in {name}"
     with explained(holder, place, kwargs.get("revision")):
         settings = AutoConfig.from_pretrained(place, **kwargs)
-    leave_router_logits(settings)
+    with doing(f"{key}: reading the configuration of", name, untrusted=True):
+        check_sizes(settings, key, place)
+        leave_router_logits(settings)
     if section is not None and section.rope_scaling is not None:
         stretch_positions(settings, section.rope_scaling, f"{key.rpartition('.')[0]}.rope_scaling")
     return settings
@@ -110,7 +114,8 @@ def _from_pretrained(
         kwargs["attn_implementation"] = section.attn_implementation
     # What only a head reads, a model without one may lack.
     fresh = UNUSED_BY_BACKBONES if auto is AutoModel else ()
-    return never_repack(load_pretrained(auto, name, key, fresh, dtype=torch.float32, **kwargs))
+    with doing(f"{key}: loading", name, untrusted=True):
+        return never_repack(load_pretrained(auto, name, key, fresh, dtype=torch.float32, **kwargs))
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from chatrlhf.boundary import doing
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.pairs import PairEncoder
@@ -164,18 +165,19 @@ def load_reward_model(
 
     Raises:
         CheckpointError: the folder holds none.
-        WeightsError: it is damaged, or lacks tensors; see `load_pretrained`.
+        WeightsError, OutsideError: it is damaged, or lacks tensors; see `load_pretrained`.
     """
     folder = Path(path)
     if not is_reward_model(path):
         raise CheckpointError(f"{folder}: no reward model here ({SETTINGS} is missing); train one with --type REWARD")
-    settings = saved_settings(folder)
-    backbone, place = read_backbone(folder, settings, settings["quantization"], base, keep_adapters, **kwargs)
-    model = assembled(folder, settings, backbone)
-    tokenizer = load_tokenizer(str(folder), key="reward_config.model")
-    template = Template.load(folder) or FORMATS["raw"]
-    scorer, encoder = scorer_class(model, settings["reads_pairs"])
-    return scorer(model.to(device).eval(), encoder(tokenizer, template, settings["max_length"]), place)
+    with doing("reading the reward model in", folder, untrusted=True):
+        settings = saved_settings(folder)
+        backbone, place = read_backbone(folder, settings, settings["quantization"], base, keep_adapters, **kwargs)
+        model = assembled(folder, settings, backbone)
+        tokenizer = load_tokenizer(str(folder), key="reward_config.model")
+        template = Template.load(folder) or FORMATS["raw"]
+        scorer, encoder = scorer_class(model, settings["reads_pairs"])
+        return scorer(model.to(device).eval(), encoder(tokenizer, template, settings["max_length"]), place)
 
 
 def is_reward_model(path: str | Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from chatrlhf.boundary import doing
 from chatrlhf.errors import ConfigError, MissingError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -37,14 +38,15 @@ def load_tokenizer(name: str, key: str, **kwargs: Any) -> Any:
     Encoders' tokenizers may close a text by a separator and have no EOS; it is theirs then.
 
     Raises:
-        MissingError: it is not there. ConfigError: it cannot be loaded, or it has no EOS token.
+        MissingError: it is not there. ConfigError, OutsideError: it cannot be loaded, or it has no EOS token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        kind = MissingError if isinstance(error, OSError) else ConfigError
-        raise kind(f"{key}: no tokenizer could be loaded from {name!r} ({reason})") from None
+    with doing(f"{key}: reading the tokenizer in", name, untrusted=True):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            kind = MissingError if isinstance(error, OSError) else ConfigError
+            raise kind(f"{key}: no tokenizer could be loaded from {name!r} ({reason})") from None
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.eos_token_id is None:

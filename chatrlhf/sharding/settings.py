@@ -22,6 +22,8 @@ EPS = 1e-8  # Adam's, which the YAML has no key for
 # What the YAML knows as well: where the JSON leaves it out, it is not DeepSpeed's own default but the YAML's value.
 FROM_YAML = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
+SECTIONS = ("bf16", "fp16", "optimizer", "scheduler")  # objects, the last two with an object "params"
+
 # DeepSpeed's schedules and those of the YAML that they are.
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -100,6 +102,10 @@ def read_deepspeed_config(config: Config, section: str) -> tuple[dict[str, Any],
             '"zero_optimization": {"stage": 2}'
         )
     _check_shape(settings, f"{key}: {path}")
+    if settings["zero_optimization"].get("stage") not in (None, 0, 1, 2, 3):
+        raise ConfigError(
+            f"{key}: {path} has zero_optimization.stage {settings['zero_optimization']['stage']!r}, expected 0 to 3"
+        )
     return settings, path
 
 

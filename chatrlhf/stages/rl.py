@@ -78,7 +78,7 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
     trainer = assemble_ppo(
         config, topology, reference, encoder, reward, rows, this.device, this.log, files.store, sharding
     )
-    files.begin()
+    files.begin(topology)
     if rank() > 0:
         from transformers import set_seed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from chatrlhf import __version__
-from chatrlhf.errors import UserError
+from chatrlhf.boundary import exit_status
 from chatrlhf.generation.text import TextGenerator
 from chatrlhf.synth.asking import Asker
 from chatrlhf.synth.journal import Journal
@@ -23,7 +22,7 @@ from chatrlhf.synth.options import is_local, limits_of, model_of, open_generator
 from chatrlhf.synth.output import Output
 from chatrlhf.synth.rows import Made
 
-INCOMPLETE, USER_ERROR, STOPPED = 1, 2, 130
+INCOMPLETE = 1
 LICENCE = (
     "What a model writes stands under the terms of that model and of who runs it. OpenAI's forbid to develop models "
     "with it that compete with theirs; Meta's, and others', have conditions of their own. Read them before you train "
@@ -221,11 +220,4 @@ def _report(output: Output, asker: Asker, result: Result, aside: list[dict[str, 
 
 def guarded(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a script's command; errors meant for people are one line."""
-    try:
-        return command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here, and asks nothing twice", file=sys.stderr)
-        return STOPPED
+    return exit_status(lambda: command(options), "stopped; the same command goes on from here, and asks nothing twice")

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from chatrlhf.boundary import doing
 from chatrlhf.data.files import sha256_of
-from chatrlhf.distributed import barrier, is_main, world_size
+from chatrlhf.distributed import barrier, gather_results, is_main, world_size
 from chatrlhf.errors import CheckpointError
 from chatrlhf.sharding.environment import Sharding
+from chatrlhf.trainers.disk_space import check_room
 
 CONTENTS = "contents.json"
 SHARDING = "sharding.json"  # beside states that lie as they were dealt out
@@ -58,7 +62,8 @@ class CheckpointStore:
         return None
 
     def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.exists() else []
+        folders = self.folder.glob("step-*") if self.folder.is_dir() else ()
+        return sorted(path for path in folders if path.name.removeprefix("step-").isdecimal())
 
 
 @dataclass
@@ -71,13 +76,22 @@ class StageFiles:
     resume: bool
     set_aside: Callable[[], None]  # moves an earlier run's results out of the way
 
-    def begin(self) -> None:
-        """To be called when all checks are done, before the first file is written."""
+    def begin(self, model: nn.Module) -> None:
+        """To be called when all other checks are done, before the first file is written.
+
+        Args:
+            model: what is trained, to be compared with the room on the disk.
+        """
+        gather_results(lambda: self._make_room(model) if is_main() else None)
         if not self.resume:
             self.set_aside()
-        if is_main():
-            shutil.rmtree(self.scratch, ignore_errors=True)
         barrier()
+
+    def _make_room(self, model: nn.Module) -> None:
+        """Remove what a kill or a full disk has left half written, and see whether the rest is enough."""
+        for leftover in (self.scratch, *self.store.folder.glob(f"{WRITING}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        check_room(self.scratch.parent.parent, self.stage, model, self.store.keep, self.resume, self.store.warn)
 
 
 def note_sharding(folder: Path, sharding: Sharding) -> None:
@@ -120,15 +134,20 @@ def publish_folder(target: Path, write: Callable[[Path], None], by_all: Callable
     """
     writing = target.parent / f"{WRITING}{target.name}"
     barrier()
-    if is_main():
-        _begin(target, writing)
-    if by_all is not None:
-        barrier()
-        by_all(writing)
-        barrier()
-    if is_main():
-        write(writing)
-        _finish(target, writing)
+    with doing("writing the folder", target):
+        if is_main():
+            _begin(target, writing)
+        if by_all is not None:
+            barrier()
+            by_all(writing)
+            barrier()
+        if is_main():
+            try:
+                write(writing)
+                _finish(target, writing)
+            except Exception:
+                shutil.rmtree(writing, ignore_errors=True)  # half of it would only fill the disk
+                raise
     barrier()
     return target
 
@@ -166,28 +185,36 @@ def why_invalid(folder: Path) -> str | None:
     listing = folder / CONTENTS
     try:
         contents = json.loads(listing.read_text(encoding="utf-8"))
+        if not isinstance(contents, dict) or not contents:
+            return f"{CONTENTS} lists no files"
+        return next(filter(None, (_why_other(folder / name, name, what) for name, what in contents.items())), None)
     except FileNotFoundError:
         return f"{CONTENTS} is missing"
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # neither text nor JSON, or lists that are too deep
         return f"{CONTENTS} is not valid JSON"
-    for name, expected in contents.items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-        if _describe(path) != expected:
-            return f"{name} does not have its SHA-256"
-    return None
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+
+
+def _why_other(path: Path, name: str, expected: Any) -> str | None:
+    """What tells a file from the one that was published."""
+    if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+        return f"{CONTENTS} says nothing of {name}"
+    if not path.exists():
+        return f"{name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
+    return None if _describe(path) == expected else f"{name} does not have its SHA-256"
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file by one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{WRITING}{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    _sync(beside)
-    os.replace(beside, path)
+    with doing("writing", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        _sync(beside)
+        os.replace(beside, path)
 
 
 def _describe(path: Path) -> dict[str, int | str]:

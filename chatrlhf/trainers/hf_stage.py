@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.pretrain import PretrainConfig
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.device import resolve_precision
@@ -178,7 +179,7 @@ def run_trainer(
         Interrupted: a signal asked to stop; a checkpoint is there.
         CheckpointError: the checkpoints are damaged, of another model, or dealt out in another way.
     """
-    files.begin()
+    files.begin(model)
     stage, store = files.stage, files.store
     newest = store.newest() if files.resume else None
     done, path = newest or (0, None)
@@ -203,7 +204,8 @@ def run_trainer(
             # TRL makes adapters upon few bits bfloat16, in which small steps would be lost.
             if weight.requires_grad:
                 weight.data = weight.data.float()
-        with log.stage(stage, _total_steps(trainer), done, every):
+        writes = doing(f"{stage}: training, with checkpoints in", store.folder)
+        with writes, log.stage(stage, _total_steps(trainer), done, every):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
         if bare is not None:
             log.note(

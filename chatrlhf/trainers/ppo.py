@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from chatrlhf.boundary import doing
 from chatrlhf.distributed import gather_objects, rank
 from chatrlhf.errors import CheckpointError, DivergedError, Interrupted
 from chatrlhf.evaluation.heldout import HeldOut, HeldOutReport
@@ -33,6 +34,7 @@ from chatrlhf.types import ScoredRollout
 
 STAGE = "RL"
 SAMPLES_A_STEP = 2
+STATE = ("fingerprint", "kl", "reward_scaling", "before", "after")  # in a checkpoint's state.json, with its step
 
 
 @dataclass
@@ -197,7 +199,9 @@ class PPOTrainer:
             self.log.note(f"{STAGE}: no checkpoint was published yet, so it starts at its beginning")
             return 0
         step, folder = newest
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        with doing("RL: reading the checkpoint", folder, untrusted=True):
+            read = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = {name: read[name] for name in STATE}
         if state["fingerprint"] != self.updater.fingerprint:
             raise CheckpointError(
                 f"{folder}: it is a checkpoint of another model (other parameters, or others in training, than this "
@@ -205,7 +209,8 @@ class PPOTrainer:
             )
         check_sharding(folder, self.sharding)
         self.updater.load_weights(folder)
-        tensors = torch.load(folder / "training.pt", weights_only=True)
+        with doing("RL: reading the checkpoint", folder, untrusted=True):
+            tensors = torch.load(folder / "training.pt", weights_only=True)
         self.updater.load_state_dict(tensors)
         self.kl.load_state_dict(state["kl"])
         self.scorer.scaling.load_state_dict(state["reward_scaling"])

@@ -15,7 +15,7 @@ from small_run import length, policy_of, reference_of, settings
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatrlhf import load_config, load_reward_model, run
-from chatrlhf.errors import ConfigError
+from chatrlhf.errors import ConfigError, OutsideError
 from chatrlhf.models.adapters import BASE_CONFIG, base_of
 from chatrlhf.models.quantization import never_repack
 from chatrlhf.trainers.hf_stage import StageCallback
@@ -153,7 +153,7 @@ def test_rl_goes_on_with_adapters_that_somebody_names(config, tmp_path, trainers
 
 def test_the_actor_stage_is_resumed_with_its_adapters(config, tmp_path, monkeypatch):
     run(config("whole"), type="ACTOR")
-    with dies_at_step_5(monkeypatch), pytest.raises(MemoryError):
+    with dies_at_step_5(monkeypatch), pytest.raises(OutsideError, match="out of memory"):
         run(config("parts"), type="ACTOR")
     run(config("parts"), type="ACTOR", resume=True)
     name = Path("actor") / "adapter_model.safetensors"
@@ -284,7 +284,7 @@ def test_a_critic_by_adapters_stands_upon_a_reward_model_in_whole_weights(config
 def test_the_reward_stage_is_resumed_with_its_adapters(config, tmp_path, monkeypatch):
     changes = {"reward_config__peft_enable": True}
     run(config("whole", **changes), type="REWARD")
-    with dies_at_step_5(monkeypatch), pytest.raises(MemoryError):
+    with dies_at_step_5(monkeypatch), pytest.raises(OutsideError, match="out of memory"):
         run(config("parts", **changes), type="REWARD")
     newest = sorted((tmp_path / "parts" / "checkpoints" / "REWARD").glob("step-*"))[-1]
     assert all("lora_" in name or name.startswith("head.") for name in load_file(newest / "model.safetensors"))
@@ -305,7 +305,7 @@ def test_rl_is_resumed_with_the_actors_adapters_and_the_critics(config, tmp_path
         record(self, step, *args)
 
     monkeypatch.setattr(PPOTrainer, "_record", dies)
-    with pytest.raises(MemoryError):
+    with pytest.raises(OutsideError, match="out of memory"):
         run(config("parts", **changes), reward_fn=length)
     monkeypatch.setattr(PPOTrainer, "_record", record)
     run(config("parts", **changes), resume=True, reward_fn=length)

@@ -17,6 +17,7 @@ from chatrlhf.cli import main
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.records import read_demonstrations
 from chatrlhf.data.templates import FORMATS, Template
+from chatrlhf.errors import OutsideError
 from chatrlhf.models.adapters import base_of
 from chatrlhf.models.backbone import read_by
 from chatrlhf.models.tokenizer import train_tokenizer
@@ -180,7 +181,7 @@ def test_a_run_that_died_is_resumed_to_the_same_bytes(config, tmp_path, monkeypa
         return step(self, *args)
 
     for owner, name, deadly in ((StageCallback, "on_step_end", dies), (Updater, "step", dies_later)):
-        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        with monkeypatch.context() as patched, pytest.raises(OutsideError, match="out of memory"):
             patched.setattr(owner, name, deadly)
             go("parts", resume=(tmp_path / "parts" / "run").exists())
     go("parts", resume=True)
