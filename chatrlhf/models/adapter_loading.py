@@ -137,11 +137,11 @@ def _changed_weights(model: nn.Module, folder: str | Path, held: Collection[str]
     """
     from peft import load_peft_weights
 
-    whole = [name for name in held if not is_adapter(name)]
-    if not whole:
+    full = [name for name in held if not is_adapter(name)]
+    if not full:
         return []
     own, weights = dict(model.named_parameters(remove_duplicate=False)), load_peft_weights(str(folder), device="cpu")
-    return [name for name in whole if not _is_same(own.get(bare_name(name.removeprefix(PREFIX))), weights[name])]
+    return [name for name in full if not _is_same(own.get(bare_name(name.removeprefix(PREFIX))), weights[name])]
 
 
 def _is_same(own: torch.Tensor | None, saved: torch.Tensor) -> bool:
@@ -210,8 +210,8 @@ def explained_adapters(folder: str | Path, verb: str = "loaded on their base") -
     except Exception as error:  # peft checks little; a foreign file brings about whatever it happens to meet
         reason, remedy = one_line(error), "name adapters that belong to their base, or copy them again"
         if sizes := MISMATCH.findall(str(error)):
-            (name, found, wanted), *rest = sizes
+            (name, saved, wanted), *rest = sizes
             more = f", and {len(rest)} more" if rest else ""
-            reason = f"{name} is {found} in the file and {wanted} on the base{more}"
+            reason = f"{name} is {saved} in the file and {wanted} on the base{more}"
             remedy = f"name the adapters' own base in {ADAPTER_CONFIG}"
         raise WeightsError(f"{folder}: these adapters cannot be {verb} ({reason}); {remedy}") from error

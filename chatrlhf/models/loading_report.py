@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -75,7 +75,7 @@ def load_reported(
         model, report = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(f"{key}: {name!r} holds adapters on the hub; download them into a folder and name that")
-    absent = _check_report(auto, model, report, key, name, fresh)
+    absent = _check_report(model, report, key, name, fresh)
     _check_values(model, key, name, kwargs.get("revision"))
     return model, absent
 
@@ -121,24 +121,23 @@ def _explanation(key: str, name: str, revision: str | None, error: Exception) ->
     return refusal(f"{key}: {name!r} cannot be loaded, it is {kind} ({one_line(error)})")
 
 
-def _check_report(
-    auto: Any, model: nn.Module, report: dict[str, Any], key: str, name: str, fresh: tuple[str, ...]
-) -> set[str]:
+def _check_report(model: nn.Module, report: dict[str, Any], key: str, name: str, fresh: tuple[str, ...]) -> set[str]:
     """Compare what was loaded with what had to be; returns what is fresh and may be. Raises WeightsError."""
     kind, total = type(model).__name__, len(model.state_dict())
-    missing = {each for each in report["missing_keys"] if not each.startswith(fresh)}
-    unexpected = {each for each in report["unexpected_keys"] if not _is_harmless(model, each)}
+    missing = {tensor for tensor in report["missing_keys"] if not tensor.startswith(fresh)}
+    unexpected = {tensor for tensor in report["unexpected_keys"] if not _is_harmless(model, tensor)}
     if missing:
         raise WeightsError(f"{key}: {name!r} {lost(missing, unexpected, total, kind)}")
-    others = {(each, tuple(found), tuple(wanted)) for each, found, wanted in report["mismatched_keys"]}
-    shapes = {each for each in others if not each[0].startswith(fresh)}
-    if shapes := shapes | _quantized_mismatches(auto, model):
+    others = {(tensor, tuple(saved), tuple(wanted)) for tensor, saved, wanted in report["mismatched_keys"]}
+    shapes = {other for other in others if not other[0].startswith(fresh)}
+    if shapes := shapes | _quantized_mismatches(model):
         raise WeightsError(f"{key}: {name!r} {misfit(shapes)}")
-    if inside := {each for each in unexpected if _is_inside(model, each)}:
+    if inside := {tensor for tensor in unexpected if _is_inside(model, tensor)}:
         raise WeightsError(f"{key}: {name!r} {surplus(inside, kind)}")
     if unexpected:
         say_once(f"warning: {key}: {name!r} {surplus(unexpected, kind, is_beside=True)}")
-    return {each for each in (*report["missing_keys"], *(each[0] for each in others)) if each.startswith(fresh)}
+    absent = (*report["missing_keys"], *(tensor for tensor, _, _ in others))
+    return {tensor for tensor in absent if tensor.startswith(fresh)}
 
 
 def _check_values(model: nn.Module, key: str, name: str, revision: str | None) -> None:
@@ -172,22 +171,33 @@ def _is_harmless(model: nn.Module, name: str) -> bool:
 
 
 def _is_inside(model: nn.Module, name: str) -> bool:
-    """Whether a name in the file belongs to a part that the model has: then the model would compute without it."""
-    parts: Collection[str] = {n for part in (model, model.base_model) for n, _ in part.named_children()}
-    return bool({name.split(".")[0], name.removeprefix(f"{model.base_model_prefix}.").split(".")[0]} & set(parts))
+    """Whether a name in the file belongs to a module that the model has: then it would compute without that tensor.
+
+    A tower beside the language model, or a head of another task, belongs to none.
+    """
+    roots = (model, model.base_model)
+    paths = (name, name.removeprefix(f"{model.base_model_prefix}."))
+    return any(_deepest(root, path) not in roots for root in roots for path in paths)
 
 
-def _quantized_mismatches(auto: Any, model: nn.Module) -> set[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+def _deepest(module: nn.Module, path: str) -> nn.Module:
+    """The module that a path leads to, as far as it leads."""
+    first, _, rest = path.partition(".")
+    child = dict(module.named_children()).get(first)
+    return module if child is None else _deepest(child, rest)
+
+
+def _quantized_mismatches(model: nn.Module) -> set[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Tensors of another shape than the configuration says, where bitsandbytes holds them: transformers takes any."""
     if how_quantized(model) is None:
         return set()
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.device("meta"):
-        wanted = {name: tuple(weight.shape) for name, weight in auto.from_config(config).named_parameters()}
-    found = {n: tuple(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for n, p in model.named_parameters()}
+        wanted = {name: tuple(weight.shape) for name, weight in type(model)(config).named_parameters()}
+    held = {n: tuple(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for n, p in model.named_parameters()}
     # GPT-2's matrices are quantized transposed.
-    return {(n, shape, wanted[n]) for n, shape in found.items() if wanted[n] not in (shape, shape[::-1])}
+    return {(n, shape, wanted[n]) for n, shape in held.items() if wanted[n] not in (shape, shape[::-1])}
 
 
 @contextmanager

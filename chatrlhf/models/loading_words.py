@@ -53,7 +53,7 @@ def lost(missing: Collection[str], unexpected: Collection[str], total: int, kind
 
 def misfit(shapes: Collection[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
     """Of tensors with another shape than the configuration says: name, shape in the file, shape in the model."""
-    said = [f"{name} is {list(found)} in the file and {list(wanted)} by config.json" for name, found, wanted in shapes]
+    said = [f"{name} is {list(saved)} in the file and {list(wanted)} by config.json" for name, saved, wanted in shapes]
     return f"has {count_of(shapes)} of another shape ({listed(said)}); put back the config.json of these weights"
 
 

@@ -51,14 +51,14 @@ def _rows_of(model: nn.Module, settings: Any, held: Mapping[str, Header]) -> int
     """The rows that the adapters were trained with; None where they do not say."""
     names = tuple(f"{PREFIX}{name}." for name in _layers(model))
     shapes = {name: header.shape for name, header in held.items() if name.startswith(names)}
-    whole = {shape[0] for name, shape in shapes.items() if name.endswith("weight") and ".lora_" not in name}
+    matrices = {shape[0] for name, shape in shapes.items() if name.endswith("weight") and ".lora_" not in name}
     factors = {shape[1] for name, shape in shapes.items() if name.endswith("lora_embedding_A")}
     factors |= {shape[0] for name, shape in shapes.items() if name.endswith("lora_B.weight")}
     tokens = getattr(settings, "trainable_token_indices", None) or getattr(settings, "token_indices", None) or []
-    listed = [index for group in (tokens.values() if isinstance(tokens, dict) else [tokens]) for index in group]
+    indices = [index for group in (tokens.values() if isinstance(tokens, dict) else [tokens]) for index in group]
     rows = model.get_input_embeddings().num_embeddings
-    added = {max(listed) + 1} if listed and max(listed) >= rows else set()
-    return max(whole or factors or added, default=None)
+    added = {max(indices) + 1} if indices and max(indices) >= rows else set()
+    return max(matrices or factors or added, default=None)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

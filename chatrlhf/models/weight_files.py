@@ -41,7 +41,7 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
 
 def weight_files(folder: Path, patterns: Iterable[str] = MODEL_FILES) -> list[Path]:
     """The files that a model, or adapters, are read from."""
-    return next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
+    return next((paths for pattern in patterns if (paths := sorted(folder.glob(pattern)))), [])
 
 
 def headers(path: Path) -> dict[str, Header]:
@@ -65,8 +65,8 @@ def folder_damage(folder: Path, patterns: Iterable[str] = MODEL_FILES) -> str | 
     files = weight_files(folder, patterns)
     # A file that holds the whole model is read instead of the shards that a list names.
     indexes = [] if files and "-of-" not in files[0].name else sorted(folder.glob(f"*{INDEX}"))
-    found = [*map(_index_damage, indexes), *map(damage, files)]
-    return next((wrong for wrong in found if wrong is not None), None)
+    faults = [*map(_index_damage, indexes), *map(damage, files)]
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def damage(path: Path) -> str | None:

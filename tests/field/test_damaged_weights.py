@@ -64,19 +64,19 @@ def configured(**values):
     return apply
 
 
-def content(made_of):
-    """A damage: the file holds the bytes that ``made_of`` makes of its own."""
-    return lambda folder: (folder / WEIGHTS).write_bytes(made_of((folder / WEIGHTS).read_bytes()))
+def content(change):
+    """A damage: the file holds the bytes that ``change`` makes of its own."""
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
 
 
-def in_pytorchs_file(made_of):
-    """A damage: the weights lie in pytorch_model.bin, as what ``made_of`` makes of them, an object or bytes."""
+def in_pytorchs_file(change):
+    """A damage: the weights lie in pytorch_model.bin, as what ``change`` makes of them, an object or bytes."""
 
     def apply(folder: Path) -> None:
-        made = made_of(load_file(folder / WEIGHTS))
+        changed = change(load_file(folder / WEIGHTS))
         (folder / WEIGHTS).unlink()
         path = folder / "pytorch_model.bin"
-        path.write_bytes(made) if isinstance(made, bytes) else torch.save(made, path)
+        path.write_bytes(changed) if isinstance(changed, bytes) else torch.save(changed, path)
 
     return apply
 

@@ -32,7 +32,7 @@ def said(caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name == "chatrlhf"]
 
 
-def made(family: str):
+def random_model(family: str):
     config = FAMILIES[family]
     model = config() if callable(config) else AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def assert_same(found, wanted) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_with_and_without_its_head(tmp_path, said, family):
-    model = made(family)
+    model = random_model(family)
     model.save_pretrained(tmp_path)
     assert_same(load_language_model(str(tmp_path), "k"), model)
     assert_same(load_backbone(str(tmp_path), "k"), backbone_of(model))
@@ -109,11 +109,11 @@ def test_an_encoder_may_lack_what_only_its_own_head_reads(tmp_path, said):
     assert said() == []
 
 
-def test_heads_of_other_tasks_are_left_out_and_said_once(tmp_path, said):
+def test_heads_and_towers_beside_the_model_are_left_out_and_said_once(tmp_path, said):
     model = llama()
     model.save_pretrained(tmp_path / "trl")
     weights = load_file(tmp_path / "trl" / "model.safetensors")
-    weights |= {"v_head.summary.weight": torch.ones(1, 16), "v_head.summary.bias": torch.ones(1)}
+    weights |= {"v_head.summary.weight": torch.ones(1, 16), "model.visual.merger.bias": torch.ones(1)}
     save_file(weights, tmp_path / "trl" / "model.safetensors", {"format": "pt"})
     for _ in range(2):
         assert_same(load_language_model(str(tmp_path / "trl"), "k"), model)
@@ -123,7 +123,7 @@ def test_heads_of_other_tasks_are_left_out_and_said_once(tmp_path, said):
     first, second = said()
     assert first == (
         f"warning: k: '{tmp_path / 'trl'}' holds 2 tensors that a LlamaForCausalLM does not have "
-        "(v_head.summary.bias, v_head.summary.weight); they are left out"
+        "(model.visual.merger.bias, v_head.summary.weight); they are left out"
     )
     assert "holds 4 tensors that a DebertaV2Model does not have (classifier.bias, " in second
 
