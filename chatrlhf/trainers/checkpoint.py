@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class CheckpointStore:
         for path in reversed(candidates):
             problem = why_invalid(path) or ""
             if not problem:
-                return int(path.name.removeprefix("step-")), path
+                return _step_of(path), path
             self.warn(f"checkpoint {path} is damaged ({problem}); trying the one before")
         if candidates:
             raise CheckpointError(
@@ -58,7 +59,17 @@ class CheckpointStore:
         return None
 
     def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.exists() else []
+        """Oldest first, by number: beyond step 999,999 names have more digits, and text would sort them first."""
+        folders = self.folder.glob("step-*")
+        return sorted((each for each in folders if _number_of(each).isdigit()), key=_step_of)
+
+
+def _number_of(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("step-")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(_number_of(checkpoint))
 
 
 @dataclass
@@ -69,12 +80,20 @@ class StageFiles:
     store: CheckpointStore
     scratch: Path
     resume: bool
-    set_aside: Callable[[], None]  # moves an earlier run's results out of the way
+    record: Callable[[], None]  # writes into the manifest that the stage has begun, and from what
+
+    @cached_property
+    def newest(self) -> tuple[int, Path] | None:
+        """The checkpoint to continue from as (step, path); None without --resume, or where there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is valid.
+        """
+        return self.store.newest() if self.resume else None
 
     def begin(self) -> None:
         """To be called when all checks are done, before the first file is written."""
-        if not self.resume:
-            self.set_aside()
+        self.record()
         if is_main():
             shutil.rmtree(self.scratch, ignore_errors=True)
         barrier()
