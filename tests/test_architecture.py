@@ -16,12 +16,12 @@ PACKAGE = ROOT / "chatrlhf"
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
     ("errors", "conversation", "types", "functional", "config"),
-    ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples", "sharding"),
+    ("device", "distributed", "heap", "lanes", "optimizer", "progress", "data", "models", "samples", "sharding"),
     ("generation", "inspection"),
     ("rl",),
     ("evaluation", "synth"),
     ("trainers",),
-    ("manifest", "paired_checks", "preflight", "export"),
+    ("identity", "manifest", "paired_checks", "preflight", "resume", "export"),
     ("stages",),
     ("pipeline", "planning", "artifacts", "cli", "__init__", "__main__"),
 ]
