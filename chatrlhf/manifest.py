@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.config.schema import Config
-from chatrlhf.distributed import barrier, is_main
+from chatrlhf.distributed import barrier, gather_objects, is_main
 from chatrlhf.errors import CheckpointError
 from chatrlhf.progress import METRICS, SAMPLES
 from chatrlhf.trainers.checkpoint import write_atomically
@@ -32,6 +32,7 @@ class Manifest:
     run_dir: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def open(run_dir: Path, resume: bool) -> Manifest:
@@ -51,22 +52,46 @@ class Manifest:
             raise CheckpointError(f"{path}: it cannot be read as JSON ({error}); {_RESTORE}") from None
         if not _is_record(stored):
             raise CheckpointError(f"{path}: it is JSON, but no record of a run; {_RESTORE}")
-        return Manifest(run_dir, stored.get("stages", {}), stored.get("config", {}))
+        facts = stored.get("facts", {}) if resume else {}
+        return Manifest(run_dir, stored.get("stages", {}), stored.get("config", {}), facts)
 
-    def begin(self, config: Config, stages: list[str]) -> list[str]:
-        """Write the settings of this run down; returns the keys that differ from the run before."""
-        settings = config.model_dump(mode="json")
-        changed = _differences(self.config, settings) if self.config else []
-        self.config = settings
+    def begin(self, config: Config, stages: list[str]) -> None:
+        """Write the settings of this run down."""
+        self.config = config.model_dump(mode="json")
         self._save(asked=stages)
-        return changed
+
+    def fact(self, name: str, make: Callable[[], Any]) -> Any:
+        """A value of the run that --resume keeps: what ``make`` gave when it was first asked for, as JSON has it.
+
+        All ranks ask for it, and have rank 0's.
+        """
+        if name not in self.facts:
+            self.facts[name] = gather_objects(make())[0]
+            self._save()
+        return self.facts[name]
 
     def is_done(self, stage: str) -> bool:
         return self.stages.get(stage, {}).get("status") == "done"
 
+    def has_begun(self, stage: str) -> bool:
+        """Whether there is anything of a stage to continue from, or to keep."""
+        return stage in self.stages or any((self.run_dir / "checkpoints" / stage).glob("step-*"))
+
+    def start(self, stage: str, made_from: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Write down that a stage trains now, from what and by which settings: a later --resume compares them.
+
+        Args:
+            made_from: hashes, see `stages/made_from.py`.
+            settings: the keys that the stage reads, dotted.
+        """
+        known = self.stages.get(stage, {}) | {"made_from": made_from, "settings": settings}
+        self.stages[stage] = {"status": "begun"} | {name: each for name, each in known.items() if name != "status"}
+        self._save()
+
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Mark a stage as done; its outputs are in place. Every rank goes on with rank 0's record."""
-        self.stages[stage] = {"status": "done", "finished_at": _now(), **record}
+        begun = {name: each for name, each in self.stages.get(stage, {}).items() if name in ("made_from", "settings")}
+        self.stages[stage] = {"status": "done", "finished_at": _now(), **record, **begun}
         self._save()
         barrier()
         if not is_main():
@@ -105,6 +130,7 @@ class Manifest:
         stored = {
             "stages": self.stages,
             "config": self.config,
+            "facts": self.facts,
             "seed": self.config.get("seed"),
             "versions": {name: _version(name) for name in ("chatrlhf", *PACKAGES)}
             | {"python": platform.python_version()},
@@ -116,27 +142,16 @@ class Manifest:
 
 def _is_record(stored: Any) -> bool:
     """Whether JSON has the shape that `_save` writes, as far as it is read again."""
-    if not isinstance(stored, dict) or not isinstance(stored.get("config", {}), dict):
+    parts = ("config", "stages", "facts")
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(part, {}), dict) for part in parts):
         return False
-    stages = stored.get("stages", {})
-    return isinstance(stages, dict) and all(
+    return all(
         isinstance(stage, dict)
         and isinstance(stage.get("output", ""), str)
         and isinstance(stage.get("metrics", {}), dict)
         and (stage.get("status") != "done" or {"output", "metrics"} <= stage.keys())
-        for stage in stages.values()
+        for stage in stored.get("stages", {}).values()
     )
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    changed = []
-    for key in sorted(old.keys() | new.keys()):
-        first, second = old.get(key), new.get(key)
-        if isinstance(first, dict) and isinstance(second, dict):
-            changed += _differences(first, second, f"{prefix}{key}.")
-        elif first != second:
-            changed.append(f"{prefix}{key}: {first!r} -> {second!r}")
-    return changed
 
 
 def _version(package: str) -> str | None:

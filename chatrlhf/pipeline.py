@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from chatrlhf.boundary import doing
+from chatrlhf.config.on_resume import flat
 from chatrlhf.config.schema import STAGES, Config
 from chatrlhf.data.inputs import read_inputs
 from chatrlhf.device import pick_device
@@ -21,12 +23,18 @@ from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.output_dir import check_output_dir
 from chatrlhf.preflight import preflight
 from chatrlhf.progress import METRICS, RunLog, quiet_libraries
+from chatrlhf.resume import Resumption
 from chatrlhf.rl.rewards import DialogueReward, FunctionReward, RewardFunction, resolve_reward_fn
 from chatrlhf.stages.actor import run_actor
+from chatrlhf.stages.made_from import Sources
 from chatrlhf.stages.pretrain import run_pretrain
 from chatrlhf.stages.reward import run_reward
 from chatrlhf.stages.rl import run_rl
 from chatrlhf.stages.run import Run
+from chatrlhf.trainers.launch import sharding_of
+
+
+DAY = "day"  # of the run's start, which templates show that ask for the date; a fact of the manifest
 
 
 class Metrics(dict[str, float]):
@@ -88,13 +96,18 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
     # Checks come first: nothing is written before everything that will be read has been read once.
     reward = _reward_function(config, reward_fn, stages)
     gather_results(lambda: check_output_dir(config) if is_main() else None)
+    manifest = Manifest.open(config.run_dir, resume)
+    config.fix_day(date.fromisoformat(manifest.facts[DAY]) if DAY in manifest.facts else date.today())
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
     preflight(config, stages, inputs, reward is not None, config.run_dir)
     if isinstance(reward, DialogueReward) and inputs.prompts is not None:
         reward.function.check([*inputs.prompts.train, *inputs.prompts.held_out])
-    manifest = Manifest.open(config.run_dir, resume)
-    changed = manifest.begin(config, stages)
+    sources = Sources(config, manifest, inputs, reward, RunLog(config.run_dir).note)
+    resumption = _resumption(sources, stages) if resume else None
+    differences = resumption.check() if resumption else []
+    manifest.begin(config, stages)
+    manifest.fact(DAY, config.day.isoformat)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     log = RunLog(config.run_dir, config.trackers, config.model_dump(mode="json"))
@@ -104,8 +117,8 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
         log.note(note)
     for warning in inputs.warnings:
         log.warn(warning)
-    if resume and changed:
-        log.warn("settings differ from the run that is resumed: " + "; ".join(changed))
+    for line in differences:
+        log.warn(line)
     this = Run(config, inputs, log, manifest, pick_device(), reward, resume)
     results: dict[str, StageResult] = {}
     try:
@@ -113,18 +126,28 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
             if stage == "REWARD" and reward is not None:
                 log.note(f"REWARD: skipped, the reward is {reward.name}")
                 continue
-            results[stage] = _run_stage(this, stage)
+            results[stage] = _run_stage(this, stage, resumption)
             gc.collect()
     finally:
         log.close()
     return RunResult(config.run_dir, results)
 
 
-def _run_stage(this: Run, stage: str) -> StageResult:
-    """One stage, unless a resumed run has finished it already."""
-    if this.resume and this.manifest.is_done(stage):
-        this.log.note(f"{stage}: finished before, kept")
+def _resumption(sources: Sources, stages: list[str]) -> Resumption:
+    """What --resume is asked to continue."""
+    config, settings = sources.config, flat(sources.config.model_dump(mode="json"))
+    stages = [stage for stage in stages if stage != "REWARD" or sources.reward is None]
+    sharded = frozenset(stage for stage in stages if sharding_of(config, stage) is not None)
+    return Resumption(sources.manifest, settings, stages, sources.made_from, sources.starts_from, sharded)
+
+
+def _run_stage(this: Run, stage: str, resumption: Resumption | None) -> StageResult:
+    """One stage, unless a resumed run has finished it already and asks for no more of it."""
+    if resumption is not None and resumption.is_kept(stage):
+        this.log.note(f"{stage}: finished before, nothing is left to do, kept")
     else:
+        if resumption is not None and resumption.is_extended(stage):
+            this.log.note(f"{stage}: finished before, and asked for more: it continues from its last checkpoint")
         # Imported here, or the libraries behind it would speak before they were told to be quiet.
         from transformers import set_seed
 

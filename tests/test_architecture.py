@@ -16,12 +16,12 @@ PACKAGE = ROOT / "chatrlhf"
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
     ("errors", "arguments", "boundary", "conversation", "types", "functional", "config"),
-    ("device", "distributed", "heap", "lanes", "progress", "data", "models", "samples", "sharding"),
+    ("device", "distributed", "heap", "lanes", "optimizer", "progress", "data", "models", "samples", "sharding"),
     ("generation", "inspection"),
     ("rl",),
     ("evaluation", "synth"),
     ("trainers",),
-    ("manifest", "output_dir", "paired_checks", "preflight", "export"),
+    ("identity", "manifest", "output_dir", "paired_checks", "preflight", "resume", "export"),
     ("stages",),
     ("pipeline", "planning", "artifacts", "cli", "__init__", "__main__"),
 ]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from chatrlhf.data.collate import Encoder
+from chatrlhf.data.order import RowOrder, Seen
 from chatrlhf.data.views import PlainText
 
 
@@ -58,8 +60,11 @@ class Windows(Dataset):
         return {"input_ids": ids, "labels": ids.clone()}
 
 
-class StreamOrder(Sampler[int]):
+class StreamOrder(RowOrder):
     """The rows of all steps: those of a pass in an order that seed and pass draw, then those of the next.
+
+    A run that is resumed for another number of steps, or with another batch size, has another number of rows, and draws
+    its passes anew, without the rows that were seen.
 
     Args:
         rows: of all steps together.
@@ -68,7 +73,9 @@ class StreamOrder(Sampler[int]):
     """
 
     def __init__(self, rows: int, a_pass: int, batch_size: int, seed: int) -> None:
-        self.rows, self.a_pass, self.batch_size, self.seed = rows, a_pass, batch_size, seed
+        super().__init__(batch_size)
+        self.rows, self.a_pass, self.seed = rows, a_pass, seed
+        self.drawn: list[list[int]] = []  # rows, rows of a pass, and rows seen at its end, of each earlier drawing
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer, to which all passes together are its one epoch."""
@@ -76,10 +83,27 @@ class StreamOrder(Sampler[int]):
     def __len__(self) -> int:
         return self.rows
 
-    def __iter__(self) -> Iterator[int]:
-        for number, start in enumerate(range(0, self.rows, self.a_pass)):
+    def of(self, epoch: int) -> list[int]:
+        order: list[int] = []
+        for rows, a_pass, end in [*self.drawn, [self.rows, self.a_pass, self.rows]]:
+            seen = set(order)
+            order += [row for row in self._shuffled(rows, a_pass) if row not in seen][: end - len(order)]
+        return order
+
+    def advance(self) -> None:
+        self.seen = Seen(0, min(self.seen.rows + self.batch_size, len(self)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"drawn": [*self.drawn, [self.rows, self.a_pass, self.seen.rows]]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state | {"rows_of_an_epoch": len(self)})
+        self.drawn = state["drawn"]
+
+    def _shuffled(self, rows: int, a_pass: int) -> Iterator[int]:
+        for number, start in enumerate(range(0, rows, a_pass)):
             generator = torch.Generator().manual_seed(self.seed + number)
-            size = min(self.a_pass, self.rows - start)
+            size = min(a_pass, rows - start)
             yield from (start + torch.randperm(size, generator=generator)).tolist()
 
 

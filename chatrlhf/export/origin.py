@@ -69,7 +69,10 @@ def public_name(model: str | None) -> str | None:
 
 
 def _stage(stage: str, record: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    section = config.get(SECTIONS.get(stage, ""), {})
+    name = SECTIONS.get(stage, "")
+    # Those that it was trained by; a later stage's run may have had others.
+    own = {key.removeprefix(f"{name}."): value for key, value in record.get("settings", {}).items()}
+    section = config.get(name, {}) | own
     told = {key: value for key, value in section.items() if key in TOLD and value not in (None, False)}
     datasets = [entry["name"] for entry in section.get("datasets") or []]
     return {

@@ -62,6 +62,8 @@ def load_actor(
     tokenizer = _actor_tokenizer(config, texts)
     if config.model == TINY:
         model = tiny_model(config.tiny, tokenizer, config.rope_scaling)
+        if config.attn_implementation is not None:
+            model.set_attn_implementation(config.attn_implementation)
     else:
         bits = quantization_of(config, precision, "actor_config") if precision else {}
         model = load_language_model(config.model, "actor_config.model", config, bits)
@@ -125,7 +127,8 @@ def new_reward_model(
         texts: what the tokenizer of `model: tiny` is trained on.
         adapters: trained in the place of the backbone's weights; those that the fine-tuned actor has go on.
     """
-    config, actor = whole.reward_config, whole.actor_config
+    config = whole.reward_config
+    actor = whole.actor_config.model_copy(update={"attn_implementation": config.attn_implementation})
     name, key = config.model, "reward_config.model"
     if has_head(config):
         return trained_start(whole, device, adapters)

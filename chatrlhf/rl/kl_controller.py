@@ -19,6 +19,9 @@ class KLController:
     target: float | None = None
     horizon: int = 10000
 
+    def __post_init__(self) -> None:
+        self.init = self.coef
+
     def update(self, kl: float, num_sequences: int) -> None:
         """Steer by the KL (nats per sequence) of ``num_sequences`` rollouts."""
         if self.target is None:
@@ -27,8 +30,10 @@ class KLController:
         self.coef *= 1.0 + error * num_sequences / self.horizon
 
     def state_dict(self) -> dict[str, Any]:
-        return {"coef": self.coef}
+        return {"coef": self.coef, "init": self.init}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The coefficient goes on from where it was; target and horizon are the configuration's."""
-        self.coef = state["coef"]
+        """Continue with the adapted coefficient, unless the configuration now asks for another initial one, which holds
+        from here on. Target and horizon are the configuration's."""
+        if state.get("init", self.init) == self.init:
+            self.coef = state["coef"]

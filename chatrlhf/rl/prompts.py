@@ -15,7 +15,10 @@ from chatrlhf.types import PromptBatch
 
 @dataclass
 class PromptSchedule:
-    """Endless epochs over the prompts, each in an order of its own."""
+    """Endless epochs over the prompts, each in an order of its own.
+
+    A resumed run may have other prompts a step, and continues with the prompt behind the last one that was seen.
+    """
 
     ids_of: Sequence[Sequence[int]]  # token ids of each prompt
     prompts: Sequence[Prompt]
@@ -24,13 +27,15 @@ class PromptSchedule:
     samples_per_prompt: int
     seed: int
     epochs: Epochs | None = None  # which prompts each epoch sees; None: all
+    first_step: int = 0  # at which the run was resumed
+    first_prompt: int = 0  # prompts seen before it
 
     def __post_init__(self) -> None:
         self.seen = self.epochs or Epochs.of_all(len(self.prompts))
 
     def batch(self, step: int) -> PromptBatch:
         """The prompts of a step (0 = first), each repeated ``samples_per_prompt`` times."""
-        first = step * self.prompts_per_step
+        first = self.first_prompt + (step - self.first_step) * self.prompts_per_step
         chosen = [self._at(position) for position in range(first, first + self.prompts_per_step)]
         return prompt_batch(
             [self.ids_of[i] for i in chosen],

@@ -26,6 +26,7 @@ class RewardScaling:
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0  # sum of squared deviations from the mean
+    first_std: float | None = None  # of the first rollout batch; None before it
 
     def __call__(self, raw_scores: Tensor, finished: Tensor) -> Tensor:
         """The scores [B] that enter the rewards; sees each rollout batch once."""
@@ -40,22 +41,29 @@ class RewardScaling:
             return 1.0
         if self.mode == "ref" and self.ref_std is not None:
             return self.ref_std
-        std = math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
-        return std if std > 0 else 1.0
+        std = self.first_std if self.mode == "ref" else self._std()
+        return std if std else 1.0
+
+    def _std(self) -> float:
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
 
     def _observe(self, scores: Tensor) -> None:
-        """Merge a batch into the running moments (Chan et al. 1979, parallel variance)."""
-        if self.mode == "ref" and self.count:
-            return
+        """Merge a batch into the running moments (Chan et al. 1979, parallel variance), whatever the mode: a resumed
+        run may change it."""
         size, mean = len(scores), float(scores.double().mean())
         squares = float(((scores.double() - mean) ** 2).sum())
         delta, total = mean - self.mean, self.count + size
         self.squares += squares + delta**2 * self.count * size / total
         self.mean += delta * size / total
         self.count = total
+        if self.first_std is None:
+            self.first_std = self._std()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+        names = ("count", "mean", "squares", "first_std")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+        # In checkpoints of earlier versions, which saw the first batch alone where its deviation is what counts.
+        self.first_std = state.get("first_std", self._std() if self.count else None)

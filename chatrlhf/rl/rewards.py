@@ -115,9 +115,14 @@ def http_reward(url: str) -> RewardFunction:
     return post
 
 
+def is_url(name: str) -> bool:
+    """Whether `reward_config.reward_fn` names an endpoint."""
+    return name.startswith(("http://", "https://"))
+
+
 def resolve_reward_fn(name: str) -> FunctionReward:
     """`reward_config.reward_fn` as a reward source."""
-    if name.startswith(("http://", "https://")):
+    if is_url(name):
         return FunctionReward(http_reward(name), name)
     return FunctionReward(load_function(name, "reward_config.reward_fn"), name)
 

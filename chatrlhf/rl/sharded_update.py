@@ -23,6 +23,7 @@ from chatrlhf.lanes import one_lane
 from chatrlhf.models.sequences import Sequences, head_is_plain
 from chatrlhf.models.sizes import fingerprint
 from chatrlhf.models.topology import Evaluation, Part, PolicyOnly, Seam
+from chatrlhf.optimizer import Hyperparameters
 from chatrlhf.rl.update import Updater
 from chatrlhf.sharding.engine import Engine
 from chatrlhf.sharding.whole import trained_weights
@@ -208,8 +209,10 @@ class ShardedUpdater(Updater):
         """They are in the shards."""
 
     def load_weights(self, folder: Path) -> None:
-        for engine, place in zip(self.dealt.engines, self._places(folder), strict=True):
+        for engine, scheduler, place in zip(self.dealt.engines, self.schedulers, self._places(folder), strict=True):
+            own = Hyperparameters(engine.optimizer, scheduler)  # engines restore the optimizer's with the weights
             engine.load(place)
+            own.put_back()
 
     def save_shards(self, folder: Path) -> None:
         for engine, place in zip(self.dealt.engines, self._places(folder), strict=True):
@@ -219,8 +222,10 @@ class ShardedUpdater(Updater):
         return {"schedulers": [each.state_dict() for each in self.schedulers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for scheduler, its in zip(self.schedulers, state["schedulers"], strict=True):
+        for engine, scheduler, its in zip(self.dealt.engines, self.schedulers, state["schedulers"], strict=True):
+            own = Hyperparameters(engine.optimizer, scheduler)
             scheduler.load_state_dict(its)
+            own.put_back()
 
     def _places(self, folder: Path) -> list[Path]:
         return [folder / f"part-{number}" for number in range(len(self.dealt.engines))]

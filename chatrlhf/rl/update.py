@@ -21,6 +21,7 @@ from chatrlhf.lanes import side_by_side
 from chatrlhf.models.sequences import Sequences
 from chatrlhf.models.sizes import fingerprint
 from chatrlhf.models.topology import Evaluation, PolicyOnly, Seam
+from chatrlhf.optimizer import Hyperparameters
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradients import Gradients
 from chatrlhf.rl.master_weights import MasterWeights
@@ -233,9 +234,11 @@ class Updater:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Continue from what `state_dict` gave, with this run's learning rates, betas, weight decay and schedule."""
+        own = Hyperparameters(self.optimizer, self.scheduler)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        own.put_back()
 
     def full_precision(self) -> AbstractContextManager[None]:
         """Inside, the topology holds float32 weights: what is saved, and what is loaded into."""

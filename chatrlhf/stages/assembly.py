@@ -30,6 +30,7 @@ from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.master_weights import prepare_models
+from chatrlhf.rl.progress import Progress
 from chatrlhf.rl.prompts import PromptSchedule, step_seed
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import ModelReward, RewardSource
@@ -43,6 +44,7 @@ from chatrlhf.trainers.launch import engine_of
 from chatrlhf.trainers.ppo import PPOTrainer
 
 DEFAULT_NEW_TOKENS = 128
+NOTHING = Progress()
 
 
 def assemble_ppo(
@@ -56,6 +58,7 @@ def assemble_ppo(
     log: RunLog,
     checkpoints: CheckpointStore,
     sharding: Sharding = None,
+    done: Progress = NOTHING,
 ) -> PPOTrainer:
     """The trainer that the configuration describes.
 
@@ -65,6 +68,7 @@ def assemble_ppo(
         sharding: who deals out what is trained; None: every process has all of it.
         reward: a reward model of its own: what else was made from its weights has a copy.
         rows: prompts, and held-out prompts where there are any.
+        done: before the run is resumed.
 
     Raises:
         DataError: no prompt leaves room for a response.
@@ -96,7 +100,7 @@ def assemble_ppo(
         foreign_sampler=isinstance(engine, VllmSampler),
         importance_cap=trainer.importance_cap,
     )
-    updater = _updater(config, topology, frozen, settings, device, sharding, log)
+    updater = _updater(config, topology, frozen, settings, device, sharding, log, done)
     held_out = None
     if rows.held_out:
         held_ids, held_prompts, _ = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
@@ -106,14 +110,16 @@ def assemble_ppo(
     samples = trainer.samples_per_prompt
     prompts_a_step = trainer.num_rollouts // samples
     return PPOTrainer(
-        prompts=PromptSchedule(prompt_ids, prompts, pad_id, prompts_a_step, samples, config.seed, epochs),
+        prompts=PromptSchedule(
+            prompt_ids, prompts, pad_id, prompts_a_step, samples, config.seed, epochs, done.steps, done.prompts
+        ),
         engine=engine,
         scorer=scorer,
         updater=updater,
         algorithm=algorithm,
         estimation=lambda coef: Estimation(coef, trainer.gamma, trainer.lam, trainer.whiten_advantages),
         kl=KLController(trainer.init_kl_coef, trainer.target, trainer.horizon),
-        num_steps=trainer.num_steps,
+        num_steps=done.num_steps(trainer),
         seed=config.seed,
         log=log,
         checkpoints=checkpoints,
@@ -121,6 +127,7 @@ def assemble_ppo(
         held_out=held_out,
         eval_interval=trainer.eval_interval,
         sharding=sharding,
+        done=done,
     )
 
 
@@ -132,6 +139,7 @@ def _updater(
     device: torch.device,
     sharding: Sharding,
     log: RunLog,
+    done: Progress,
 ) -> Updater:
     """What improves the topology, whose models and the frozen ones are made ready for the hot path."""
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
@@ -159,7 +167,7 @@ def _updater(
         )
         kinds = dict.fromkeys(type(engine.model).__name__ for engine in dealt.engines)
         log.note(f"RL: trained by {sharding} in {world_size()} processes ({', '.join(kinds)})")
-        schedulers = [_schedule(engine.optimizer, config) for engine in dealt.engines]
+        schedulers = [_schedule(engine.optimizer, config, done) for engine in dealt.engines]
         first, own = dealt.engines[0].optimizer, schedulers[0]
         return ShardedUpdater(
             dealt.trained, first, own, algorithm, settings, device, dealt=dealt, schedulers=schedulers
@@ -174,7 +182,7 @@ def _updater(
         weight_decay=trainer.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    return Updater(topology, optimizer, _schedule(optimizer, config), algorithm, settings, device, masters)
+    return Updater(topology, optimizer, _schedule(optimizer, config, done), algorithm, settings, device, masters)
 
 
 def sampling_distribution(
@@ -265,8 +273,8 @@ def _encoded_prompts(
     return [encoded[i][0] for i in kept], [encoded[i][1] for i in kept], kept
 
 
-def _schedule(optimizer: torch.optim.Optimizer, config: Config) -> Any:
+def _schedule(optimizer: torch.optim.Optimizer, config: Config, done: Progress) -> Any:
     from transformers import get_scheduler
 
     trainer = config.trainer_config
-    return get_scheduler(trainer.lr_scheduler, optimizer, trainer.warmup_steps, trainer.num_optimizer_steps)
+    return get_scheduler(trainer.lr_scheduler, optimizer, trainer.warmup_steps, done.num_optimizer_steps(trainer))

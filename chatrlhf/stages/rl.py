@@ -22,6 +22,7 @@ from chatrlhf.models.sharing import Base, share_weights
 from chatrlhf.models.sizes import trained_count
 from chatrlhf.models.stop_tokens import stop_tokens, write_stop_tokens
 from chatrlhf.rl.experience import ALGORITHMS
+from chatrlhf.rl.progress import Progress
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.sharding.environment import Sharding, deals_out_weights, environment_for
 from chatrlhf.stages.assembly import assemble_ppo, sampling_distribution
@@ -39,6 +40,12 @@ def run_rl(this: Run) -> dict[str, Any]:
 
 def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
     config, trainer_config, rows = this.config, this.config.trainer_config, given(this.inputs.prompts)
+    files = this.files("RL", trainer_config.n_checkpoints_to_keep)
+    _, checkpoint = files.newest or (0, None)
+    done = Progress.of(checkpoint, trainer_config)
+    done.num_steps(trainer_config)  # refused, if it is, before models are loaded
+    if this.resume and checkpoint is None:
+        this.log.note("RL: no checkpoint was published yet, so it starts at its beginning")
     # What will be dealt out need not fit on one device first.
     place = torch.device("cpu") if deals_out_weights(sharding) else this.device
     policy, encoder, base = _starting_policy(this, place)
@@ -74,9 +81,8 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
     broadcast(topology.parameters())
     reference = topology.reference()
     this.log.note(f"RL: {trainer_config.algorithm}, {trained_count(topology):,} parameters in training; {critic_line}")
-    files = this.files("RL", trainer_config.n_checkpoints_to_keep)
     trainer = assemble_ppo(
-        config, topology, reference, encoder, reward, rows, this.device, this.log, files.store, sharding
+        config, topology, reference, encoder, reward, rows, this.device, this.log, files.store, sharding, done
     )
     files.begin(topology)
     if rank() > 0:
@@ -84,7 +90,7 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
 
         # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
         set_seed(this.seed("RL") + rank())
-    trainer.train(this.resume)
+    trainer.train(checkpoint)
     with trainer.updater.full_precision():
         publish_policy(this.dir / "actor_rl", policy, encoder)
         if (critic := topology.value_function()) is not None:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from chatrlhf.config.load import load_peft_config
+from chatrlhf.config.on_resume import settings_of
 from chatrlhf.config.schema import ActorConfig, Config
 from chatrlhf.data.collate import Encoder
 from chatrlhf.data.inputs import Inputs, Rows
 from chatrlhf.data.templates import actor_template
 from chatrlhf.manifest import Manifest
 from chatrlhf.models.adapter_scaling import scaling_warning
-from chatrlhf.models.adapters import base_of, save_model, where, with_adapters
+from chatrlhf.models.adapters import save_model, where, with_adapters
 from chatrlhf.models.factory import encoder_class
 from chatrlhf.models.generation_config import settle_generation_config
 from chatrlhf.models.quantization import ready_for_adapters
@@ -25,6 +26,7 @@ from chatrlhf.models.stop_tokens import ids_in_generation_config
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.prompts import step_seed
 from chatrlhf.rl.rewards import FunctionReward
+from chatrlhf.stages.made_from import Sources
 from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, publish_folder
 
 Read = TypeVar("Read")
@@ -43,6 +45,10 @@ class Run:
     resume: bool
 
     @property
+    def sources(self) -> Sources:
+        return Sources(self.config, self.manifest, self.inputs, self.reward, self.log.note)
+
+    @property
     def dir(self) -> Path:
         return self.manifest.run_dir
 
@@ -51,25 +57,25 @@ class Run:
         checkpoints = self.dir / "checkpoints"
         store = CheckpointStore(checkpoints / stage, keep, self.log.warn)
         scratch = checkpoints / f".scratch-{stage}"
-        return StageFiles(stage, store, scratch, self.resume, lambda: self.manifest.set_aside(stage, self.log.note))
+        made_from = self.sources.made_from(stage)
+
+        def record() -> None:
+            if not self.resume:
+                self.manifest.set_aside(stage, self.log.note)
+            self.manifest.start(stage, made_from, settings_of(stage, self.config.model_dump(mode="json")))
+
+        return StageFiles(stage, store, scratch, self.resume, record)
 
     def seed(self, stage: str) -> int:
         return step_seed(self.config.seed, 0, stage) % 2**31
 
     def trained(self, stage: str, folder: str, model: str | None) -> Path | None:
-        """Folder of a stage's result, if it is there and was made from ``model``."""
-        made_from = self.manifest.stages.get(stage, {}).get("model")
-        return self.dir / folder if made_from == model and (self.dir / folder).exists() else None
+        """See `Sources`."""
+        return self.sources.trained(stage, folder, model)
 
     def start(self) -> ActorConfig:
-        """The actor's settings with the model that it starts from: what PRETRAIN has left, or what they name."""
-        settings = self.config.actor_config
-        folder = self.trained("PRETRAIN", "pretrained", settings.model)
-        if folder is None:
-            return settings
-        # Its tokenizer lies beside it; of what adapters belong to the revision goes on to matter.
-        revision = settings.revision if base_of(str(folder)) is not None else None
-        return settings.model_copy(update={"model": str(folder), "tokenizer_path": None, "revision": revision})
+        """See `Sources`."""
+        return self.sources.start()
 
     def start_name(self) -> str:
         """Of `start`, for people."""

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class CheckpointStore:
         for path in reversed(candidates):
             problem = why_invalid(path) or ""
             if not problem:
-                return int(path.name.removeprefix("step-")), path
+                return _step_of(path), path
             self.warn(f"checkpoint {path} is damaged ({problem}); trying the one before")
         if candidates:
             raise CheckpointError(
@@ -62,8 +63,17 @@ class CheckpointStore:
         return None
 
     def _steps(self) -> list[Path]:
+        """Oldest first, by number: beyond step 999,999 names have more digits, and text would sort them first."""
         folders = self.folder.glob("step-*") if self.folder.is_dir() else ()
-        return sorted(path for path in folders if path.name.removeprefix("step-").isdecimal())
+        return sorted((path for path in folders if _number_of(path).isdecimal()), key=_step_of)
+
+
+def _number_of(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("step-")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(_number_of(checkpoint))
 
 
 @dataclass
@@ -74,7 +84,16 @@ class StageFiles:
     store: CheckpointStore
     scratch: Path
     resume: bool
-    set_aside: Callable[[], None]  # moves an earlier run's results out of the way
+    record: Callable[[], None]  # writes into the manifest that the stage has begun, and from what
+
+    @cached_property
+    def newest(self) -> tuple[int, Path] | None:
+        """The checkpoint to continue from as (step, path); None without --resume, or where there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is valid.
+        """
+        return self.store.newest() if self.resume else None
 
     def begin(self, model: nn.Module) -> None:
         """To be called when all other checks are done, before the first file is written.
@@ -83,8 +102,7 @@ class StageFiles:
             model: what is trained, to be compared with the room on the disk.
         """
         gather_results(lambda: self._make_room(model) if is_main() else None)
-        if not self.resume:
-            self.set_aside()
+        self.record()
         barrier()
 
     def _make_room(self, model: nn.Module) -> None:

@@ -17,10 +17,10 @@ from torch.utils.data import BatchSampler, DataLoader
 from chatrlhf.config.pretrain import PretrainConfig
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.data.collate import IGNORED
-from chatrlhf.data.stream import StreamOrder
+from chatrlhf.data.order import RowOrder
 from chatrlhf.distributed import gather_objects, rank, world_size
 from chatrlhf.errors import ConfigError
-from chatrlhf.trainers.order import EpochOrder
+from chatrlhf.trainers.resumption import ResumableTrainer
 
 
 def rows_a_backward(
@@ -58,7 +58,7 @@ class RankBatches:
     yields an empty microbatch.
     """
 
-    def __init__(self, order: EpochOrder | StreamOrder, micro: int) -> None:
+    def __init__(self, order: RowOrder, micro: int) -> None:
         self.order, self.micro = order, micro
 
     def set_epoch(self, epoch: int) -> None:
@@ -66,9 +66,12 @@ class RankBatches:
         self.order.set_epoch(epoch)
 
     def __len__(self) -> int:
-        size = self.order.batch_size
-        whole, rest = divmod(len(self.order), size)
-        return whole * self._microbatches(size) + self._microbatches(rest)
+        return self.microbatches(len(self.order))
+
+    def microbatches(self, rows: int) -> int:
+        """Those that each rank has of so many rows in succession."""
+        whole, rest = divmod(rows, self.order.batch_size)
+        return whole * self._microbatches(self.order.batch_size) + self._microbatches(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in BatchSampler(self.order, self.order.batch_size, drop_last=False):
@@ -81,16 +84,19 @@ class RankBatches:
         return math.ceil(math.ceil(rows / world_size()) / self.micro)
 
 
-class GlobalBatches:
+class GlobalBatches(ResumableTrainer):
     """To stand in front of a TRL trainer, which then sees rows in this project's order."""
 
-    def __init__(self, *args: Any, order: EpochOrder | StreamOrder, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, order: RowOrder, **kwargs: Any) -> None:
         self.order = order
         self.evaluated: list[tuple[float, int]] = []  # mean loss and labels of each held-out batch
         super().__init__(*args, **kwargs)
 
-    def _get_train_sampler(self, *args: Any) -> EpochOrder | StreamOrder:
+    def _get_train_sampler(self, *args: Any) -> RowOrder:
         return self.order
+
+    def microbatches(self, rows: int) -> int:
+        return RankBatches(self.order, self.args.per_device_train_batch_size).microbatches(rows)
 
     def get_train_dataloader(self) -> DataLoader:
         if world_size() == 1:

@@ -7,6 +7,7 @@ scratch folder, and only when it is whole is it hashed and renamed into ``checkp
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from chatrlhf.boundary import doing
 from chatrlhf.config.pretrain import PretrainConfig
 from chatrlhf.config.schema import ActorConfig, RewardConfig
+from chatrlhf.data.order import RowOrder
 from chatrlhf.device import resolve_precision
 from chatrlhf.distributed import barrier, is_main, world_size
 from chatrlhf.errors import CheckpointError, Interrupted
@@ -28,6 +30,7 @@ from chatrlhf.sharding.whole import outline, put_together
 from chatrlhf.trainers.checkpoint import CheckpointStore, StageFiles, check_sharding, note_sharding
 from chatrlhf.trainers.global_batches import rows_a_backward
 from chatrlhf.trainers.interrupt import StopRequest
+from chatrlhf.trainers.resumption import ORDER
 
 FINGERPRINT = "model_fingerprint.txt"
 EVALUATED_TOKENS = 16 * 1024  # of a batch of held-out rows, at the most
@@ -121,6 +124,7 @@ class StageCallback(TrainerCallback):
     ) -> None:
         self.stage, self.log, self.store, self.stop = stage, log, store, stop
         self.fingerprint, self.extra_metrics, self.sharding = fingerprint, on_evaluate, sharding
+        self.order: RowOrder | None = None  # of the trainer, which is made after this
         self.published: Path | None = None
 
     def on_log(
@@ -147,6 +151,7 @@ class StageCallback(TrainerCallback):
             for path in written.iterdir():
                 shutil.move(str(path), folder / path.name)
             (folder / FINGERPRINT).write_text(self.fingerprint, encoding="utf-8")
+            (folder / ORDER).write_text(json.dumps(self.order.state_dict()) + "\n", encoding="utf-8")
             note_sharding(folder, self.sharding)
 
         self.published = self.store.publish(state.global_step, move)
@@ -181,8 +186,7 @@ def run_trainer(
     """
     files.begin(model)
     stage, store = files.stage, files.store
-    newest = store.newest() if files.resume else None
-    done, path = newest or (0, None)
+    done, path = files.newest or (0, None)
     if path is not None and (path / FINGERPRINT).read_text(encoding="utf-8") != fingerprint(model):
         raise CheckpointError(
             f"{path}: it is a checkpoint of another model (other parameters than this configuration's); "
@@ -200,12 +204,17 @@ def run_trainer(
         callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate, sharding)
         trainer = make_trainer(callback, path is None)
         trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
+        callback.order = trainer.order
+        if path is not None:
+            trainer.resume_rows(path, done)
+            if trainer.total_steps == done:
+                log.note(f"{stage}: all its {done} steps were trained before, there is nothing left to do")
         for weight in model.parameters():
             # TRL makes adapters upon few bits bfloat16, in which small steps would be lost.
             if weight.requires_grad:
                 weight.data = weight.data.float()
         writes = doing(f"{stage}: training, with checkpoints in", store.folder)
-        with writes, log.stage(stage, _total_steps(trainer), done, every):
+        with writes, log.stage(stage, trainer.total_steps, done, every):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
         if bare is not None:
             log.note(
@@ -222,12 +231,6 @@ def run_trainer(
     if signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(signal_number, callback.published)
     return model
-
-
-def _total_steps(trainer: Any) -> int:
-    batches = len(trainer.get_train_dataloader())
-    steps = -(-batches // trainer.args.gradient_accumulation_steps)
-    return int(steps * trainer.args.num_train_epochs)
 
 
 def _let_go(trainer: Any) -> None:

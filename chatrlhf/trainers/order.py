@@ -5,15 +5,14 @@ So a run that is resumed goes on with the batches that it would have had, and ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
 
 from chatrlhf.data.epochs import Epochs
+from chatrlhf.data.order import RowOrder
 
 # Batches among whose rows those of similar length are put together; as transformers' LengthGroupedSampler has it, no
 # more than a quarter of an epoch's. Without such windows a batch would have the same rows in every epoch.
@@ -21,7 +20,7 @@ WINDOW = 50
 FEWEST_WINDOWS = 4
 
 
-class EpochOrder(Sampler[int]):
+class EpochOrder(RowOrder):
     """The rows of an epoch in the order in which they are seen; ``batch_size`` in succession are a batch.
 
     Args:
@@ -31,22 +30,28 @@ class EpochOrder(Sampler[int]):
     """
 
     def __init__(self, epochs: Epochs, batch_size: int, seed: int, lengths: NDArray[np.int64] | None = None) -> None:
-        self.epochs, self.batch_size, self.seed, self.lengths = epochs, batch_size, seed, lengths
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer, and by accelerate's loader."""
-        self.epoch = epoch
+        super().__init__(batch_size)
+        self.epochs, self.seed, self.lengths = epochs, seed, lengths
+        self.batched_by = batch_size  # the batch size that orders the epoch which is resumed
 
     def __len__(self) -> int:
         return self.epochs.size
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = self.epochs.of(self.epoch)[torch.randperm(len(self), generator=generator).numpy()]
+    def of(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = self.epochs.of(epoch)[torch.randperm(len(self), generator=generator).numpy()]
         if self.lengths is not None:
-            order = by_length(order, self.lengths, self.batch_size, generator)
-        return iter(order.tolist())
+            size = self.batched_by if self.resumes_inside(epoch) else self.batch_size
+            order = by_length(order, self.lengths, size, generator)
+        return order.tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        within = self.resumes_inside(self.seen.epochs)
+        return super().state_dict() | {"batched_by": self.batched_by if within else self.batch_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.batched_by = state["batched_by"]
 
 
 def by_length(

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from chatrlhf.generation.sampler import Sampler
 from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
 from chatrlhf.rl.kl_controller import KLController
+from chatrlhf.rl.progress import STATE, Progress
 from chatrlhf.rl.prompts import PromptSchedule, step_generator, step_seed
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.sharing import sampled_rows
@@ -34,7 +35,7 @@ from chatrlhf.types import ScoredRollout
 
 STAGE = "RL"
 SAMPLES_A_STEP = 2
-STATE = ("fingerprint", "kl", "reward_scaling", "before", "after")  # in a checkpoint's state.json, with its step
+HELD = ("fingerprint", "kl", "reward_scaling", "before", "after")  # in a checkpoint's state.json, with its step
 
 
 @dataclass
@@ -61,20 +62,26 @@ class PPOTrainer:
     held_out: HeldOut | None = None
     eval_interval: int | None = None
     sharding: Sharding = None  # how the updater's states are dealt out
+    done: Progress = field(default_factory=Progress)  # before the run is resumed
 
     before: HeldOutReport | None = None  # the held-out prompts before the first step
     after: HeldOutReport | None = None  # and at the newest evaluation
 
-    def train(self, resume: bool = False) -> dict[str, float]:
-        """Run all steps, or those behind the newest checkpoint; returns the last metrics.
+    def train(self, checkpoint: Path | None = None) -> dict[str, float]:
+        """Run all steps, or those behind a checkpoint; returns the last metrics.
+
+        Args:
+            checkpoint: which `done` was read from.
 
         Raises:
             Interrupted: a signal asked to stop; a checkpoint is there.
-            CheckpointError: on ``resume``, the checkpoints are damaged or of another model.
+            CheckpointError: the checkpoint is of another model or of other prompts.
             RewardError: the reward gave something other than one finite number a response.
             DivergedError: an update's loss or gradient is not finite.
         """
-        start = self._resume() if resume else 0
+        start = self.done.steps
+        if checkpoint is not None:
+            self._resume(checkpoint)
         if start == 0:
             self.log.rewind(STAGE, -1)
             if self.held_out is not None:
@@ -138,7 +145,7 @@ class PPOTrainer:
             "response/length": float(lengths.mean()),
             "response/finished": float(rollout.finished.float().mean()),
             "lr/actor": self.updater.optimizer.param_groups[0]["lr"],
-            "episodes": step * len(rollout),
+            "episodes": self.progress(step).episodes,
             "time/rollout": rollout_s,
             "time/score": score_s,
             "time/update": update_s,
@@ -184,28 +191,38 @@ class PPOTrainer:
         torch.save(self.updater.state_dict() | {"generators": generators}, folder / "training.pt")
         state = {
             "step": step,
+            "progress": self.progress(step).state_dict(),
+            "prompts_of_an_epoch": self.prompts.seen.size,
             "fingerprint": self.updater.fingerprint,
             "kl": self.kl.state_dict(),
             "reward_scaling": self.scorer.scaling.state_dict(),
             "before": self.before.state_dict() if self.before else None,
             "after": self.after.state_dict() if self.after else None,
         }
-        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
-    def _resume(self) -> int:
-        """Take up the newest valid checkpoint; returns its step, 0 where none was published yet."""
-        newest = self.checkpoints.newest() if self.checkpoints else None
-        if newest is None:
-            self.log.note(f"{STAGE}: no checkpoint was published yet, so it starts at its beginning")
-            return 0
-        step, folder = newest
+    def progress(self, step: int) -> Progress:
+        """What is done after so many steps."""
+        prompts, settings = self.prompts, self.updater.settings
+        rollouts = prompts.prompts_per_step * prompts.samples_per_prompt
+        minibatches = settings.epochs * (rollouts // settings.batch_size)
+        return self.done.after(step - self.done.steps, rollouts, prompts.samples_per_prompt, minibatches)
+
+    def _resume(self, folder: Path) -> None:
+        """Take up a checkpoint."""
         with doing("RL: reading the checkpoint", folder, untrusted=True):
-            read = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            state = {name: read[name] for name in STATE}
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if missing := [name for name in HELD if name not in state]:
+                raise KeyError(f"{STATE} lacks {', '.join(missing)}")
         if state["fingerprint"] != self.updater.fingerprint:
             raise CheckpointError(
                 f"{folder}: it is a checkpoint of another model (other parameters, or others in training, than this "
                 "configuration's); set models, critic_config and num_layers_unfrozen back, or use another output_dir"
+            )
+        if (prompts := state.get("prompts_of_an_epoch", self.prompts.seen.size)) != self.prompts.seen.size:
+            raise CheckpointError(
+                f"{folder}: an epoch had {prompts:,} prompts and now has {self.prompts.seen.size:,}; restore the data "
+                "and the keys that select prompts, or start again without --resume"
             )
         check_sharding(folder, self.sharding)
         self.updater.load_weights(folder)
@@ -218,9 +235,11 @@ class PPOTrainer:
             set_generator_states(tensors["generators"][rank()])
         self.before = HeldOutReport(**state["before"]) if state["before"] else None
         self.after = HeldOutReport(**state["after"]) if state["after"] else None
+        step = self.done.steps
         self.log.rewind(STAGE, step)
         self.log.note(f"{STAGE}: resumed from {folder} (step {step} of {self.num_steps})")
-        return step
+        if step == self.num_steps:
+            self.log.note(f"{STAGE}: its {self.done.episodes} episodes were made before, there is nothing left to do")
 
 
 def generator_states() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from chatrlhf.sharding.environment import Sharding
 from chatrlhf.trainers.checkpoint import StageFiles
 from chatrlhf.trainers.global_batches import GlobalBatches
 from chatrlhf.trainers.hf_stage import StageCallback, common_arguments, run_trainer
+from chatrlhf.trainers.resumption import order_state
 
 STAGE = "PRETRAIN"
 MOST_HELD_OUT = 64  # rows
@@ -52,8 +53,9 @@ def train_on_text(
     # Not among the checkpoints: what a run that was killed left of them is written again, and is the same.
     folder = files.scratch.with_name(f".tokens-{STAGE}")
     try:
-        train, held_out = _rows(documents, encoder, config, folder, log)
-        order = StreamOrder(config.steps * config.batch_size, len(train), config.batch_size, seed)
+        rows_of_all_steps = _rows_of_all_steps(config, files)
+        train, held_out = _rows(documents, encoder, config, rows_of_all_steps, folder, log)
+        order = StreamOrder(rows_of_all_steps, len(train), config.batch_size, seed)
 
         def make_trainer(callback: StageCallback, from_the_beginning: bool) -> Trainer:
             rows = 0 if held_out is None else len(held_out)
@@ -80,16 +82,28 @@ def train_on_text(
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _rows_of_all_steps(config: PretrainConfig, files: StageFiles) -> int:
+    """Rows that a run sees: those before it was resumed, and those of the steps that are left."""
+    done, path = files.newest or (0, None)
+    state = order_state(path) if path is not None else None
+    seen = state["rows"] if state is not None else done * config.batch_size
+    return seen + max(config.steps - done, 0) * config.batch_size
+
+
 def _rows(
-    documents: Documents, encoder: Encoder, config: PretrainConfig, folder: Path, log: RunLog
+    documents: Documents, encoder: Encoder, config: PretrainConfig, rows: int, folder: Path, log: RunLog
 ) -> tuple[Windows, Windows | None]:
-    """Rows to train on, and held-out ones where there is text for them. All ranks read what rank 0 writes."""
+    """Rows to train on, and held-out ones where there is text for them. All ranks read what rank 0 writes.
+
+    Args:
+        rows: of all steps.
+    """
     length = config.max_sequence_length
 
     def write() -> tuple[int, int]:
         if not is_main():
             return 0, 0
-        tokens = write_stream(documents.in_order(), encoder, config.tokens, folder / "train")
+        tokens = write_stream(documents.in_order(), encoder, rows * length, folder / "train")
         if tokens < length:
             raise DataError(
                 f"{config.reads_from(SECTION, 'train_dataset_path')}: the text has {tokens:,} tokens, which do not "
@@ -99,9 +113,9 @@ def _rows(
 
     barrier()  # nobody may still be removing an earlier run's
     tokens, aside = gather_results(write)[0]
-    passes = config.tokens / tokens
+    passes = rows * length / tokens
     log.note(
-        f"{STAGE}: {config.steps} steps of {config.batch_size} rows of {length:,} tokens, out of a stream of {tokens:,}"
+        f"{STAGE}: {config.steps} steps, {rows:,} rows of {length:,} tokens, out of a stream of {tokens:,}"
         + (f" that is read {passes:.1f} times" if passes > 1 else "")
     )
     # Of a text shorter than a row all is one row; a single token predicts nothing.

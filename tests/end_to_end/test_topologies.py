@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_cut_is_refused(files, sft, capsys, other):
     words = ["--type", "RL", "--resume", "--set", f"trainer_config.num_layers_unfrozen={other}"]
     assert main([str(config), "--output-dir", str(sft), *words]) == 2
     line = capsys.readouterr().err
-    assert "checkpoint of another model" in line and "num_layers_unfrozen" in line
+    assert f"trainer_config.num_layers_unfrozen: 1 -> {other} cannot change, RL was begun with it" in line
 
 
 @pytest.mark.parametrize(

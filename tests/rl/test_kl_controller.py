@@ -43,3 +43,15 @@ def test_state_goes_on_where_it_was():
     for controller in (first, second):
         controller.update(3.0, 64)
     assert first.coef == second.coef != 0.1
+
+
+def test_another_initial_coefficient_takes_the_place_of_the_adapted_one():
+    first = KLController(coef=0.1, target=6.0, horizon=1000)
+    first.update(9.0, 64)
+    changed = KLController(coef=0.5, target=6.0, horizon=1000)
+    changed.load_state_dict(first.state_dict())
+    assert changed.coef == 0.5
+    again = KLController(coef=0.5, target=6.0, horizon=1000)  # and is adapted from there
+    changed.update(9.0, 64)
+    again.load_state_dict(changed.state_dict())
+    assert again.coef == changed.coef > 0.5

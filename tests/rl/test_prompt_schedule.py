@@ -31,6 +31,14 @@ def test_an_epoch_visits_the_prompts_that_are_its_own():
     assert [sorted(made.batch(step).texts) for step in range(3)] == [["a", "c"], ["b", "e"], ["a", "c"]]
 
 
+def test_other_prompts_a_step_go_on_behind_the_last_one_seen():
+    want = [text for step in range(10) for text in schedule().batch(step).texts]
+    before = [text for step in range(2) for text in schedule().batch(step).texts]
+    changed = PromptSchedule([[10], [11, 11], [12], [13], [14]], list("abcde"), 0, 3, 1, 1, None, 2, 4)
+    after = [text for step in range(2, 6) for text in changed.batch(step).texts]
+    assert before + after == want[:16]
+
+
 def test_samples_of_a_prompt_share_its_group():
     batch = schedule(samples=3).batch(0)
     assert batch.group_ids.tolist() == [0, 0, 0, 1, 1, 1]

@@ -63,3 +63,14 @@ def test_state_goes_on_where_it_was(mode):
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(BATCHES[1], DONE[1]), second(BATCHES[1], DONE[1]))
     assert first.scale == second.scale != 1.0
+
+
+@pytest.mark.parametrize("mode, other", [("running", "ref"), ("ref", "running"), (None, "running"), (None, "ref")])
+def test_another_mode_goes_on_as_if_it_had_been_that_from_the_beginning(mode, other):
+    first, second, want = RewardScaling(mode), RewardScaling(other), RewardScaling(other)
+    for batch, done in list(zip(BATCHES, DONE, strict=True))[:2]:
+        first(batch, done)
+        want(batch, done)
+    second.load_state_dict(first.state_dict())
+    assert second.scale == want.scale
+    assert torch.equal(second(BATCHES[2], DONE[2]), want(BATCHES[2], DONE[2]))
