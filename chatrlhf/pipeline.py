@@ -33,7 +33,6 @@ from chatrlhf.stages.rl import run_rl
 from chatrlhf.stages.run import Run
 from chatrlhf.trainers.launch import sharding_of
 
-
 DAY = "day"  # of the run's start, which templates show that ask for the date; a fact of the manifest
 
 

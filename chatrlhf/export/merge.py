@@ -52,13 +52,15 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str]
     model = load_pretrained(language_model_class(config), base, key, config=config, dtype=dtype, **fetched)
     if (warning := scaling_warning(str(adapters), None)) is not None:
         warn(warning)
-    tokenizer = AutoTokenizer.from_pretrained(adapters)
+    adapted = wrapped(model, adapters)
+    with explained("--model", str(adapters)):
+        tokenizer = AutoTokenizer.from_pretrained(adapters)
     adopt_generation_config(model, adapters)
     ends = stop_tokens(model, tokenizer)
     write_stop_tokens(model, ends.ids)
     for change in (*make_savable(model), *notes_of(ends)):
         warn(change)
-    merged, compared = merge_adapters(wrapped(model, adapters), adapters, TOKENS, dtype)
+    merged, compared = merge_adapters(adapted, adapters, TOKENS, dtype)
     if not compared.is_rounding:
         raise CheckpointError(
             f"the merged model's logits differ by {compared.difference:.3g} from those of base and adapters, whose "

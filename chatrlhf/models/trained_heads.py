@@ -15,7 +15,8 @@ from chatrlhf.data.collate import Encoder
 from chatrlhf.data.templates import FORMATS, OWN, Template, get_template, reward_template
 from chatrlhf.data.text_pairs import TextPairEncoder, reads_pairs
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import add_adapters, base_of, go_on_with_adapters, has_adapters, where
+from chatrlhf.models.adapter_loading import go_on_with_adapters
+from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, where
 from chatrlhf.models.classifier_loading import (
     is_classifier,
     load_sequence_classifier,

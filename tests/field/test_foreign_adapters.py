@@ -225,7 +225,7 @@ DAMAGES = {
         "base of the adapters in .*'/no/where' cannot",
     ),
     "itself as base": (lambda f: configured(base_model_name_or_path=str(f))(f), "the folder of the adapters itself"),
-    "settings cut short": (lambda f: (f / SETTINGS).write_text('{"r": 4'), f"{SETTINGS} cannot be read"),
+    "settings cut short": (lambda f: (f / SETTINGS).write_text('{"r": 4'), f"{SETTINGS}, line 1: cannot be read"),
     "settings in a list": (lambda f: (f / SETTINGS).write_text("[]"), "holds a list, not the settings of adapters"),
     "repeated layers": (configured(layer_replication=[[0, 2], [1, 2]]), "layer_replication.*not supported"),
     "a base without a norm": (
