@@ -27,6 +27,7 @@ BASE_CONFIG = "base_config.json"
 BACKBONE = "FEATURE_EXTRACTION"  # what peft calls a model without a head
 TRAINED = "default"  # the name that peft gives
 KEY = "actor_config.peft_config_path"
+READING = "reading the adapters in"
 
 
 def add_adapters(model: nn.Module, settings: PeftConfig, base: str, revision: str | None = None) -> None:
@@ -63,7 +64,8 @@ def with_adapters(model: nn.Module, settings: PeftConfig, base: str, revision: s
 
 def go_on_with_adapters(model: nn.Module, folder: Path) -> None:
     """Give a model the adapters of a folder, to be trained on."""
-    model.load_adapter(str(folder), adapter_name=TRAINED)
+    with doing(READING, folder, untrusted=True):
+        model.load_adapter(str(folder), adapter_name=TRAINED)
     for name, weight in model.named_parameters():
         weight.requires_grad_(is_adapter(name))
 
@@ -86,7 +88,8 @@ def train_on_adapters(base: nn.Module, folder: str) -> nn.Module:
     """A model wrapped by peft with the adapters of a folder, to be trained on by a stage on TRL's trainers."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    with doing(READING, folder, untrusted=True):
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -169,7 +172,8 @@ def merged(model: nn.Module, folder: str) -> nn.Module:
     from peft import PeftModel
 
     # peft has frozen what the adapters were added to.
-    return PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
+    with doing(READING, folder, untrusted=True):
+        return PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
 
 
 @torch.no_grad()
