@@ -18,7 +18,7 @@ from chatrlhf.errors import UserError
 from chatrlhf.inspection import faults
 
 # Parts whose loaders answer with too little yet: no traceback, but the file is not named, or it is passed over.
-PENDING = ("eos", "files", "templates", "weights")
+PENDING: tuple[str, ...] = ()
 QUICK = 8  # each eighth case by default
 
 
