@@ -92,7 +92,7 @@ def load_sequence_classifier(
     if section is not None and section.attn_implementation is not None:
         kwargs["attn_implementation"] = section.attn_implementation
     auto, place = AutoModelForSequenceClassification, base or name
-    fresh = head_names(settings, kwargs["trust_remote_code"]) if base is not None else ()
+    fresh = head_names(settings, kwargs.get("trust_remote_code", False)) if base is not None else ()
     model, absent = load_reported(auto, place, key, fresh, dtype=torch.float32, **kwargs)
     never_repack(model)
     if base is not None:

@@ -17,7 +17,7 @@ def test_a_template_without_end_is_refused(monkeypatch):
     monkeypatch.setattr(templates, "RENDERING_SECONDS", 0.1)
     endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="it has not ended after 0.1 seconds"):
-        Template(endless).around_reply(())
+        Template(endless).frame(())
 
 
 def test_the_timer_is_put_back_and_other_threads_have_none():

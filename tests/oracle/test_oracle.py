@@ -17,7 +17,6 @@ TOLERANCE = 1e-5
 CANARIES = ("LLaMA", "Flan-T5/LoRA")
 # Their linear layers, which adapters are added to, are arranged as another family's.
 LIKE_OTHERS = ("OPT", "Galactica", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma 3", "StableLM")
-APART = "a prompt and its reply are tokenized apart, which such a tokenizer shows"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,9 +39,7 @@ def frozen_imports() -> Iterator[None]:
 def marked(case: Case) -> object:
     marks = [] if case.name in CANARIES else [pytest.mark.slow]
     if case.lora and case.family in LIKE_OTHERS:
-        marks.append(pytest.mark.thorough)
-    if case.sentencepiece:
-        marks.append(pytest.mark.xfail(reason=APART, strict=True))
+        marks.append(pytest.mark.nightly)
     return pytest.param(case, id=case.name, marks=marks)
 
 
