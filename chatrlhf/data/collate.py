@@ -214,7 +214,7 @@ class Encoder:
         return self._tokens.following_ids(reply, self._asks)
 
     def _following_lengths(self, replies: Sequence[Rendered]) -> list[int]:
-        return [len(self._following(reply)) for reply in replies]
+        return self._tokens.following_lengths(replies, self._asks)
 
     @cached_property
     def _tokens(self) -> Tokenization:

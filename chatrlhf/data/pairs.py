@@ -54,6 +54,9 @@ class PairEncoder(Encoder):
         # A decoder begins afresh, so its text stands at the start.
         return self._tokens.ids(reply)
 
+    def _following_lengths(self, replies: Sequence[Rendered]) -> list[int]:
+        return self._tokens.lengths(replies)
+
     @cached_property
     def _closing(self) -> list[int]:
         eos = self.tokenizer.eos_token_id

@@ -73,6 +73,9 @@ class TextPairEncoder(Encoder):
     def _following(self, reply: Rendered) -> list[int]:
         return self._tokens.ids(reply)  # a text of its own
 
+    def _following_lengths(self, replies: Sequence[Rendered]) -> list[int]:
+        return self._tokens.lengths(replies)
+
     @cached_property
     def _bos(self) -> list[int]:
         return []  # what opens a row is in its frame

@@ -67,6 +67,18 @@ class Tokenization:
                 return whole[len(start) :]
         raise DataError(f"the tokenizer joins text with the special token before it ({text[:40]!r}); use another one")
 
+    def following_lengths(self, texts: Sequence[Rendered], before: str) -> list[int]:
+        """How many `following_ids` each has; many are tokenised at once."""
+        if self._backend is None or any(OURS.search(text.text) for text in texts):
+            return [len(self.following_ids(text, before)) for text in texts]
+        opening = ANCHOR + self._replaced(Rendered(before))
+        start = self._encoded(opening).ids
+        joined = self._encoded_many([opening + self._replaced(text) for text in texts])
+        return [
+            len(ids) - len(start) if ids[: len(start)] == start else len(self.following_ids(text, before))
+            for text, ids in zip(texts, joined, strict=True)
+        ]
+
     def inside(self, rendered: Rendered, ids: Sequence[int], spans: Sequence[Span]) -> list[bool]:
         """Which tokens begin inside one of the spans.
 
@@ -92,27 +104,26 @@ class Tokenization:
         """How many `ids` each has; many are tokenised at once, which takes less time."""
         if self._backend is None or any(OURS.search(each.text) for each in texts):
             return [len(self.ids(each)) for each in texts]
-        return self._lengths([self._replaced(each) for each in texts])
+        return [len(ids) for ids in self._encoded_many([self._replaced(text) for text in texts])]
 
     def plain_lengths(self, texts: Sequence[str]) -> list[int]:
         """How many `plain_ids` each has."""
         if self._backend is None or any(OURS.search(text) for text in texts):
             return [len(self.plain_ids(text)) for text in texts]
-        return self._lengths(texts)
+        return [len(ids) for ids in self._encoded_many(texts)]
 
-    def _lengths(self, texts: Sequence[str]) -> list[int]:
+    def _encoded_many(self, texts: Sequence[str]) -> list[list[int]]:
         assert self._backend is not None
-        return [len(each.ids) for each in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        stood_for, encoded = self._stood_for, self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [[stood_for.get(id, id) for id in each.ids] for each in encoded]
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of tokens that follow others, special tokens left out but for those that mark a thought."""
-        hidden = self._hidden
-        kept = [self._letter, *(id for id in ids if id not in hidden)]
-        whole, letter = (
-            self.tokenizer.decode(each, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            for each in (kept, kept[:1])
-        )
-        return whole.removeprefix(letter)
+        token, text = self._letter
+        return self._decoded([token, *(id for id in ids if id not in self._hidden)]).removeprefix(text)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     @cached_property
     def control(self) -> re.Pattern[str] | None:
@@ -137,9 +148,10 @@ class Tokenization:
         return frozenset(id for id, token in self._special.items() if not THOUGHT.search(token.content))
 
     @cached_property
-    def _letter(self) -> int:
-        """An ordinary token, for others to follow: decoders drop the blank of the first."""
-        return int(self.tokenizer("a", add_special_tokens=False)["input_ids"][-1])
+    def _letter(self) -> tuple[int, str]:
+        """An ordinary token with its text, for others to follow: decoders drop the blank of the first."""
+        token = int(self.tokenizer("a", add_special_tokens=False)["input_ids"][-1])
+        return token, self._decoded([token])
 
     @cached_property
     def _backend(self) -> Tokenizer | None:
