@@ -243,7 +243,9 @@ def get_template(
     Raises:
         ConfigError: it is none of them; the known names are listed.
     """
-    return replace(_found(name, key, tokenizer, folder), origin=f"{key} ({name})").on(day or date.today())
+    found, holder = _found(name, key, tokenizer, folder), getattr(tokenizer, "name_or_path", "")
+    origin = f"{name} of {holder}" if is_own(name) and holder else name
+    return replace(found, origin=f"{key} ({origin})").on(day or date.today())
 
 
 def actor_template(config: Config, tokenizer: Any) -> Template:
@@ -290,7 +292,8 @@ def _own(wanted: str, key: str, tokenizer: Any) -> str:
     """The source of a tokenizer's template, of several the one that is wanted or the default one."""
     own = getattr(tokenizer, "chat_template", None)
     if not own:
-        raise ConfigError(f"{key}: the model's tokenizer brings no chat template; choose one of {_known()}")
+        holder = getattr(tokenizer, "name_or_path", "") or "the model"
+        raise ConfigError(f"{key}: the tokenizer of {holder} brings no chat template; choose one of {_known()}")
     templates = own if isinstance(own, dict) else {"default": own}
     source = templates.get(wanted or "default")
     if source is None:

@@ -36,6 +36,8 @@ def check_generation_config(name: str, key: str, revision: str | None = None) ->
         ConfigError: it is no JSON object, or its settings contradict each other.
     """
     path = Path(name) / GENERATION_CONFIG_NAME
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{key}: {path} is a link that leads nowhere; restore the file, or remove the link")
     try:
         if path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))

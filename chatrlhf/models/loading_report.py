@@ -194,7 +194,9 @@ def _quantized_mismatches(model: nn.Module) -> set[tuple[str, tuple[int, ...], t
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.device("meta"):
-        wanted = {name: tuple(weight.shape) for name, weight in type(model)(config).named_parameters()}
+        # A T5's head may be its embeddings by the configuration, and be held apart from them.
+        planned = type(model)(config).named_parameters(remove_duplicate=False)
+    wanted = {name: tuple(weight.shape) for name, weight in planned}
     held = {n: tuple(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for n, p in model.named_parameters()}
     # GPT-2's matrices are quantized transposed.
     return {(n, shape, wanted[n]) for n, shape in held.items() if wanted[n] not in (shape, shape[::-1])}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chatrlhf.boundary import doing
 from chatrlhf.config.trainer import TrainerConfig
 from chatrlhf.errors import ConfigError
 
@@ -27,10 +28,12 @@ class Progress:
         """Of a checkpoint; nothing without one. Those of earlier versions were written under these very settings."""
         if checkpoint is None:
             return Progress()
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        if "progress" in state:
-            return Progress(**state["progress"])
-        return Progress().after(state["step"], config.num_rollouts, config.samples_per_prompt, _minibatches(config))
+        with doing("RL: reading the checkpoint", checkpoint, untrusted=True):
+            state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+            if "progress" in state:
+                return Progress(**state["progress"])
+            steps = int(state["step"])
+        return Progress().after(steps, config.num_rollouts, config.samples_per_prompt, _minibatches(config))
 
     def after(self, steps: int, num_rollouts: int, samples_per_prompt: int, minibatches: int) -> Progress:
         """As it is after more steps, of so many sequences and optimizer steps each."""

@@ -247,6 +247,7 @@ def configuration(case: Case, folder: Path) -> Any:
             "reward_config": stage
             | {
                 "model": str(folder / "judge") if case.family == ENCODER else "actor",
+                "fresh_head": case.family == ENCODER,
                 "checkpoint_steps": 100,
                 "model_head_hidden_size": 16 if case.number % 3 == 0 else None,
                 "train_dataset_path": str(folder / f"{kind}_train.json"),

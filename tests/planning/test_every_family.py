@@ -51,13 +51,16 @@ MORE = {
         vocab_size=VOCAB, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8
     ),
 }
-AT_ONCE = ("LLaMA", "BLOOM", "Mixtral", "Flan-T5")
+AT_ONCE, IN_CI = ("LLaMA",), ("BLOOM", "Mixtral", "Flan-T5")
 FAMILIES = CAUSAL | MORE | PAIRED
 
 
-@pytest.mark.parametrize(
-    "family", [name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+def marked(name: str) -> object:
+    marks = [] if name in AT_ONCE else [pytest.mark.slow]
+    return pytest.param(name, marks=marks if name in (*AT_ONCE, *IN_CI) else [*marks, pytest.mark.nightly])
+
+
+@pytest.mark.parametrize("family", map(marked, FAMILIES))
 def test_a_family_has_a_plan_in_every_way(family, tmp_path):
     settings = copy.deepcopy(FAMILIES[family])
     settings.hidden_size = 512  # adapters are to be small beside the weights
