@@ -13,7 +13,7 @@ EXTRAS := deepspeed,quantize,openai,serve,tracking,dev
 # Tests start `chatrlhf`, `torchrun` and, through torch, `ninja`: the environment's own must come first.
 # One thread a worker: models of tests are too small for more, and two that share the cores wait for each other.
 WORKERS ?= auto
-PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

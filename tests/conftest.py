@@ -14,6 +14,25 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import the helpers besid
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Files of long tests, which workers are to begin with, so that none is left with one at the end.
+LONG = (
+    "test_default_run.py",
+    "test_random_walks.py",
+    "test_exact_optimum.py",
+    "test_sharded_stages.py",
+    "test_resume.py",
+    "test_distributed.py",
+    "test_engines.py",
+    "test_families.py",
+    "test_every_family.py",
+    "test_mixture_run.py",
+    "test_init.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers_for_every_test():

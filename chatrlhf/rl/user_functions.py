@@ -34,7 +34,7 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"{key}: module {module_name!r} cannot be imported ({error})") from error
-    except Exception as error:  # whatever the user's code does while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's code does while it is imported
         raise ConfigError(f"{key}: module {module_name!r} cannot be imported ({_described(error)})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -79,11 +79,11 @@ def call_function(function: Callable[..., Any], name: str, prompts: list[str], c
         return list(result) if isinstance(result, Iterator) else result
     except UserError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise RewardError(f"{name} raised {_described(error)}; correct it and use --resume") from error
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     """An exception in a line, with file and line of the user's code."""
     reason = " ".join(str(error).split())
     kind = type(error).__name__

@@ -41,6 +41,7 @@ def test_rl_closes_most_of_the_gap_without_losing_a_criterion(guarded):
         assert after[f"eval/{criterion}"] >= before[f"eval/{criterion}"] - 0.05
 
 
+@pytest.mark.nightly
 def test_without_the_kl_term_the_learned_reward_rises_and_the_true_score_falls(guarded):
     words = ("--set", "trainer_config.init_kl_coef=0", "--set", "trainer_config.actor_lr=2e-3")
     status, out, err = finish(start(CONFIG, "--output-dir", str(guarded), "--type", "RL", *words), 1400)

@@ -113,6 +113,7 @@ def test_killed_at_a_chosen_place(config, undisturbed, tmp_path, place):
     resume_and_compare(config, tmp_path / "run", undisturbed)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_ten_random_moments(config, undisturbed, tmp_path):

@@ -119,6 +119,7 @@ def test_dealt_out_also_when_it_is_stopped_and_resumed(config, alone, tmp_path, 
     assert json.loads((newest / SHARDING).read_text()) == {"by": name, "processes": 2}
 
 
+@pytest.mark.nightly
 def test_an_encoder_decoder_is_dealt_out(config, tmp_path):
     """Without dropout, for which each process draws numbers of its own."""
     tokenizer = train_tokenizer(["the cat sat on the mat"], 270)
