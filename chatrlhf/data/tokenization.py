@@ -61,8 +61,8 @@ class Tokenization:
             return self._by_parts(rendered)
         opening = ANCHOR + self._replaced(Rendered(before))
         text = self._replaced(rendered)
-        for head in (opening, ANCHOR) if before else (ANCHOR,):
-            start, whole = self._encoded(head).ids, self._encoded(head + text).ids
+        for head in dict.fromkeys((opening, ANCHOR)):
+            start, whole = self._ids_of_head(head), self._encoded(head + text).ids
             if whole[: len(start)] == start:
                 return whole[len(start) :]
         raise DataError(f"the tokenizer joins text with the special token before it ({text[:40]!r}); use another one")
@@ -72,12 +72,22 @@ class Tokenization:
         if self._backend is None or any(OURS.search(text.text) for text in texts):
             return [len(self.following_ids(text, before)) for text in texts]
         opening = ANCHOR + self._replaced(Rendered(before))
-        start = self._encoded(opening).ids
+        start = self._ids_of_head(opening)
         joined = self._encoded_many([opening + self._replaced(text) for text in texts])
         return [
             len(ids) - len(start) if ids[: len(start)] == start else len(self.following_ids(text, before))
             for text, ids in zip(texts, joined, strict=True)
         ]
+
+    def _ids_of_head(self, head: str) -> list[int]:
+        """Ids of what stands before a reply, which is the same for every row."""
+        if head not in self._heads:
+            self._heads[head] = self._encoded(head).ids
+        return self._heads[head]
+
+    @cached_property
+    def _heads(self) -> dict[str, list[int]]:
+        return {}
 
     def inside(self, rendered: Rendered, ids: Sequence[int], spans: Sequence[Span]) -> list[bool]:
         """Which tokens begin inside one of the spans.
