@@ -179,7 +179,7 @@ def test_errors_say_what_to_change(hh_copy, tmp_path, options, message):
         (gzip.compress(b"{}" * 1000, mtime=0)[:20], "test.jsonl.gz: it cannot be read"),
         (gzip.compress(b"", mtime=0), "no usable row was found .there are no rows"),
         (
-            gzip.compress(json.dumps(BAD["empty replies"]).encode()),
+            gzip.compress(json.dumps(BAD["empty replies"]).encode(), mtime=0),
             "no usable row was found .1 empty replies",
         ),
     ],

@@ -60,7 +60,7 @@ def marked(name: str) -> object:
     return pytest.param(name, marks=marks if name in (*AT_ONCE, *IN_CI) else [*marks, pytest.mark.nightly])
 
 
-@pytest.mark.parametrize("family", map(marked, FAMILIES))
+@pytest.mark.parametrize("family", [marked(name) for name in FAMILIES])
 def test_a_family_has_a_plan_in_every_way(family, tmp_path):
     settings = copy.deepcopy(FAMILIES[family])
     settings.hidden_size = 512  # adapters are to be small beside the weights
