@@ -68,3 +68,13 @@ class Interrupted(Exception):
 
 class DivergedError(UserError):
     """The policy's output is not a number any more."""
+
+
+def one_line(error: Exception, limit: int = 200) -> str:
+    """What an error says, on one line; its kind where it says nothing or only a key."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if not text:
+        return kind
+    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return text if isinstance(error, (OSError, ValueError)) else f"{kind}: {text}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chatrlhf.errors import DataError
+from chatrlhf.errors import DataError, one_line
 
 
 @contextmanager
@@ -23,8 +23,3 @@ def explained(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: it may not be read by this user; change its permissions") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: it cannot be read ({one_line(error)}); copy it again") from None
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())

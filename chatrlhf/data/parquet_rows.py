@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chatrlhf.data.file_errors import one_line
 from chatrlhf.data.row import Row
-from chatrlhf.errors import DataError
+from chatrlhf.errors import DataError, one_line
 
 BATCH = 1000  # rows
 

@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chatrlhf.errors import CheckpointError, ConfigError
+from chatrlhf.errors import CheckpointError, ConfigError, one_line
 from chatrlhf.export.origin import write_origin
 from chatrlhf.export.weights import Weights, copy_other_files, names_sha256, tensor_sha256, write_index
-from chatrlhf.models.weight_files import one_line
 from chatrlhf.trainers.checkpoint import publish_folder
 
 ABOUT, CORRECTIONS = "delta.json", "delta.corrections"

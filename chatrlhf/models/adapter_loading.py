@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatrlhf.errors import UserError, WeightsError
+from chatrlhf.errors import UserError, WeightsError, one_line
 from chatrlhf.models.adapters import ADAPTER_CONFIG, TRAINED, bare_name, is_adapter
 from chatrlhf.models.loading_words import count_of, listed, not_finite
 from chatrlhf.models.vocabulary_rows import PREFIX, give_rows
-from chatrlhf.models.weight_files import ADAPTER_FILES, Header, folder_damage, headers, one_line, weight_files
+from chatrlhf.models.weight_files import ADAPTER_FILES, Header, folder_damage, headers, weight_files
 
 # Settings of peft's LoRA under which adapters are factors in linear layers and nothing else. Whatever else is set
 # changes the base, or what the layers compute, in a way that the trainers here do not know.

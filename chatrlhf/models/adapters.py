@@ -123,7 +123,7 @@ def base_of(name: str) -> str | None:
     Raises:
         WeightsError: their configuration cannot be read, or names no base.
     """
-    settings = _adapter_settings(name)
+    settings = adapter_settings(name)
     if settings is None:
         return None
     base = settings.get("base_model_name_or_path")
@@ -145,11 +145,11 @@ def base_of(name: str) -> str | None:
 
 def revision_of_base(name: str) -> dict[str, str]:
     """How the base of the adapters in a folder is to be fetched: in the revision that they name, if they name one."""
-    revision = (_adapter_settings(name) or {}).get("revision")
+    revision = (adapter_settings(name) or {}).get("revision")
     return {"revision": revision} if revision else {}
 
 
-def _adapter_settings(name: str) -> dict[str, Any] | None:
+def adapter_settings(name: str) -> dict[str, Any] | None:
     """What a folder says of the adapters in it; None where it holds none."""
     path = Path(name) / ADAPTER_CONFIG
     if not path.exists():

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from chatrlhf.config.schema import RewardConfig
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import ADAPTER_CONFIG, backbone_with_adapters, base_of, revision_of_base, where
+from chatrlhf.models.adapter_loading import wrapped
+from chatrlhf.models.adapters import adapter_settings, backbone_with_adapters, base_of, revision_of_base, where
 from chatrlhf.models.loading import hub_kwargs, load_backbone, read_model_config
-from chatrlhf.models.loading_report import explained, load_reported
+from chatrlhf.models.loading_report import load_reported
 from chatrlhf.models.quantization import never_repack
+from chatrlhf.models.weight_files import ADAPTER_FILES, headers, weight_files
 
 TASK = "SEQ_CLS"  # what peft calls a sequence classifier
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")  # peft's types without weights
 PREFIX = "base_model.model."  # of peft's names for its weights
 
 
@@ -29,7 +28,7 @@ def is_classifier(name: str, key: str, section: RewardConfig | None = None) -> b
     Raises:
         ConfigError: it has no configuration; the key is named.
     """
-    if base_of(name) is not None and (task := _adapter_config(name).get("task_type")) is not None:
+    if base_of(name) is not None and (task := _settings_of(name).get("task_type")) is not None:
         return task == TASK
     architectures = read_model_config(name, key, section).architectures
     return any(each.endswith("ForSequenceClassification") for each in architectures or [])
@@ -104,7 +103,7 @@ def load_sequence_classifier(
 
 def load_trunk(name: str, key: str, section: RewardConfig, bits: dict[str, Any]) -> nn.Module:
     """A model without its head, adapters merged, also where these are a classifier's. Raises ConfigError."""
-    if base_of(name) is not None and _adapter_config(name).get("task_type") == TASK:
+    if base_of(name) is not None and _settings_of(name).get("task_type") == TASK:
         return load_sequence_classifier(name, key, section).base_model
     return load_backbone(name, key, section, bits)
 
@@ -137,19 +136,8 @@ def _outline(settings: Any, trust_remote_code: bool) -> nn.Module:
 
 
 def _saved_names(folder: Path) -> list[str]:
-    """The names of the weights in a folder's safetensors files; none where it has other files or is on the hub."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    whole = folder / "model.safetensors"
-    return list(_shapes(whole)) if whole.exists() else []
-
-
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """The shapes of the weights in a safetensors file, which are read without the weights."""
-    with safe_open(path, framework="pt") as file:
-        names = file.keys()
-        return {name: file.get_slice(name).get_shape() for name in names}
+    """The names of the weights in a folder's files; none where it is on the hub."""
+    return [name for path in weight_files(folder) for name in headers(path)] if folder.is_dir() else []
 
 
 def _without(name: str, key: str, weights: list[str]) -> ConfigError:
@@ -159,22 +147,19 @@ def _without(name: str, key: str, weights: list[str]) -> ConfigError:
     )
 
 
-def _adapter_config(name: str) -> dict[str, Any]:
-    return json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+def _settings_of(name: str) -> dict[str, Any]:
+    """What a folder says of the adapters that it holds."""
+    return adapter_settings(name) or {}
 
 
-def _adapter_shapes(name: str) -> dict[str, list[int]]:
-    from peft.utils.save_and_load import load_peft_weights
-
-    path = Path(name) / "adapter_model.safetensors"
-    if path.exists():
-        return _shapes(path)
-    return {key: list(weight.shape) for key, weight in load_peft_weights(name, device="cpu").items()}
+def _adapter_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    held = [headers(path) for path in weight_files(Path(name), ADAPTER_FILES)]
+    return {tensor: header.shape for each in held for tensor, header in each.items()}
 
 
-def _saved_head(name: str) -> dict[str, list[int]]:
+def _saved_head(name: str) -> dict[str, tuple[int, ...]]:
     """The shapes of what adapters of a classifier hold whole: its head."""
-    whole = set(_adapter_config(name).get("modules_to_save") or [])
+    whole = set(_settings_of(name).get("modules_to_save") or [])
     return {key: shape for key, shape in _adapter_shapes(name).items() if whole & set(key.split("."))}
 
 
@@ -184,43 +169,29 @@ def _add_adapters(model: nn.Module, name: str, key: str, keep: bool) -> set[str]
     Returns:
         The names of the weights that the folder holds whole.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
-    kind = _adapter_config(name)["peft_type"]
-    if kind in PROMPTS:
-        raise ConfigError(
-            f"{key}: the adapters in {name!r} are of type {kind}, learned prompts that are part of no weight; name a "
-            "classifier with adapters such as LORA, or a whole one"
-        )
+    kind = _settings_of(name).get("peft_type")
     if keep and kind != "LORA":
         raise ConfigError(
             f"{key}: the adapters in {name!r} are of type {kind}, and adapters that are trained further must be of "
             "type LORA; set reward_config.peft_enable to False, and they are merged and all weights are trained"
         )
-    with explained(key, name):
-        wrapped = PeftModel.from_pretrained(model, name, is_trainable=keep)
-    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    if absent := sorted(expected.keys() - _adapter_shapes(name).keys()):
-        raise ConfigError(
-            f"{key}: the adapters in {name!r} lack {', '.join(absent[:3])}, and these weights would be random; save "
-            "them again with all that was trained"
-        )
+    adapted = wrapped(model, name, is_trainable=keep)
     if keep:
-        _lay_bare(model, wrapped, str(base_of(name)))
+        _lay_bare(model, adapted, str(base_of(name)))
     else:
-        wrapped.merge_and_unload()
+        adapted.merge_and_unload()
         model.requires_grad_(True)
     return {weight.removeprefix(PREFIX) for weight in _saved_head(name)}
 
 
-def _lay_bare(model: nn.Module, wrapped: Any, base: str) -> None:
+def _lay_bare(model: nn.Module, adapted: Any, base: str) -> None:
     """Leave adapters in a classifier's backbone, and of its head the copy that was trained."""
     from peft.utils import ModulesToSaveWrapper
 
     for child, module in list(model.named_children()):
         if isinstance(module, ModulesToSaveWrapper):
-            setattr(model, child, module.modules_to_save[wrapped.active_adapter])
-    model.peft_config = wrapped.peft_config
+            setattr(model, child, module.modules_to_save[adapted.active_adapter])
+    model.peft_config = adapted.peft_config
     for config in backbone_with_adapters(model).peft_config.values():
         config.modules_to_save, config.base_model_name_or_path = None, where(base)
     del model.peft_config

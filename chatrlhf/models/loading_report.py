@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from chatrlhf.distributed import is_main
-from chatrlhf.errors import ConfigError, MissingError, UserError, WeightsError
+from chatrlhf.errors import ConfigError, MissingError, UserError, WeightsError, one_line
 from chatrlhf.models.adapters import base_of
 from chatrlhf.models.loading_words import lost, misfit, not_finite, not_floating, surplus
 from chatrlhf.models.meta_files import how_to_convert
@@ -30,7 +30,6 @@ from chatrlhf.models.weight_files import (
     folder_damage,
     headers,
     local_folder,
-    one_line,
     weight_files,
 )
 

@@ -19,7 +19,7 @@ from chatrlhf.data.collate import Encoder, pad_right
 from chatrlhf.data.pairs import PairEncoder
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.data.text_pairs import TextPairEncoder
-from chatrlhf.errors import CheckpointError, WeightsError
+from chatrlhf.errors import CheckpointError, WeightsError, one_line
 from chatrlhf.models.adapter_loading import attach
 from chatrlhf.models.adapter_merging import merged
 from chatrlhf.models.adapters import (
@@ -40,7 +40,7 @@ from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import response_states
 from chatrlhf.models.sharing import Base
 from chatrlhf.models.tokenizer import load_tokenizer
-from chatrlhf.models.weight_files import damage, one_line
+from chatrlhf.models.weight_files import damage
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
 OWN = "own"  # the pooling of a classifier that is kept whole

@@ -14,6 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 
+from chatrlhf.errors import one_line
+
 LFS = b"version https://git-lfs"  # how a git-lfs pointer begins
 INDEX = ".index.json"
 # In the order in which transformers and peft look for them; the first kind that is there is what they read.
@@ -88,16 +90,6 @@ def damage(path: Path) -> str | None:
     except Exception as error:  # safetensors, zip and pickle readers raise whatever a damaged file brings about
         return f"{path.name} is damaged or cut short ({size:,} bytes: {one_line(error)}); {AGAIN}"
     return None
-
-
-def one_line(error: Exception, limit: int = 200) -> str:
-    """What an error says, on one line; its kind where it says nothing or only a key."""
-    text = " ".join(str(error).split())
-    kind = type(error).__name__
-    if not text:
-        return kind
-    text = text if len(text) <= limit else f"{text[: limit - 3]}..."
-    return text if isinstance(error, (OSError, ValueError)) else f"{kind}: {text}"
 
 
 def _header(piece: Any) -> Header:
