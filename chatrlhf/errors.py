@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 
@@ -77,4 +78,5 @@ def one_line(error: Exception, limit: int = 200) -> str:
     if not text:
         return kind
     text = text if len(text) <= limit else f"{text[: limit - 3]}..."
-    return text if isinstance(error, (OSError, ValueError)) else f"{kind}: {text}"
+    speaks_for_itself = isinstance(error, (OSError, EOFError, ValueError, zlib.error))
+    return text if speaks_for_itself else f"{kind}: {text}"

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from chatrlhf.config.schema import RewardConfig
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import pad_right
+from chatrlhf.data.templates import arguments_of
 from chatrlhf.data.text_pairs import reads_pairs
 from chatrlhf.device import pick_device
 from chatrlhf.errors import ConfigError
@@ -157,11 +158,8 @@ def _texts(tokenizer: Any, prompt: Prompt | str, completion: str) -> tuple[str, 
     if not tokenizer.chat_template:
         text = Prompt.of(prompt).text
         return (text, completion) if reads_pairs(tokenizer) else (text + completion,)
-    prompt = Prompt.of(prompt)
-    system = "\n\n".join(part for part in (prompt.system, prompt.narrative) if part)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": turn.role, "content": turn.text} for turn in prompt.turns]
-    messages.append({"role": "assistant", "content": completion})
+    # By transformers alone, special tokens in the data too: the score is the one that it gives.
+    messages = arguments_of(Prompt.of(prompt), takes_narrative=False, reply=completion)["messages"]
     try:
         return (tokenizer.apply_chat_template(messages, tokenize=False),)
     except (TemplateError, TypeError, ValueError) as error:
