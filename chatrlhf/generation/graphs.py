@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from chatrlhf.generation.cache import Memory
 from chatrlhf.generation.slots import Decoding, Slots
-from chatrlhf.models.attention import NAME
+from chatrlhf.models.attention import NAME, cudnn_for_decoding
 
 WIDTH = 128  # columns are shown to the model in whole numbers of these: each width needs a graph of its own
 FEWEST_SLOTS = 16  # and so does each number of slots: the first, and the powers of two below it down to this
@@ -166,7 +166,8 @@ class Graphs:
         """Record a step without taking it. A model that cannot be recorded goes on kernel by kernel."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # The outer stream is the current one: where recording fails, PyTorch leaves its own in its place.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 step()
         except RuntimeError as error:
             self.records = False
@@ -227,8 +228,13 @@ class StaticDecoding(Decoding):
         return more
 
     def _step(self) -> None:
-        self.graphs.run(self.shape, super()._step)
+        self.graphs.run(self.shape, self._chosen_step)
         self.memory.filled += 1
+
+    def _chosen_step(self) -> None:
+        """A step by the kernels that are best for one token; a recorded one keeps them."""
+        with cudnn_for_decoding(self.slots.row.device):
+            super()._step()
 
     def _room_for(self, rows: int) -> int:
         return min(len(self.slots), max(FEWEST_SLOTS, 1 << (rows - 1).bit_length()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -188,6 +189,8 @@ def test_a_model_that_cannot_be_recorded_goes_on(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", Refused)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(graphs.Graphs, "_step_aside", lambda self, step: step())
     static = engine(llama(), ENDS, static=True, max_new_tokens=20)
     want = static.generate(prompts(RAGGED), seed=0)
@@ -211,3 +214,23 @@ def test_recorded_on_a_gpu(family, size, small):
         assert same_responses(want, got)
         torch.testing.assert_close(got.sampling_logprobs, want.sampling_logprobs, rtol=0, atol=1e-4)
     assert static.held.graphs.graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_that_waits_leaves_the_gpu_whole():
+    """Recording fails inside PyTorch here: the stream and the allocator are as before, and the rollout is right."""
+    model = llama().cuda()
+
+    def waits(module, args, given):
+        if given["input_ids"].shape[1] == 1:
+            given["input_ids"].sum().item()
+
+    want = engine(model, ENDS, static=False, max_new_tokens=20).generate(prompts(RAGGED), 0)
+    model.register_forward_pre_hook(waits, with_kwargs=True)
+    static = engine(model, ENDS, static=True, max_new_tokens=20)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        assert same_responses(static.generate(prompts(RAGGED), 0), want)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    assert same_responses(static.generate(prompts(RAGGED), 0), want)

@@ -7,7 +7,8 @@ import torch
 from tiny import BRANCHES, FAMILIES, assert_same_gradients, gradients, llama, opt, qwen2, take
 from transformers import BertConfig, BertModel
 
-from chatrlhf.models.attention import NAME, prefer_fast_attention
+from chatrlhf.device import pick_device
+from chatrlhf.models.attention import NAME, attention, cudnn_for_decoding, prefer_fast_attention
 from chatrlhf.models.packing import packs
 
 CPU = torch.device("cpu")
@@ -127,3 +128,66 @@ def test_the_choice_is_not_saved_with_the_model(tmp_path):
     prefer_fast_attention(model, CPU)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_only_decoding_on_hopper_asks_for_cudnn(monkeypatch):
+    """Its backward behind a mask gives NaN, and Blackwell's decoding is corrupt."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    before = enabled()
+    try:
+        assert pick_device().type == "cuda"
+        assert not enabled()
+        for major, asked in ((8, False), (9, True), (10, False), (12, False)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
+            with pytest.raises(KeyError), cudnn_for_decoding(torch.device("cuda")):
+                assert enabled() == asked
+                raise KeyError
+            assert not enabled()
+        with cudnn_for_decoding(CPU):
+            assert not enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("heads", [(32, 8), (32, 32), (12, 12), (8, 1)], ids=str)
+@pytest.mark.parametrize("size", [64, 128])
+def test_one_token_in_bfloat16_on_a_gpu(heads, size):
+    """Left-padded rows, over several widths, against float32 and plain products."""
+    device, worst = pick_device(), 0.0
+    for width in (128, 384, 1024):
+        drawn = torch.Generator(device).manual_seed(width)
+        query, key, value = (
+            torch.randn(64, count, length, size, device=device, generator=drawn).bfloat16()
+            for count, length in ((heads[0], 1), (heads[1], width), (heads[1], width))
+        )
+        seen = torch.arange(width, device=device) >= torch.randint(
+            0, width - 1, (64, 1), device=device, generator=drawn
+        )
+        bias = torch.zeros(64, 1, 1, width, device=device, dtype=torch.bfloat16)
+        bias.masked_fill_(~seen[:, None, None], torch.finfo(torch.bfloat16).min)
+        with torch.no_grad(), cudnn_for_decoding(device):
+            got = attention(None, query, key, value, bias)[0]
+        key, value = (each.float().repeat_interleave(heads[0] // heads[1], dim=1) for each in (key, value))
+        scores = (query.float() @ key.transpose(-1, -2)) * size**-0.5 + bias.float()
+        want = (scores.softmax(-1) @ value).transpose(1, 2)
+        worst = max(worst, float((got.float() - want).norm() / want.norm()))
+    assert worst < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [64, 192, 704, 700])
+def test_no_nan_behind_a_mask_on_a_gpu(length):
+    """pytorch issue 196678: cuDNN's backward where a row's logsumexp is below -88."""
+    device = pick_device()
+    query, key, value = (torch.randn(1, 1, length, 64, device=device).bfloat16() for _ in range(3))
+    query, key = query * 0.1, key * 0.1
+    query[..., 0], key[..., 0] = 1.0, -960.0
+    query, key, value = (each.detach().requires_grad_() for each in (query, key, value))
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+    torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).backward(torch.randn_like(value))
+    assert all(each.grad.isfinite().all() for each in (query, key, value))
