@@ -188,7 +188,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 BROKEN_TEXT = pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff\xfe"]).buffers())
-PACKED = gzip.compress((ROW * 5000).encode())
+PACKED = gzip.compress((ROW * 5000).encode(), mtime=0)  # or the names of cases hold the time
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
 
 
@@ -211,7 +211,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
         ("r.jsonl", POINTER, "it is a pointer of Git LFS"),
         ("r.parquet", POINTER, "it is a pointer of Git LFS"),
         ("r.jsonl", PACKED, "it is compressed by gzip"),
-        ("r.jsonl.gz", gzip.compress(PACKED), "it is compressed by gzip twice"),
+        ("r.jsonl.gz", gzip.compress(PACKED, mtime=0), "it is compressed by gzip twice"),
         ("r.jsonl", parquet_bytes(pa.table({"text": ["a"]})), "it is a Parquet file"),
         ("r.csv", b"PK\x03\x04zip", "it is a zip archive"),
         ("r.txt", "text".encode("utf-16"), "it is not UTF-8 text, but UTF-16"),
