@@ -16,10 +16,10 @@ from typing import Any
 if importlib.util.find_spec("chatrlhf") is None:  # a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chatrlhf.boundary import exit_status  # noqa: E402
 from chatrlhf.data.download import SOURCES, download  # noqa: E402
 from chatrlhf.data.sources.catalogue import listing  # noqa: E402
 from chatrlhf.data.sources.shp import PAIRS_PER_POST, POST_CHARS  # noqa: E402
+from chatrlhf.errors.boundary import exit_status  # noqa: E402
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

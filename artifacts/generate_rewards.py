@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("chatrlhf") is None:  # a checkout that is not installed
     sys.path.insert(0, str(ROOT))
 
-from chatrlhf.synth.options import add_model_options, add_templates, natural, positive  # noqa: E402
-from chatrlhf.synth.reward_dataset import generate  # noqa: E402
-from chatrlhf.synth.session import guarded  # noqa: E402
+from chatrlhf.tools.synth.options import add_model_options, add_templates, natural, positive  # noqa: E402
+from chatrlhf.tools.synth.reward_dataset import generate  # noqa: E402
+from chatrlhf.tools.synth.session import guarded  # noqa: E402
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

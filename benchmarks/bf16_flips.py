@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatrlhf.data.collate import prompt_batch
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.rollout.context import Limits
+from chatrlhf.rollout.engine import RolloutEngine
 from chatrlhf.types import PromptBatch, Rollout
 
 VOCAB, EOS, PAD = 1024, 1, 0

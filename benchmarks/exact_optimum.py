@@ -28,18 +28,19 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.models.actor_critic import Reference, SeparateCritic
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.topology import Reference, SeparateCritic
-from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
-from chatrlhf.rl.prompts import PromptSchedule
+from chatrlhf.rl.ppo import PPOTrainer
+from chatrlhf.rl.prompt_schedule import PromptSchedule
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.update import Updater, UpdateSettings
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.rollout.context import Limits
+from chatrlhf.rollout.engine import RolloutEngine
+from chatrlhf.runtime.run_log import RunLog
 
 VOCABULARY, LENGTH = 8, 4
 BOS = VOCABULARY  # a ninth embedding that is the whole prompt and is never sampled

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from chatrlhf.planning.compare import WAYS, Way, memory_of, usual
-from chatrlhf.planning.hardware import GB, Hardware, hardware
-from chatrlhf.planning.sharding import Sharding
-from chatrlhf.progress import quiet_libraries
+from chatrlhf.runtime.run_log import quiet_libraries
+from chatrlhf.tools.plan.compare import WAYS, Way, memory_of, usual
+from chatrlhf.tools.plan.hardware import GB, Hardware, hardware
+from chatrlhf.tools.plan.zero_memory import Sharding
 
 TOKENS = 512  # of a row
 SHOWN = [way for way in WAYS if way.name in ("SFT", "reward", "PPO", "SFT, QLoRA", "PPO, QLoRA")]

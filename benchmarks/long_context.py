@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf import load_config, run
-from chatrlhf.evaluation.commands import main as evaluate
+from chatrlhf.tools.evaluate.cli import main as evaluate
 
 LENGTH, FACTOR = 256, 8
 CONTEXTS = (32, 64, 128, 256, 512, 1024, 2048)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 MiB = 2**20
 PROMPT, RESPONSE = 96, 32
 
-# By transformers' names. While `chatrlhf/planning` was written GPT-2 alone was measured; the others came behind it.
+# By transformers' names. While `chatrlhf/tools/plan` was written GPT-2 alone was measured; the others came behind it.
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": dict(model_type="gpt2"),
     "opt": dict(model_type="opt"),
@@ -131,13 +131,13 @@ def make(folder: Path, shape: dict[str, Any]) -> None:
     import torch
     from transformers import AutoConfig
 
-    from chatrlhf.data.collate import Encoder
+    from chatrlhf.data.encoder import Encoder
     from chatrlhf.data.templates import get_template
-    from chatrlhf.models.backbone import backbone_of, language_model_class
-    from chatrlhf.models.factory import pooling_for
+    from chatrlhf.models.for_stages import pooling_for
+    from chatrlhf.models.loading.backbone import backbone_of, language_model_class
+    from chatrlhf.models.loading.tokenizer import train_tokenizer
     from chatrlhf.models.reward_model import RewardModel, RewardScorer
     from chatrlhf.models.scalar_head import ScalarHead, state_size
-    from chatrlhf.models.tokenizer import train_tokenizer
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer([], 258)
@@ -176,8 +176,8 @@ def measure(folder: Path, stage: str, changes: dict[str, Any]) -> int:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM  # noqa: F401
 
     import chatrlhf.pipeline
-    import chatrlhf.trainers.reward
-    import chatrlhf.trainers.sft  # noqa: F401
+    import chatrlhf.stages.reward
+    import chatrlhf.stages.sft  # noqa: F401
 
     config = configuration(folder, changes)
     # What a stage imports when it is there; classes that transformers makes when they are asked for, too.
@@ -189,7 +189,7 @@ def measure(folder: Path, stage: str, changes: dict[str, Any]) -> int:
 
 def plan(folder: Path, stage: str, changes: dict[str, Any]) -> tuple[int, str]:
     """The plan's greatest phase: its bytes and its name."""
-    from chatrlhf.planning.stages import plan_run
+    from chatrlhf.tools.plan.run_plan import plan_run
 
     phases = [each for made in plan_run(configuration(folder, changes), [stage]).stages for each in made.phases]
     greatest = max(phases, key=lambda phase: phase.total)

@@ -35,21 +35,23 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from chatrlhf.data.collate import IGNORED, pad_right, prompt_batch
+from chatrlhf.data.collate import pad_right, prompt_batch
+from chatrlhf.data.encoder import IGNORED
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits, RolloutEngine
+from chatrlhf.models.actor_critic import Reference, SharedTrunk
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.topology import Reference, SharedTrunk
-from chatrlhf.progress import RunLog
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.master_weights import prepare_models
-from chatrlhf.rl.prompts import PromptSchedule
+from chatrlhf.rl.ppo import PPOTrainer
+from chatrlhf.rl.prompt_schedule import PromptSchedule
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward, RewardFunction
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.update import Updater, UpdateSettings
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.rollout.context import Limits
+from chatrlhf.rollout.engine import RolloutEngine
+from chatrlhf.runtime.run_log import RunLog
 
 NODES, EDGE_PROBABILITY, MAX_NODES = 21, 0.1, 10
 GOAL = 0

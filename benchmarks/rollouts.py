@@ -34,7 +34,7 @@ from benchmarks.ppo_step.ours import settings  # noqa: E402
 from benchmarks.ppo_step.work import EOS, PAD, WORKS, Work, prepare  # noqa: E402
 from benchmarks.processes import alternating, cell  # noqa: E402
 from chatrlhf.config import load_config  # noqa: E402
-from chatrlhf.trainers.ppo import PPOTrainer  # noqa: E402
+from chatrlhf.rl.ppo import PPOTrainer  # noqa: E402
 from chatrlhf.types import PromptBatch  # noqa: E402
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

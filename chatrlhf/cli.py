@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from chatrlhf import __version__
-from chatrlhf.boundary import OUR_FAULT, STOPPED, USER_ERROR, doing, line_of, show_fault
 from chatrlhf.errors import Interrupted, UserError
+from chatrlhf.errors.boundary import OUR_FAULT, STOPPED, USER_ERROR, doing, line_of, show_fault
 
 STAGES = ("ALL", "PRETRAIN", "ACTOR", "REWARD", "RL")  # as in `config/schema.py`, which is not quick to import
 
@@ -53,19 +53,19 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["init"]:
         return _init(words[1:])
     if words[:1] == ["data"]:
-        from chatrlhf.inspection.commands import main as data
+        from chatrlhf.tools.inspect.cli import main as data
 
         return data(words[1:])
     if words[:1] == ["eval"]:
-        from chatrlhf.evaluation.commands import main as evaluate
+        from chatrlhf.tools.evaluate.cli import main as evaluate
 
         return evaluate(words[1:])
     if words[:1] == ["export"]:
-        from chatrlhf.export.commands import main as export
+        from chatrlhf.tools.export.cli import main as export
 
         return export(words[1:])
     if words[:1] == ["plan"]:
-        from chatrlhf.planning.commands import main as plan
+        from chatrlhf.tools.plan.cli import main as plan
 
         return plan(words[1:])
     return _train(words)
@@ -75,7 +75,7 @@ def _speaks() -> bool:
     """Whether it is for this process to say why the run ends; without torch there is only one."""
     if "torch" not in sys.modules:
         return True
-    from chatrlhf.distributed import speaks_of_failure
+    from chatrlhf.runtime.collectives import speaks_of_failure
 
     return speaks_of_failure()
 
@@ -97,29 +97,29 @@ def _train(words: Sequence[str]) -> int:
     ):
         if value is not None:
             overrides.append(f"{key}={_yaml_text(value)}")
-    from chatrlhf import distributed
     from chatrlhf.config import load_config
+    from chatrlhf.runtime import collectives
 
-    distributed.start()  # first of all, so that whatever goes wrong is said once
+    collectives.start()  # first of all, so that whatever goes wrong is said once
     config = load_config(args.config, overrides)
     if args.dry_run:
-        from chatrlhf.planning.counts import parse_assumed
-        from chatrlhf.planning.hardware import hardware
-        from chatrlhf.planning.report import show_plan
+        from chatrlhf.tools.plan.data_counts import parse_assumed
+        from chatrlhf.tools.plan.hardware import hardware
+        from chatrlhf.tools.plan.report import show_plan
 
-        if distributed.is_main():
+        if collectives.is_main():
             where = hardware(args.gpu) if args.gpu else None
             show_plan(config, args.type, where, parse_assumed(args.rows, args.tokens))
-        distributed.end()
+        collectives.end()
         return 0
     from chatrlhf.pipeline import run
 
     result = run(config, type=args.type, resume=args.resume)
-    if distributed.is_main():
+    if collectives.is_main():
         for stage, left in result.stages.items():
             print(f"{stage}: {left.checkpoint}")
         print(f"metrics: {result.output_dir / 'metrics.jsonl'}")
-    distributed.end()
+    collectives.end()
     return 0
 
 
@@ -152,7 +152,7 @@ def _init(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="chatrlhf init", description="Copy the artifacts into a folder.")
     parser.add_argument("folder")
     folder = parser.parse_args(words).folder
-    from chatrlhf.artifacts import copy_artifacts
+    from chatrlhf.runtime.bundled_files import copy_artifacts
 
     for path in copy_artifacts(folder):
         print(path)

@@ -11,27 +11,27 @@ from typing import Any
 
 import torch
 
-from chatrlhf.boundary import doing
 from chatrlhf.config.on_resume import flat
 from chatrlhf.config.schema import STAGES, Config
 from chatrlhf.data.inputs import read_inputs
-from chatrlhf.device import pick_device
-from chatrlhf.distributed import gather_results, is_main, start
 from chatrlhf.errors import ConfigError, OutsideError
-from chatrlhf.manifest import Manifest
+from chatrlhf.errors.boundary import doing
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
-from chatrlhf.output_dir import check_output_dir
 from chatrlhf.preflight import preflight
-from chatrlhf.progress import METRICS, RunLog, quiet_libraries
-from chatrlhf.resume import Resumption
 from chatrlhf.rl.rewards import DialogueReward, FunctionReward, RewardFunction, resolve_reward_fn
-from chatrlhf.stages.actor import run_actor
-from chatrlhf.stages.made_from import Sources
+from chatrlhf.runtime.collectives import gather_results, is_main, start
+from chatrlhf.runtime.device import pick_device
+from chatrlhf.runtime.manifest import Manifest
+from chatrlhf.runtime.output_dir import check_output_dir
+from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
+from chatrlhf.sharding.launch import sharding_of
+from chatrlhf.stages.context import Run
 from chatrlhf.stages.pretrain import run_pretrain
+from chatrlhf.stages.resume import Resumption
 from chatrlhf.stages.reward import run_reward
 from chatrlhf.stages.rl import run_rl
-from chatrlhf.stages.run import Run
-from chatrlhf.trainers.launch import sharding_of
+from chatrlhf.stages.sft import run_actor
+from chatrlhf.stages.sources import Sources
 
 DAY = "day"  # of the run's start, which templates show that ask for the date; a fact of the manifest
 

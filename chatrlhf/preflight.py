@@ -7,35 +7,80 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import MODEL_MAPPING, LlamaConfig
 from transformers.utils import is_flash_attn_2_available
 
 from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
-from chatrlhf.data.collate import Encoder, fitting
+from chatrlhf.data.encoder import Encoder, fitting
+from chatrlhf.data.encoder_seq2seq import refuse_row
 from chatrlhf.data.inputs import Inputs, Rows, corpus
+from chatrlhf.data.stage_rows import Preference, ScoredCompletion
 from chatrlhf.data.templates import actor_template, is_own, reward_template
-from chatrlhf.data.views import Preference, ScoredCompletion
-from chatrlhf.device import pick_device, resolve_precision, resolve_rl_precision
 from chatrlhf.errors import ConfigError, MissingError
-from chatrlhf.generation.vllm_sampler import require_vllm
-from chatrlhf.models.adapters import base_of, task_type
-from chatrlhf.models.backbone import is_encoder_decoder
-from chatrlhf.models.critics import refuse_critic_head, refuse_other_build
-from chatrlhf.models.factory import block_count, encoder_class, require_reward_model, tokenizer_and_settings
+from chatrlhf.models.critic_init import refuse_critic_head, refuse_other_build
+from chatrlhf.models.for_stages import block_count, encoder_class, require_reward_model, tokenizer_and_settings
 from chatrlhf.models.frozen_trunk import refuse_more_than
-from chatrlhf.models.loading import read_model_config
-from chatrlhf.models.loading_report import refuse_damaged
+from chatrlhf.models.loading.backbone import decoder_start, is_encoder_decoder
+from chatrlhf.models.loading.loading_report import refuse_damaged
+from chatrlhf.models.loading.lora import base_of, task_type
+from chatrlhf.models.loading.pretrained import read_model_config
+from chatrlhf.models.loading.rope import positions, refuse_rotations_by_length
+from chatrlhf.models.loading.tiny import TINY
 from chatrlhf.models.reward_model import SETTINGS
-from chatrlhf.models.rope import positions, refuse_rotations_by_length
 from chatrlhf.models.stop_tokens import ids_without_token, refuse_unknown_ids
-from chatrlhf.models.tiny import TINY
 from chatrlhf.models.trained_heads import has_head
-from chatrlhf.paired_checks import check_keys_of_pairs, check_rows_of_pairs
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.user_functions import load_function
-from chatrlhf.trainers.global_batches import rows_a_backward
-from chatrlhf.trainers.launch import check_launch
+from chatrlhf.rollout.vllm import require_vllm
+from chatrlhf.runtime.device import pick_device, resolve_precision, resolve_rl_precision
+from chatrlhf.sharding.launch import check_launch, rows_a_backward
+
+
+def check_keys_of_pairs(config: Config, stages: list[str], settings: Any) -> None:
+    """Keys that an encoder–decoder actor has no use for.
+
+    Args:
+        settings: the configuration of the actor's model.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    actor, trainer = config.actor_config, config.trainer_config
+    decoder_start(settings)
+    if "PRETRAIN" in stages:
+        raise ConfigError(
+            f"pretrain_config: a {settings.model_type} predicts replies to what its encoder reads, and plain text has "
+            "none; leave the section out, or take a causal model"
+        )
+    if "RL" in stages and type(settings) not in MODEL_MAPPING:
+        raise ConfigError(
+            f"actor_config.model: transformers' AutoModel knows no {settings.model_type}, so there is none without its "
+            "head for a critic to be; take T5, BART or another encoder-decoder"
+        )
+    if "ACTOR" in stages and actor.loss_on != "completion":
+        raise ConfigError(
+            f"actor_config.loss_on: {actor.loss_on!r} asks for a loss on prompts, which the encoder of a "
+            f"{settings.model_type} reads and nothing predicts; set it to completion"
+        )
+    if "RL" in stages and trainer.num_layers_unfrozen != -1:
+        raise ConfigError(
+            f"trainer_config.num_layers_unfrozen: {trainer.num_layers_unfrozen} parts the one stack of blocks that a "
+            f"causal model is; a {settings.model_type} has two, and this version trains both; set it to -1, or train "
+            "adapters (actor_config.peft_enable)"
+        )
+    if "RL" in stages and trainer.rollout_backend == "vllm":
+        raise ConfigError(
+            f"trainer_config.rollout_backend: vLLM samples from causal models, and the actor is a "
+            f"{settings.model_type}; set it to chatrlhf"
+        )
+
+
+def check_rows_of_pairs(rows: Rows) -> None:
+    """Rows of the ACTOR stage that an encoder–decoder cannot be trained on. Raises DataError at the first."""
+    for row in (*rows.train, *rows.held_out):
+        refuse_row(row)
+
 
 SettingsOf = Callable[[str, str, Any], Any]  # of a model, by its name, its key and its section
 

@@ -10,7 +10,7 @@ import torch
 from tiny import llama
 from torch import nn
 
-from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.models.loading.tokenizer import train_tokenizer
 
 ROWS = 24
 THINGS = ("tea", "the sea", "a hat", "old books", "rain", "the moon", "a cat", "bread")

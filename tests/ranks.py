@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from tiny import EOS, PAD, engine, llama, prompts
 
-from chatrlhf import distributed
 from chatrlhf.errors import RewardError
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.rl.data_parallel import sampled_rows
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward
 from chatrlhf.rl.scoring import Scorer
-from chatrlhf.rl.sharing import sampled_rows
 from chatrlhf.rl.update import Updater, UpdateSettings
+from chatrlhf.runtime import collectives
 from chatrlhf.types import PromptBatch
 
 DISTRIBUTION = SamplingDistribution(temperature=0.9, eos_token_ids=(EOS,), forbidden_ids=(PAD,))
@@ -123,32 +123,32 @@ def check_that_an_error_is_shared() -> None:
     """What one rank is refused all are, with its message; and all can go on from there."""
 
     def work() -> int:
-        if distributed.rank() == 1:
+        if collectives.rank() == 1:
             raise RewardError("of rank 1")
         return 7
 
     try:
-        found = str(distributed.gather_results(work))
+        found = str(collectives.gather_results(work))
     except RewardError as error:
         found = str(error)
-    assert distributed.gather_objects(found) == ["of rank 1"] * distributed.world_size()
-    assert distributed.largest(distributed.rank()) == distributed.world_size() - 1
+    assert collectives.gather_objects(found) == ["of rank 1"] * collectives.world_size()
+    assert collectives.largest(collectives.rank()) == collectives.world_size() - 1
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    distributed.start()
-    assert distributed.world_size() == int(os.environ["WORLD_SIZE"])
+    collectives.start()
+    assert collectives.world_size() == int(os.environ["WORLD_SIZE"])
     check_that_an_error_is_shared()
     results = {name: ppo_steps(*case) for name, case in CASES.items()}
     # Every rank ends with the same weights, bit for bit.
     for name, result in results.items():
-        first, *others = distributed.gather_objects(result["weights"])
+        first, *others = collectives.gather_objects(result["weights"])
         for other in others:
             assert all(torch.equal(first[key], other[key]) for key in first), name
-    if distributed.is_main():
+    if collectives.is_main():
         torch.save(results, sys.argv[1])
-    distributed.end()
+    collectives.end()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from tiny import llama, tokenizer
 from chatrlhf import load_config, run
 from chatrlhf.config import Config
 from chatrlhf.errors import Interrupted
-from chatrlhf.trainers.hf_stage import StageCallback
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.rl.ppo import PPOTrainer
+from chatrlhf.stages.hf_trainer import StageCallback
 
 REWARDED = """
 def length(prompts, completions):

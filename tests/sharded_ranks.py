@@ -12,10 +12,10 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from chatrlhf import distributed
 from chatrlhf.rl.sharded_update import ShardedUpdater, deal_out
+from chatrlhf.runtime import collectives
+from chatrlhf.sharding.accelerate_env import DeepSpeed, Fsdp2, deals_out_weights, environment_for
 from chatrlhf.sharding.engine import Engine
-from chatrlhf.sharding.environment import DeepSpeed, Fsdp2, deals_out_weights, environment_for
 
 CPU = torch.device("cpu")
 # Plain descent: a gradient that is too large by a factor shows, as it does not with Adam.
@@ -96,13 +96,13 @@ class Dealer:
     def zero(self, modules: list[nn.Module], share: list[dict[str, Any]], dtype: torch.dtype) -> Engine:
         from deepspeed import DeepSpeedEngine
 
-        from chatrlhf.sharding.zero import ZeroEngine
+        from chatrlhf.sharding.deepspeed import ZeroEngine
 
         settings = self.sharding.settings | {"bf16": {"enabled": dtype == torch.bfloat16}}
         made = ZeroEngine(modules, share, settings, (0.9, 0.95), 0.0)
         assert type(made.model) is DeepSpeedEngine
         assert made.model.zero_optimization_stage() == self.sharding.stage
-        assert made.model.dp_world_size == distributed.world_size() == int(os.environ["WORLD_SIZE"]) == 2
+        assert made.model.dp_world_size == collectives.world_size() == int(os.environ["WORLD_SIZE"]) == 2
         return made
 
     def fsdp(self, modules: list[nn.Module], share: list[dict[str, Any]], dtype: torch.dtype) -> Engine:
@@ -114,7 +114,7 @@ class Dealer:
         made.optimizer = torch.optim.SGD(made.optimizer.param_groups, momentum=0.9)
         blocks = [each for each in made.model.modules() if isinstance(each, FSDPModule)]
         assert len(blocks) > 2  # each of the model's two, and what is around them
-        assert made.accelerator.num_processes == distributed.world_size() == 2
+        assert made.accelerator.num_processes == collectives.world_size() == 2
         assert all(each.device_mesh.size() == 2 for each in made.model.parameters())
         return made
 
@@ -123,16 +123,16 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.update(FSDP2)
     have_fsdp_on_cpus()
-    distributed.start()
+    collectives.start()
     results = {}
     for name, case in CASES:
         clip = clip_of(case)
         dealer = Dealer(name, clip)
         with environment_for(dealer.sharding):
             results[name, case] = ranks.ppo_steps(*ranks.CASES[case], deal=dealer, clip=clip)
-    if distributed.is_main():
+    if collectives.is_main():
         torch.save(results, sys.argv[1])
-    distributed.end()
+    collectives.end()
 
 
 if __name__ == "__main__":

@@ -15,27 +15,30 @@ PACKAGE = ROOT / "chatrlhf"
 
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
-    ("errors", "arguments", "boundary", "conversation", "types", "functional", "config"),
-    ("device", "distributed", "heap", "lanes", "optimizer", "progress", "data", "models", "samples", "sharding"),
-    ("generation", "inspection"),
+    ("errors", "conversation", "functional"),
+    ("types", "config"),
+    ("runtime",),
+    ("data", "samples", "sharding"),
+    ("models",),
+    ("rollout",),
     ("rl",),
-    ("evaluation", "synth"),
-    ("trainers",),
-    ("identity", "manifest", "output_dir", "paired_checks", "preflight", "resume", "export"),
     ("stages",),
-    ("pipeline", "planning", "artifacts", "cli", "__init__", "__main__"),
+    ("preflight",),
+    ("pipeline", "__init__"),
+    ("tools",),
+    ("cli", "__main__"),
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Which files may import a package, and never while they are imported themselves.
 ONLY_IN = {
-    "trl": {"trainers/sft.py", "trainers/reward.py", "generation/vllm_sampler.py"},
-    "deepspeed": {"sharding/whole.py", "sharding/zero.py"},
+    "trl": {"stages/sft.py", "stages/reward.py", "rollout/vllm.py"},
+    "deepspeed": {"sharding/gather.py", "sharding/deepspeed.py"},
     "bitsandbytes": set(),
-    "openai": {"generation/text/endpoint.py"},
-    "matplotlib": {"inspection/report.py", "evaluation/picture.py"},
+    "openai": {"tools/synth/llm/openai_endpoint.py"},
+    "matplotlib": {"tools/inspect/report.py", "tools/evaluate/report.py"},
     "vllm": set(),
-    "llmcompressor": {"export/gptq.py"},
+    "llmcompressor": {"tools/export/gptq.py"},
 }
 
 
@@ -56,15 +59,48 @@ def part(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The package's own modules that a file imports anywhere, also inside functions and for type checkers alone."""
+    known, found = {name_of(each) for each in modules()}, set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "chatrlhf":
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & known or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "chatrlhf"}
+    return found - {name_of(path)}
+
+
 def test_every_module_has_a_level():
     assert {part(path) for path in modules()} <= LEVEL_OF.keys()
 
 
+def test_the_package_has_at_most_twenty_rooms():
+    assert len({part(path) for path in modules()}) <= 20
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down_only(path):
-    for name in imports(path, top_level_only=True):
-        if name.startswith("chatrlhf."):
-            assert LEVEL_OF[name.split(".")[1]] <= LEVEL_OF[part(path)], f"{path.name} imports {name}"
+    for name in modules_imported(path):
+        room = name.split(".")[1] if "." in name else "__init__"
+        assert LEVEL_OF[room] <= LEVEL_OF[part(path)], f"{path.name} imports {name}"
+
+
+def test_nothing_below_the_command_line_imports_tools():
+    for path in modules():
+        if part(path) not in ("tools", "cli", "__main__"):
+            assert not [name for name in modules_imported(path) if name.startswith("chatrlhf.tools")], path
+
+
+def test_no_module_is_in_a_circle():
+    graph = {name_of(path): modules_imported(path) for path in modules()}
+    while leaves := {name for name, needs in graph.items() if not needs & graph.keys()}:
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+    assert not graph, f"imported in a circle, or above one: {sorted(graph)}"
 
 
 def test_the_maths_knows_no_configuration_and_no_model():

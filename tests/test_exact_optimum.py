@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import chatrlhf.models.actor_critic as topology
 import chatrlhf.models.sequences as sequences
-import chatrlhf.models.topology as topology
 import chatrlhf.rl.experience as experience
 from benchmarks.exact_optimum import BOS, MIN_GAIN, STEPS, Task, beta_of_kl, make_task, response_logprobs, run, tilted
 from chatrlhf.errors import DivergedError

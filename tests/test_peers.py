@@ -22,8 +22,8 @@ from benchmarks.trlx_standin.loop import Batch, Settings, StandIn, all_logprobs,
 from benchmarks.walks_race import Race, reached, verdict
 from chatrlhf.config import load_config
 from chatrlhf.functional.advantages import gae
+from chatrlhf.models.actor_critic import Reference
 from chatrlhf.models.sequences import join, response_logits, response_logprobs
-from chatrlhf.models.topology import Reference
 
 PROMPTS = Batch(
     torch.tensor([[PAD, 5, 6], [7, 8, 9], [PAD, PAD, 4], [2, 3, 2]]),

@@ -12,35 +12,41 @@ from pathlib import Path
 
 import pytest
 
-from chatrlhf.samples import desk, generate
+from chatrlhf.samples import make_data, visitor_desk
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "Bonjour. When does the north mill open? I bring my dog."
 BEST = "Bonjour! The north mill opens at nine. Dogs may come in."
-SEEDS = (generate.DEFAULT_SEED, 101, 102)
+SEEDS = (make_data.DEFAULT_SEED, 101, 102)
 
 
 @pytest.fixture(scope="module", params=SEEDS)
-def data(request) -> dict[str, list[generate.Row]]:
-    return generate.make_datasets(request.param)
+def data(request) -> dict[str, list[make_data.Row]]:
+    return make_data.make_datasets(request.param)
 
 
-def texts(rows: list[generate.Row], key: str = "user_input") -> list[str]:
+def texts(rows: list[make_data.Row], key: str = "user_input") -> list[str]:
     return [row[key] for row in rows]
 
 
 def lost(completion: str, prompt: str = PROMPT) -> set[str]:
     """The criteria that a completion misses."""
-    return {name for name, points in desk.criteria(prompt, completion).items() if points < 1.0}
+    return {name for name, points in visitor_desk.criteria(prompt, completion).items() if points < 1.0}
 
 
 # The rule, by hand.
 
 
 def test_a_perfect_reply():
-    assert desk.criteria(PROMPT, BEST) == {"courtesy": 1.0, "topic": 1.0, "fact": 1.0, "advice": 1.0, "form": 1.0}
-    assert desk.score(PROMPT, BEST) == desk.BEST_SCORE == 5.0
-    assert desk.best_completion(PROMPT) == BEST
+    assert visitor_desk.criteria(PROMPT, BEST) == {
+        "courtesy": 1.0,
+        "topic": 1.0,
+        "fact": 1.0,
+        "advice": 1.0,
+        "form": 1.0,
+    }
+    assert visitor_desk.score(PROMPT, BEST) == visitor_desk.BEST_SCORE == 5.0
+    assert visitor_desk.best_completion(PROMPT) == BEST
 
 
 @pytest.mark.parametrize(
@@ -75,7 +81,7 @@ def test_a_perfect_reply():
 )
 def test_each_criterion_alone(completion: str, missed: set[str]):
     assert lost(completion) == missed
-    assert desk.score(PROMPT, completion) == 5.0 - len(missed)
+    assert visitor_desk.score(PROMPT, completion) == 5.0 - len(missed)
 
 
 def test_other_words_for_the_same_reply():
@@ -100,30 +106,33 @@ def test_sixteen_words_are_the_most():
     ],
 )
 def test_what_a_prompt_leaves_out_a_good_reply_leaves_out(prompt: str, best: str):
-    assert desk.best_completion(prompt) == best
+    assert visitor_desk.best_completion(prompt) == best
     assert lost(best, prompt) == set()
     assert ("advice" in lost(best + " Dogs may come in.", prompt)) is True
 
 
 def test_prompts_of_another_kind_are_judged_but_have_no_best_reply():
-    assert desk.criteria("Tell me a joke", "Hello! The north mill opens at nine.")["topic"] == 0.0
+    assert visitor_desk.criteria("Tell me a joke", "Hello! The north mill opens at nine.")["topic"] == 0.0
     with pytest.raises(ValueError, match="Tell me a joke"):
-        desk.best_completion("Tell me a joke")
+        visitor_desk.best_completion("Tell me a joke")
 
 
 def test_silence_earns_nothing_whatever_was_asked():
-    assert desk.score("Tell me a joke", "") == 0.0  # though it names no place and no fact, as the prompt does
+    assert visitor_desk.score("Tell me a joke", "") == 0.0  # though it names no place and no fact, as the prompt does
 
 
 def test_the_judge_takes_batches():
-    assert desk.judge([PROMPT, PROMPT], [BEST, ""]) == [desk.criteria(PROMPT, BEST), desk.criteria(PROMPT, "")]
-    assert tuple(desk.criteria(PROMPT, "")) == desk.CRITERIA
+    assert visitor_desk.judge([PROMPT, PROMPT], [BEST, ""]) == [
+        visitor_desk.criteria(PROMPT, BEST),
+        visitor_desk.criteria(PROMPT, ""),
+    ]
+    assert tuple(visitor_desk.criteria(PROMPT, "")) == visitor_desk.CRITERIA
     with pytest.raises(ValueError):
-        desk.judge([PROMPT], [])
+        visitor_desk.judge([PROMPT], [])
 
 
 def test_the_rule_needs_the_standard_library_only():
-    tree = ast.parse(Path(desk.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(visitor_desk.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert names <= sys.stdlib_module_names
@@ -134,17 +143,27 @@ def test_the_rule_needs_the_standard_library_only():
 
 def test_every_held_out_prompt_has_a_best_reply_of_its_own(data):
     prompts = texts(data["rlhf_validation_data.json"])
-    best = [desk.best_completion(prompt) for prompt in prompts]
-    assert [desk.score(prompt, reply) for prompt, reply in zip(prompts, best, strict=True)] == [5.0] * len(prompts)
-    assert len({(*desk.read_request(prompt).places, *desk.read_request(prompt).facts) for prompt in prompts}) == 100
+    best = [visitor_desk.best_completion(prompt) for prompt in prompts]
+    assert [visitor_desk.score(prompt, reply) for prompt, reply in zip(prompts, best, strict=True)] == [5.0] * len(
+        prompts
+    )
+    assert (
+        len(
+            {
+                (*visitor_desk.read_request(prompt).places, *visitor_desk.read_request(prompt).facts)
+                for prompt in prompts
+            }
+        )
+        == 100
+    )
     assert len(set(best)) == 100
 
 
 def test_no_constant_reply_earns_half_of_the_best_score(data):
     prompts = texts(data["rlhf_validation_data.json"])
-    several = ", ".join(f"the {place}" for place in desk.PLACES[:3])
+    several = ", ".join(f"the {place}" for place in visitor_desk.PLACES[:3])
     constants = [
-        *map(desk.best_completion, prompts),
+        *map(visitor_desk.best_completion, prompts),
         *random.Random(0).sample(texts(data["actor_training_data.json"], "completion"), 100),
         "Hello! It is open. Dogs may come in.",
         f"Hello! We have {several}. Dogs may come in.",
@@ -153,20 +172,20 @@ def test_no_constant_reply_earns_half_of_the_best_score(data):
     ]
     means = []
     for reply in constants:
-        points = desk.judge(prompts, [reply] * len(prompts))
-        means.append({name: statistics.fmean(row[name] for row in points) for name in desk.CRITERIA})
-    assert max(sum(mean.values()) for mean in means) <= 0.40 * desk.BEST_SCORE
+        points = visitor_desk.judge(prompts, [reply] * len(prompts))
+        means.append({name: statistics.fmean(row[name] for row in points) for name in visitor_desk.CRITERIA})
+    assert max(sum(mean.values()) for mean in means) <= 0.40 * visitor_desk.BEST_SCORE
     # Nor could a reply put together from the best part of each.
-    assert sum(max(mean[name] for mean in means) for name in desk.CRITERIA) <= 0.45 * desk.BEST_SCORE
+    assert sum(max(mean[name] for mean in means) for name in visitor_desk.CRITERIA) <= 0.45 * visitor_desk.BEST_SCORE
 
 
 # The data.
 
 
 def test_the_files_are_what_the_generator_writes(tmp_path):
-    for file in generate.write_datasets(tmp_path, generate.DEFAULT_SEED):
+    for file in make_data.write_datasets(tmp_path, make_data.DEFAULT_SEED):
         shipped = ROOT / "artifacts" / "datasets" / file.name
-        assert shipped.read_bytes() == file.read_bytes(), f"{shipped}: write it anew with chatrlhf.samples.generate"
+        assert shipped.read_bytes() == file.read_bytes(), f"{shipped}: write it anew with chatrlhf.samples.make_data"
         assert shipped.stat().st_size < 1_200_000
         rows = json.loads(shipped.read_text(encoding="utf-8"))
         assert shipped.read_text(encoding="utf-8").count("\n") == len(rows) + 2
@@ -193,7 +212,7 @@ def test_no_prompt_is_in_two_places(data):
 
 def test_every_held_out_question_is_answered_in_training_in_other_words(data):
     def asked(prompt: str) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
-        request = desk.read_request(prompt)
+        request = visitor_desk.read_request(prompt)
         return request.places, request.facts
 
     answered = {asked(row["user_input"]) for row in data["actor_training_data.json"]}
@@ -202,17 +221,17 @@ def test_every_held_out_question_is_answered_in_training_in_other_words(data):
 
 def test_the_rule_reads_every_prompt(data):
     for prompt in (prompt for rows in data.values() for prompt in texts(rows)):
-        request = desk.read_request(prompt)
+        request = visitor_desk.read_request(prompt)
         assert request.greeting and len(request.places) == len(request.facts) == len(request.brings) == 1
 
 
 @pytest.mark.parametrize("name", ["actor_training_data.json", "reward_training_data.json"])
 def test_replies_are_of_mixed_quality_and_criteria_independent(data, name: str):
-    points = desk.judge(texts(data[name]), texts(data[name], "completion"))
-    met = {criterion: [row[criterion] for row in points] for criterion in desk.CRITERIA}
-    for criterion in desk.CRITERIA:
-        assert statistics.fmean(met[criterion]) == pytest.approx(generate.OUTCOMES[criterion]["own"], abs=0.03)
-    for first, second in combinations(desk.CRITERIA, 2):
+    points = visitor_desk.judge(texts(data[name]), texts(data[name], "completion"))
+    met = {criterion: [row[criterion] for row in points] for criterion in visitor_desk.CRITERIA}
+    for criterion in visitor_desk.CRITERIA:
+        assert statistics.fmean(met[criterion]) == pytest.approx(make_data.OUTCOMES[criterion]["own"], abs=0.03)
+    for first, second in combinations(visitor_desk.CRITERIA, 2):
         assert abs(statistics.correlation(met[first], met[second])) < 0.06
     assert {sum(row.values()) for row in points} == {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
 
@@ -220,7 +239,7 @@ def test_replies_are_of_mixed_quality_and_criteria_independent(data, name: str):
 def test_scores_are_the_true_ones_with_noise(data):
     rows = data["reward_training_data.json"]
     scores = texts(rows, "score")
-    true = [desk.score(row["user_input"], row["completion"]) for row in rows]
+    true = [visitor_desk.score(row["user_input"], row["completion"]) for row in rows]
     assert all(0.0 <= score <= 5.0 and score == round(score, 1) for score in scores)
     noise = [score - points for score, points in zip(scores, true, strict=True) if 2.0 <= points <= 3.0]  # unclipped
     assert statistics.fmean(noise) == pytest.approx(0.0, abs=0.05)
@@ -228,11 +247,11 @@ def test_scores_are_the_true_ones_with_noise(data):
 
 
 def test_a_seed_redraws_all_but_the_facts():
-    first, second = generate.make_datasets(1), generate.make_datasets(2)
-    assert first == generate.make_datasets(1)
+    first, second = make_data.make_datasets(1), make_data.make_datasets(2)
+    assert first == make_data.make_datasets(1)
     for name in first:
-        assert not set(map(generate.to_json, [[row] for row in first[name]])) >= set(
-            map(generate.to_json, [[row] for row in second[name]])
+        assert not set(map(make_data.to_json, [[row] for row in first[name]])) >= set(
+            map(make_data.to_json, [[row] for row in second[name]])
         )
 
 
@@ -240,10 +259,10 @@ def test_files_are_not_overwritten_unasked(tmp_path, capsys):
     other = tmp_path / "rlhf_validation_data.json"
     other.write_text("mine")
     with pytest.raises(SystemExit) as stop:
-        generate.main(["--path", str(tmp_path)])
+        make_data.main(["--path", str(tmp_path)])
     assert stop.value.code == 2
     assert str(other) in (error := capsys.readouterr().err) and "--force" in error
     assert other.read_text() == "mine" and list(tmp_path.iterdir()) == [other]  # nothing written before it refused
-    generate.main(["--path", str(tmp_path), "--seed", "3", "--force"])
-    assert other.read_text() == generate.to_json(generate.make_datasets(3)[other.name])
+    make_data.main(["--path", str(tmp_path), "--seed", "3", "--force"])
+    assert other.read_text() == make_data.to_json(make_data.make_datasets(3)[other.name])
     assert len(capsys.readouterr().out.splitlines()) == 4

@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.functional.masked import whiten
 from chatrlhf.functional.rewards import token_rewards
+from chatrlhf.models.actor_critic import Reference, SeparateCritic
 from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.topology import Reference, SeparateCritic
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.scoring import Scorer

@@ -36,14 +36,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from chatrlhf.data.collate import Encoder, pad_right, prompt_batch
+from chatrlhf.data.collate import pad_right, prompt_batch
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits, RolloutEngine
-from chatrlhf.models import attention
-from chatrlhf.models.tokenizer import train_tokenizer
-from chatrlhf.models.topology import PolicyOnly
+from chatrlhf.models.actor_critic import PolicyOnly
+from chatrlhf.models.kernels import attention
+from chatrlhf.models.loading.tokenizer import train_tokenizer
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.update import Updater, UpdateSettings
+from chatrlhf.rollout.context import Limits
+from chatrlhf.rollout.engine import RolloutEngine
 from chatrlhf.types import PromptBatch, Rollout
 
 VOCAB, EOS, PAD = 24, 1, 0
@@ -294,7 +296,7 @@ def engine(model: nn.Module, distribution: SamplingDistribution = PLAIN, pad: in
     return RolloutEngine(model, distribution, Limits(**limits), pad, words, **options)
 
 
-# Ways through `models/attention.py`.
+# Ways through `models/kernels/attention.py`.
 BRANCHES = ("short", "beyond short", "as on a GPU")
 
 

@@ -15,13 +15,13 @@ import trl.generation.vllm_generation
 from tiny import tokenizer
 from transformers import AutoModelForCausalLM
 
-from chatrlhf.config.vllm import VllmConfig
+from chatrlhf.config.rl import VllmConfig
 from chatrlhf.data.collate import prompt_batch
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import Limits
-from chatrlhf.generation.vllm_sampler import VllmSampler
+from chatrlhf.models.actor_critic import PolicyOnly
 from chatrlhf.models.sequences import join
-from chatrlhf.models.topology import PolicyOnly
+from chatrlhf.rollout.context import Limits
+from chatrlhf.rollout.vllm import VllmSampler
 
 STANDINS = str(Path(__file__).parent / "standins")
 THERE = importlib.util.find_spec("vllm") is not None

@@ -24,7 +24,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from benchmarks.ppo_step.work import Work, moved, read_work, report, rss  # noqa: E402
 from chatrlhf.config import load_config  # noqa: E402
-from chatrlhf.generation.engine import Limits  # noqa: E402
+from chatrlhf.rollout.context import Limits
 
 PHASES = ("rollout", "score", "update")
 

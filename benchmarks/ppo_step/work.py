@@ -79,7 +79,7 @@ def prepare(work: Work, folder: Path, seed: int = 0) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-    from chatrlhf.data.collate import Encoder
+    from chatrlhf.data.encoder import Encoder
     from chatrlhf.data.templates import get_template
     from chatrlhf.models.reward_model import RewardModel, RewardScorer
     from chatrlhf.models.scalar_head import ScalarHead

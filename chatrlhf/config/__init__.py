@@ -1,6 +1,7 @@
 """YAML to one typed, validated `Config`. It is parsed once and never enters the maths."""
 
 from chatrlhf.config.load import load_config
+from chatrlhf.config.rl import GenKwargs, TrainerConfig
 from chatrlhf.config.schema import (
     ActorConfig,
     Config,
@@ -8,7 +9,6 @@ from chatrlhf.config.schema import (
     RewardConfig,
     TinyConfig,
 )
-from chatrlhf.config.trainer import GenKwargs, TrainerConfig
 
 __all__ = [
     "ActorConfig",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from chatrlhf.config.section import Section
+from chatrlhf.config.base import Section
 
 
 class DatasetEntry(Section):

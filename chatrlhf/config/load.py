@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from chatrlhf.boundary import doing
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
-from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import Config
 from chatrlhf.config.strict_yaml import YamlFault, parse_yaml
 from chatrlhf.errors import ConfigError, MissingError
+from chatrlhf.errors.boundary import doing
 
 LOW_TEMPERATURE = 0.5
 # Of a value in a message: aliases of YAML make lists of lists that are endless when they are written out.

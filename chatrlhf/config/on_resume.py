@@ -18,7 +18,7 @@ class OnResume(Enum):
 
     TAKES_EFFECT = "takes effect"
     REFUSED = "is refused"  # the run would become another one, or its rows would be skipped or seen twice
-    BY_CONTENT = "may name another place with the same content"  # which `stages/made_from.py` compares by hash
+    BY_CONTENT = "may name another place with the same content"  # which `stages/sources.py` compares by hash
     NO_EFFECT = "has no effect on training"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.errors import DataError
 
 MARK = "\ufeff"  # byte-order mark

@@ -10,11 +10,11 @@ from chatrlhf.config.datasets import DatasetEntry
 from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
 from chatrlhf.data.epochs import Epochs
-from chatrlhf.data.files import sha256_of
-from chatrlhf.data.ingredients import ingredient
-from chatrlhf.data.mixing import Ingredient, mix
-from chatrlhf.data.views import PlainText, plain_texts
+from chatrlhf.data.mixture import Ingredient, mix
+from chatrlhf.data.mixture_entries import ingredient
+from chatrlhf.data.stage_rows import PlainText, plain_texts
 from chatrlhf.errors import ConfigError
+from chatrlhf.runtime.file_hash import sha256_of
 
 SECTION = "pretrain_config"
 MOST_HELD_OUT = 100  # documents

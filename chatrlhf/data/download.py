@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.conversation import Conversation, Prompt, Provenance
-from chatrlhf.data import views
+from chatrlhf.data import stage_rows
 from chatrlhf.data.files import write_rows
-from chatrlhf.data.reading import from_copy, from_hub
+from chatrlhf.data.hub import from_copy, from_hub
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.records import to_json
-from chatrlhf.data.row import Row
 from chatrlhf.data.sources import LeftOut, Source
 from chatrlhf.data.sources.catalogue import SOURCES
 from chatrlhf.errors import DataError
@@ -112,8 +112,10 @@ def download(
         raise DataError(f"{source_dir or source.hub_name}: no usable row was found ({reasons}); choose another subset")
     rows = {
         folder / ACTOR: _once(_demonstration(record) for record in records),
-        folder / REWARD: _once(replace(record, completion=None) for record in records if views.is_judged(record)),
-        folder / PROMPTS: _once(Conversation(p, provenance=r.provenance) for r in records for p in views.prompts(r)),
+        folder / REWARD: _once(replace(record, completion=None) for record in records if stage_rows.is_judged(record)),
+        folder / PROMPTS: _once(
+            Conversation(p, provenance=r.provenance) for r in records for p in stage_rows.prompts(r)
+        ),
     }
     rows = {file: of_file for file, of_file in rows.items() if of_file}
     _write(rows)
@@ -155,7 +157,7 @@ def _demonstration(record: Conversation) -> Conversation | None:
     """What the actor imitates: the text or the completion, or the best of several."""
     if record.text is not None:
         return record
-    drawn = views.demonstrations(record)
+    drawn = stage_rows.demonstrations(record)
     if not drawn:
         return None
     return Conversation(record.prompt, completion=drawn[0].completion, provenance=record.provenance)

@@ -7,7 +7,6 @@ find the same faults in it: training, mixtures and `chatrlhf data` read by `read
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,10 +16,10 @@ from typing import IO, Any
 
 from chatrlhf.data.csv_rows import csv_rows
 from chatrlhf.data.file_errors import explained
-from chatrlhf.data.foreign import GZIP, HEAD, refuse_foreign
+from chatrlhf.data.file_signatures import GZIP, HEAD, refuse_foreign
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.json_rows import MARK, JsonLines, decoded, is_by_line, lines_of, list_of
 from chatrlhf.data.parquet_rows import parquet_rows
-from chatrlhf.data.row import Row
 from chatrlhf.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -78,15 +77,6 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, read a part at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 class WholeText(Sequence[Row]):

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Conversation
-from chatrlhf.data import documents, views
+from chatrlhf.data import documents, stage_rows
 from chatrlhf.data.documents import Documents, read_documents
 from chatrlhf.data.epochs import Epochs
-from chatrlhf.data.files import sha256_of
-from chatrlhf.data.ingredients import ingredient
-from chatrlhf.data.mixing import Ingredient, mix
+from chatrlhf.data.mixture import Ingredient, mix
+from chatrlhf.data.mixture_entries import ingredient
 from chatrlhf.data.records import ADVISED_ROWS, StageRows, actor_rows, prompt_rows, read_stage, reward_rows
 from chatrlhf.data.sources import LeftOut
 from chatrlhf.errors import ConfigError, DataError
+from chatrlhf.runtime.file_hash import sha256_of
 
 Row = TypeVar("Row")
 
@@ -75,7 +75,7 @@ ACTOR = Reader(
     "train_dataset_path",
     "validation_dataset_path",
     actor_rows,
-    views.demonstrations,
+    stage_rows.demonstrations,
 )
 REWARD = Reader(
     "REWARD",
@@ -84,10 +84,10 @@ REWARD = Reader(
     "train_dataset_path",
     "validation_dataset_path",
     reward_rows,
-    views.preferences,
+    stage_rows.preferences,
 )
 PROMPTS = Reader(
-    "RL", "prompts", "trainer_config", "examples_path", "validation_examples_path", prompt_rows, views.prompts
+    "RL", "prompts", "trainer_config", "examples_path", "validation_examples_path", prompt_rows, stage_rows.prompts
 )
 
 
@@ -131,14 +131,14 @@ def corpus(config: Config) -> list[str]:
         try:
             if value is not None:
                 rows, _ = read_stage(resolve_path(config, "", value), reader.rows_of)
-                texts += [text for row in rows for text in views.words(row)]
+                texts += [text for row in rows for text in stage_rows.words(row)]
             for made, _ in _ingredients(config, reader, reader.draw):
-                texts += [text for record in _first_records(made) for text in views.texts_of(record)]
+                texts += [text for record in _first_records(made) for text in stage_rows.texts_of(record)]
         except (ConfigError, DataError):
             continue  # a file of a stage that does not run may be missing or unfinished
     with suppress(ConfigError, DataError):
         for made, _ in documents.ingredients(config, 0.0):
-            plain = (text for record in _first_records(made) for text in views.texts_of(record))
+            plain = (text for record in _first_records(made) for text in stage_rows.texts_of(record))
             texts += beginning(plain, CORPUS_CHARACTERS)
     return texts
 
@@ -213,9 +213,9 @@ def _read(config: Config, reader: Reader, path: Path) -> tuple[list[Any], list[H
     """A file's rows and their groups; scored completions of one prompt as pairs, where the loss is one of pairs."""
     rows, groups = read_stage(path, reader.rows_of)
     wants_pairs = reader is REWARD and config.reward_config.loss == "pairwise"
-    if not wants_pairs or not isinstance(rows[0], views.ScoredCompletion):
+    if not wants_pairs or not isinstance(rows[0], stage_rows.ScoredCompletion):
         return rows, groups
-    pairs = views.paired(rows)
+    pairs = stage_rows.paired(rows)
     if not pairs:
         raise ConfigError(
             f"reward_config.loss: 'pairwise' does not fit {path}, where no prompt has two completions with different "
@@ -268,10 +268,10 @@ def _judgements(config: Config, reader: Reader) -> Callable[[Conversation], list
             for made, _ in _ingredients(config, reader, lambda record: [record])
             for place in range(len(made.rows))
             for record in made.convert(made.rows[place])
-            if isinstance(record, Conversation) and views.is_judged(record)
+            if isinstance(record, Conversation) and stage_rows.is_judged(record)
         )
         first = next(judged, None)
         loss = "regression" if first is not None and first.scored else "pairwise"
     if loss == "pairwise":
-        return views.preferences
-    return lambda record: list(views.scored_completions(record)) if record.scored else []
+        return stage_rows.preferences
+    return lambda record: list(stage_rows.scored_completions(record)) if record.scored else []

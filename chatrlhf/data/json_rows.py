@@ -12,7 +12,7 @@ import numpy as np
 
 from chatrlhf.config.strict_json import JsonFault, check_depth, collecting_decoder, explain, parse_row
 from chatrlhf.data.file_errors import explained
-from chatrlhf.data.row import Row, describe, names_of
+from chatrlhf.data.json_row import Row, describe, names_of
 from chatrlhf.errors import DataError
 
 MARK = b"\xef\xbb\xbf"  # the byte-order mark that some editors put before UTF-8; also where files were joined

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.errors import DataError, one_line
 
 BATCH = 1000  # rows

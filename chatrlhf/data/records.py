@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.conversation import Conversation, Pair, Prompt, Provenance, Ranked, Scored, Turn
-from chatrlhf.data import views
+from chatrlhf.data import stage_rows
+from chatrlhf.data.chat_formats import in_our_shape
 from chatrlhf.data.files import read_rows
-from chatrlhf.data.messages import in_our_shape
-from chatrlhf.data.row import Row, describe
+from chatrlhf.data.json_row import Row, describe
+from chatrlhf.data.stage_rows import ActorRow, Preference, ScoredCompletion
 from chatrlhf.data.unread_fields import OF_MESSAGES, refuse_unread
-from chatrlhf.data.views import ActorRow, Preference, ScoredCompletion
 from chatrlhf.errors import DataError
 
 # What ChatLLaMA advises; fewer is a warning.
@@ -181,7 +181,7 @@ def read_records(path: Path) -> Iterator[tuple[Row, Conversation]]:
 
 def actor_rows(row: Row, record: Conversation) -> list[ActorRow]:
     """What the ACTOR stage has of a row. Raises DataError where that is nothing."""
-    drawn = views.demonstrations(record)
+    drawn = stage_rows.demonstrations(record)
     if not drawn:
         if "turns" in row:
             raise DataError(f"{row.place}: no completion follows its turns; add one, in messages as the last")
@@ -197,7 +197,7 @@ def reward_rows(row: Row, record: Conversation) -> list[ScoredCompletion] | list
         DataError: also for a null score, which `generate_rewards.py` fills.
     """
     try:
-        drawn = views.scored_completions(record) if record.scored else views.preferences(record)
+        drawn = stage_rows.scored_completions(record) if record.scored else stage_rows.preferences(record)
     except DataError as error:
         raise DataError(f"{row.place}, {error}") from None
     if not drawn and not record.ranked:
@@ -209,7 +209,7 @@ def reward_rows(row: Row, record: Conversation) -> list[ScoredCompletion] | list
 
 def prompt_rows(row: Row, record: Conversation) -> list[Prompt]:
     """What the RL stage has of a row; answers are not looked at. Raises DataError where there is no prompt."""
-    drawn = views.prompts(record)
+    drawn = stage_rows.prompts(record)
     if not drawn:
         raise DataError(f"{row.place}: it holds plain text and no prompt (user_input); remove it")
     return drawn

@@ -17,11 +17,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chatrlhf.boundary import doing
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.time_limit import cpu_limit
 from chatrlhf.errors import ConfigError, DataError
+from chatrlhf.errors.boundary import doing
 
 PLACEHOLDER = "{user_input}"
 FILE_NAME = "chat_template.jinja"  # transformers' name: AutoTokenizer finds it there

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from chatrlhf.conversation import Prompt
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.rendering import Rendered
 
 

@@ -5,7 +5,7 @@ They are refused where they hold anything. All other fields that nothing reads (
 
 from __future__ import annotations
 
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 
 NO_TOOLS = "calls of tools have no place in a record; leave such rows out"
 NO_MEDIA = "only text is trained on, and the reply would be learned without it; leave such rows out"

@@ -15,20 +15,20 @@ from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import pad_right
 from chatrlhf.data.templates import arguments_of
 from chatrlhf.data.text_pairs import reads_pairs
-from chatrlhf.device import pick_device
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.classifier_loading import (
+from chatrlhf.models.classifier_reward import reward_model_of
+from chatrlhf.models.loading.model_info import context_length
+from chatrlhf.models.loading.pretrained import hub_kwargs
+from chatrlhf.models.loading.sequence_classifier import (
     is_classifier,
     load_sequence_classifier,
     refuse_labels,
     require_head,
 )
-from chatrlhf.models.classifier_reward import reward_model_of
-from chatrlhf.models.loading import hub_kwargs
+from chatrlhf.models.loading.tiny import TINY
 from chatrlhf.models.reward_model import is_reward_model
 from chatrlhf.models.reward_network import RewardModel
-from chatrlhf.models.sizes import context_length
-from chatrlhf.models.tiny import TINY
+from chatrlhf.runtime.device import pick_device
 
 KEY = "reward_config.model"
 BATCH = 64

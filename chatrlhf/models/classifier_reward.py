@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatrlhf.models.backbone import is_encoder_decoder
-from chatrlhf.models.classifier_loading import head_modules
+from chatrlhf.models.loading.backbone import is_encoder_decoder
+from chatrlhf.models.loading.rope import positions, turns_by_length
+from chatrlhf.models.loading.sequence_classifier import head_modules
 from chatrlhf.models.reward_network import RewardModel
-from chatrlhf.models.rope import positions, turns_by_length
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.actor_critic import Evaluation, PolicyOnly
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, head_is_plain, laid_out
-from chatrlhf.models.sharing import sharing_copy
-from chatrlhf.models.topology import Evaluation, PolicyOnly
+from chatrlhf.models.weight_sharing import sharing_copy
 
 KEY = "trainer_config.num_layers_unfrozen"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from chatrlhf.models.backbone import is_encoder_decoder
+from chatrlhf.models.loading.backbone import is_encoder_decoder
 
 
 def own_scores(classifier: nn.Module, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.sequences import Sequences, response_logits, response_logprobs
-from chatrlhf.models.sharing import sharing_copy
+from chatrlhf.models.weight_sharing import sharing_copy
 
 
 class Reference:

@@ -13,34 +13,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from chatrlhf.boundary import doing
 from chatrlhf.conversation import Prompt
-from chatrlhf.data.collate import Encoder, pad_right
-from chatrlhf.data.pairs import PairEncoder
+from chatrlhf.data.collate import pad_right
+from chatrlhf.data.encoder import Encoder
+from chatrlhf.data.encoder_seq2seq import PairEncoder
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.data.text_pairs import TextPairEncoder
 from chatrlhf.errors import CheckpointError, WeightsError, one_line
-from chatrlhf.models.adapter_loading import attach
-from chatrlhf.models.adapter_merging import merged
-from chatrlhf.models.adapters import (
+from chatrlhf.errors.boundary import doing
+from chatrlhf.models.loading.adapter_loading import attach
+from chatrlhf.models.loading.adapter_merging import merged
+from chatrlhf.models.loading.backbone import is_encoder_decoder
+from chatrlhf.models.loading.error_texts import not_finite
+from chatrlhf.models.loading.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
+from chatrlhf.models.loading.lora import (
     base_of,
     config_of,
     has_adapters,
     revision_of_base,
     save_model,
 )
-from chatrlhf.models.backbone import is_encoder_decoder
-from chatrlhf.models.classifier_loading import head_names, leave_head_whole
-from chatrlhf.models.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
-from chatrlhf.models.loading_words import not_finite
-from chatrlhf.models.pairs import sequences_for
-from chatrlhf.models.quantization import how_quantized, never_repack, quantization_from
+from chatrlhf.models.loading.quantization import how_quantized, never_repack, quantization_from
+from chatrlhf.models.loading.sequence_classifier import head_names, leave_head_whole
+from chatrlhf.models.loading.tokenizer import load_tokenizer
+from chatrlhf.models.loading.weight_files import damage
 from chatrlhf.models.reward_network import RewardModel
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import response_states
-from chatrlhf.models.sharing import Base
-from chatrlhf.models.tokenizer import load_tokenizer
-from chatrlhf.models.weight_files import damage
+from chatrlhf.models.sequences_seq2seq import sequences_for
+from chatrlhf.models.weight_sharing import Base
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
 OWN = "own"  # the pooling of a classifier that is kept whole

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from chatrlhf.models.adapters import has_adapters, is_adapter
-from chatrlhf.models.backbone import decoder_start, is_encoder_decoder
+from chatrlhf.models.kernels.packing import pack, packs
+from chatrlhf.models.loading.backbone import decoder_start, is_encoder_decoder
+from chatrlhf.models.loading.lora import has_adapters, is_adapter
 from chatrlhf.models.own_pooling import can_batch, own_scores, token_types
-from chatrlhf.models.packing import pack, packs
 from chatrlhf.models.scalar_head import ScalarHead
 
 

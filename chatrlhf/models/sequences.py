@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution, token_logprobs
-from chatrlhf.models.backbone import backbone_of, read_by
-from chatrlhf.models.packing import Stream, pack, packs, whole_quanta
+from chatrlhf.models.kernels.packing import Stream, pack, packs, whole_quanta
+from chatrlhf.models.loading.backbone import backbone_of, read_by
 
 
 @dataclass

@@ -9,23 +9,26 @@ from typing import Any
 
 import torch
 
-from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import Config, RewardConfig
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import FORMATS, OWN, Template, get_template, reward_template
 from chatrlhf.data.text_pairs import TextPairEncoder, reads_pairs
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapter_loading import go_on_with_adapters
-from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, where
-from chatrlhf.models.classifier_loading import (
+from chatrlhf.models.classifier_reward import reward_model_of
+from chatrlhf.models.loading.adapter_loading import go_on_with_adapters
+from chatrlhf.models.loading.lora import add_adapters, base_of, has_adapters, where
+from chatrlhf.models.loading.model_info import context_length
+from chatrlhf.models.loading.pretrained import freeze_as_asked, hub_kwargs, match_vocabulary
+from chatrlhf.models.loading.quantization import quantization_of, ready_for_adapters
+from chatrlhf.models.loading.sequence_classifier import (
     is_classifier,
     load_sequence_classifier,
     refuse_labels,
     require_head,
 )
-from chatrlhf.models.classifier_reward import reward_model_of
-from chatrlhf.models.loading import freeze_as_asked, hub_kwargs, match_vocabulary
-from chatrlhf.models.quantization import quantization_of, ready_for_adapters
+from chatrlhf.models.loading.tiny import TINY
+from chatrlhf.models.loading.tokenizer import load_tokenizer
 from chatrlhf.models.reward_model import (
     RewardScorer,
     assembled,
@@ -36,9 +39,6 @@ from chatrlhf.models.reward_model import (
     scorer_class,
 )
 from chatrlhf.models.reward_network import RewardModel
-from chatrlhf.models.sizes import context_length
-from chatrlhf.models.tiny import TINY
-from chatrlhf.models.tokenizer import load_tokenizer
 
 KEY = "reward_config.model"
 DROP = "set reward_config.fresh_head to True, which drops its head"

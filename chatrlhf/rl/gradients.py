@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from chatrlhf.distributed import sum_in_place
+from chatrlhf.runtime.collectives import sum_in_place
 
 
 class Gradients:

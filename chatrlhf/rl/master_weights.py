@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatrlhf.heap import keep_freed_memory
-from chatrlhf.models.adapters import has_adapters
-from chatrlhf.models.attention import prefer_fast_attention
-from chatrlhf.models.gate import prefer_lean_gates
-from chatrlhf.models.norm import prefer_fast_norms
+from chatrlhf.models.kernels.attention import prefer_fast_attention
+from chatrlhf.models.kernels.rms_norm import prefer_fast_norms
+from chatrlhf.models.kernels.swiglu import prefer_lean_gates
+from chatrlhf.models.loading.lora import has_adapters
+from chatrlhf.runtime.malloc import keep_freed_memory
 
 
 class MasterWeights:

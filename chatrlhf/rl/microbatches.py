@@ -25,7 +25,7 @@ def cut_by_length(
     Args:
         lengths: [B] int64, real tokens of each row.
         rows_at_longest: rows of the longest length that fit into memory; shorter ones may be more.
-        packed: the model takes rows without padding (`models/packing.py`).
+        packed: the model takes rows without padding (`models/kernels/packing.py`).
         overhead: cost of a microbatch in tokens.
 
     Returns:

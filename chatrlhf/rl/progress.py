@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chatrlhf.boundary import doing
-from chatrlhf.config.trainer import TrainerConfig
+from chatrlhf.config.rl import TrainerConfig
 from chatrlhf.errors import ConfigError
+from chatrlhf.errors.boundary import doing
 
 STATE = "state.json"  # of a checkpoint
 

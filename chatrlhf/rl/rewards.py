@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.errors import RewardError
+from chatrlhf.models.loading.tokenizer import same_tokenizer
 from chatrlhf.models.reward_model import RewardScorer
-from chatrlhf.models.tokenizer import same_tokenizer
 from chatrlhf.rl.user_functions import call_function, check_signature, load_function
 from chatrlhf.types import Rollout
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chatrlhf.distributed import gather_results
 from chatrlhf.errors import RewardError
 from chatrlhf.functional.masked import masked_mean
+from chatrlhf.models.actor_critic import PolicyOnly
 from chatrlhf.models.reference import Reference
-from chatrlhf.models.topology import PolicyOnly
+from chatrlhf.rl.data_parallel import held_rows, stitched
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import RewardSource
-from chatrlhf.rl.sharing import held_rows, stitched
+from chatrlhf.runtime.collectives import gather_results
 from chatrlhf.types import Rollout, ScoredRollout
 
 

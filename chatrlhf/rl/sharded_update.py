@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatrlhf.distributed import is_main, largest
-from chatrlhf.lanes import one_lane
+from chatrlhf.models.actor_critic import Evaluation, Part, PolicyOnly, Seam
+from chatrlhf.models.loading.model_info import fingerprint
 from chatrlhf.models.sequences import Sequences, head_is_plain
-from chatrlhf.models.sizes import fingerprint
-from chatrlhf.models.topology import Evaluation, Part, PolicyOnly, Seam
-from chatrlhf.optimizer import Hyperparameters
 from chatrlhf.rl.update import Updater
+from chatrlhf.runtime.collectives import is_main, largest
+from chatrlhf.runtime.cpu_parallel import one_lane
+from chatrlhf.runtime.optimizer import Hyperparameters
 from chatrlhf.sharding.engine import Engine
-from chatrlhf.sharding.whole import trained_weights
+from chatrlhf.sharding.gather import trained_weights
 
 # Weights of a part's modules and their optimizer groups to the engine that trains them.
 MakeEngine = Callable[[list[nn.Module], list[dict[str, Any]]], Engine]

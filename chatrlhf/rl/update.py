@@ -12,21 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from chatrlhf.distributed import sum_over_ranks
 from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
-from chatrlhf.heap import give_freed_memory_back
-from chatrlhf.lanes import side_by_side
+from chatrlhf.models.actor_critic import Evaluation, PolicyOnly, Seam
+from chatrlhf.models.loading.model_info import fingerprint
 from chatrlhf.models.sequences import Sequences
-from chatrlhf.models.sizes import fingerprint
-from chatrlhf.models.topology import Evaluation, PolicyOnly, Seam
-from chatrlhf.optimizer import Hyperparameters
+from chatrlhf.rl.data_parallel import learned_rows
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradients import Gradients
 from chatrlhf.rl.master_weights import MasterWeights
 from chatrlhf.rl.microbatches import cut_by_length
-from chatrlhf.rl.sharing import learned_rows
+from chatrlhf.runtime.collectives import sum_over_ranks
+from chatrlhf.runtime.cpu_parallel import side_by_side
+from chatrlhf.runtime.malloc import give_freed_memory_back
+from chatrlhf.runtime.optimizer import Hyperparameters
 from chatrlhf.types import Experience
 
 WEIGHTS = "model.safetensors"

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from chatrlhf.distributed import world_size
+from chatrlhf.runtime.collectives import world_size
+from chatrlhf.sharding.accelerate_env import fresh_state
 from chatrlhf.sharding.engine import Outputs, Root
-from chatrlhf.sharding.environment import fresh_state
 
 
 class FsdpEngine:

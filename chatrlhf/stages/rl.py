@@ -8,27 +8,27 @@ from typing import Any
 import torch
 
 from chatrlhf.config.load import load_peft_config
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.inputs import corpus
-from chatrlhf.device import resolve_rl_precision
-from chatrlhf.distributed import broadcast, rank
-from chatrlhf.evaluation.table import show_comparison
-from chatrlhf.models.adapters import add_adapters, base_of, has_adapters, where
-from chatrlhf.models.critics import make_topology
-from chatrlhf.models.factory import load_actor, load_policy, trained_reward_model
-from chatrlhf.models.quantization import ready_for_adapters
+from chatrlhf.models.critic_init import make_topology
+from chatrlhf.models.for_stages import load_actor, load_policy, trained_reward_model
+from chatrlhf.models.loading.lora import add_adapters, base_of, has_adapters, where
+from chatrlhf.models.loading.model_info import trained_count
+from chatrlhf.models.loading.quantization import ready_for_adapters
 from chatrlhf.models.reward_model import scorer_of_critic
-from chatrlhf.models.sharing import Base, share_weights
-from chatrlhf.models.sizes import trained_count
 from chatrlhf.models.stop_tokens import stop_tokens, write_stop_tokens
+from chatrlhf.models.weight_sharing import Base, share_weights
+from chatrlhf.rl.comparison import show_comparison
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.progress import Progress
 from chatrlhf.rl.rewards import ModelReward, RewardSource
-from chatrlhf.sharding.environment import Sharding, deals_out_weights, environment_for
-from chatrlhf.stages.assembly import assemble_ppo, sampling_distribution
-from chatrlhf.stages.run import Run, given, policy_encoder, publish_policy, record
-from chatrlhf.trainers.checkpoint import publish_folder
-from chatrlhf.trainers.launch import sharding_of
+from chatrlhf.runtime.atomic_files import publish_folder
+from chatrlhf.runtime.collectives import broadcast, rank
+from chatrlhf.runtime.device import resolve_rl_precision
+from chatrlhf.sharding.accelerate_env import Sharding, deals_out_weights, environment_for
+from chatrlhf.sharding.launch import sharding_of
+from chatrlhf.stages.build_ppo import assemble_ppo, sampling_distribution
+from chatrlhf.stages.context import Run, given, policy_encoder, publish_policy, record
 
 
 def run_rl(this: Run) -> dict[str, Any]:

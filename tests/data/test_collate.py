@@ -10,9 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from chatrlhf.conversation import Prompt, Turn
-from chatrlhf.data.collate import IGNORED, Encoder, fitting, pad_right, prompt_batch, special_tokens
+from chatrlhf.data.collate import pad_right, prompt_batch
+from chatrlhf.data.encoder import IGNORED, Encoder, fitting, special_tokens
+from chatrlhf.data.stage_rows import Demonstration, PlainText
 from chatrlhf.data.templates import FORMATS, Template, arguments_of, get_template
-from chatrlhf.data.views import Demonstration, PlainText
 from chatrlhf.errors import DataError
 from chatrlhf.models.reward_model import RewardScorer
 

@@ -11,7 +11,7 @@ import pytest
 from chatrlhf.config.load import load_config
 from chatrlhf.data.documents import read_documents
 from chatrlhf.data.inputs import corpus
-from chatrlhf.data.views import PlainText
+from chatrlhf.data.stage_rows import PlainText
 from chatrlhf.errors import ConfigError, DataError
 
 

@@ -13,8 +13,8 @@ from chatrlhf.conversation import Prompt
 from chatrlhf.data.download import ACTOR, PROMPTS, REWARD, download
 from chatrlhf.data.records import read_demonstrations, read_judgements, read_prompts
 from chatrlhf.data.sources import shp
+from chatrlhf.data.stage_rows import Demonstration, PlainText, Preference
 from chatrlhf.data.templates import FORMATS, arguments_of
-from chatrlhf.data.views import Demonstration, PlainText, Preference
 from chatrlhf.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import pytest
 from id_for_id import MAKERS, SHIPPED, WRITTEN, dialogues, messages_of, public_template, tokenizer
 from transformers import AutoTokenizer
 
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import FORMATS, get_template
 from chatrlhf.errors import DataError
 

@@ -7,7 +7,7 @@ import pytest
 from chatrlhf.config import load_config
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.inputs import corpus, read_inputs
-from chatrlhf.data.views import Demonstration, PlainText, Preference, ScoredCompletion
+from chatrlhf.data.stage_rows import Demonstration, PlainText, Preference, ScoredCompletion
 from chatrlhf.errors import ConfigError, DataError
 
 

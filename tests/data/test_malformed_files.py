@@ -12,7 +12,7 @@ from chatrlhf.config import load_config
 from chatrlhf.data.files import open_rows
 from chatrlhf.data.records import from_json, read_records
 from chatrlhf.errors import ConfigError, DataError
-from chatrlhf.inspection.faults import faults_in
+from chatrlhf.tools.inspect.validation import faults_in
 
 SAYS = ["a", "b, c", 'say "hi"', "two\nlines", "é𝄞\u2028", "None"]
 BITS = [b'"', b"'", b"\0", b"\xff", b"\xef\xbb\xbf", b",", b";", b"{", b"]", b"\n", b"\r", b":", b"NaN", b"\\ud800"]

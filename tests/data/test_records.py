@@ -8,9 +8,9 @@ import pytest
 
 from chatrlhf.conversation import Conversation, Pair, Prompt, Provenance, Ranked, Scored, Turn
 from chatrlhf.data.files import read_rows
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.records import from_json, read_demonstrations, read_judgements, read_prompts, to_json
-from chatrlhf.data.row import Row
-from chatrlhf.data.views import Demonstration, PlainText, Preference, ScoredCompletion
+from chatrlhf.data.stage_rows import Demonstration, PlainText, Preference, ScoredCompletion
 from chatrlhf.errors import DataError
 
 ACTOR = [{"user_input": "Hi?", "completion": "Hello."}, {"user_input": "«{x}»", "completion": ""}]

@@ -9,10 +9,10 @@ import pytest
 
 from chatrlhf.conversation import Conversation, Pair, Prompt, Ranked, Turn
 from chatrlhf.data.files import read_rows
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import LeftOut, Source, oasst1, shp
 from chatrlhf.data.sources.catalogue import SOURCES
-from chatrlhf.data.views import demonstrations, preferences, prompts
+from chatrlhf.data.stage_rows import demonstrations, preferences, prompts
 from chatrlhf.errors import DataError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -9,7 +9,7 @@ import pytest
 from small_run import settings, write_files
 
 from chatrlhf import load_config, run
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.rl.ppo import PPOTrainer
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.errors import ConfigError, OutsideError
-from chatrlhf.models.adapters import BASE_CONFIG, base_of
-from chatrlhf.models.quantization import never_repack
-from chatrlhf.trainers.hf_stage import StageCallback
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.models.loading.lora import BASE_CONFIG, base_of
+from chatrlhf.models.loading.quantization import never_repack
+from chatrlhf.rl.ppo import PPOTrainer
+from chatrlhf.stages.hf_trainer import StageCallback
 
 IDS = torch.arange(2, 30)[None]
 

@@ -13,9 +13,9 @@ from small_run import GREETINGS, length, settings
 from chatrlhf import load_config, run
 from chatrlhf.errors import Interrupted
 from chatrlhf.models.reward_model import load_reward_model
-from chatrlhf.rl.prompts import PromptSchedule
-from chatrlhf.trainers import global_batches
-from chatrlhf.trainers.hf_stage import StageCallback
+from chatrlhf.rl.prompt_schedule import PromptSchedule
+from chatrlhf.stages import global_batches
+from chatrlhf.stages.hf_trainer import StageCallback
 
 
 @pytest.fixture

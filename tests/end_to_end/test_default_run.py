@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_run import ROOT, finish, start
 
-from chatrlhf.samples.desk import BEST_SCORE, CRITERIA
+from chatrlhf.samples.visitor_desk import BEST_SCORE, CRITERIA
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -14,15 +14,15 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.cli import main
-from chatrlhf.data.pairs import PairEncoder
+from chatrlhf.data.encoder_seq2seq import PairEncoder
 from chatrlhf.data.records import read_demonstrations
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.errors import OutsideError
-from chatrlhf.models.adapters import base_of
-from chatrlhf.models.backbone import read_by
-from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.models.loading.backbone import read_by
+from chatrlhf.models.loading.lora import base_of
+from chatrlhf.models.loading.tokenizer import train_tokenizer
 from chatrlhf.rl.update import Updater
-from chatrlhf.trainers.hf_stage import StageCallback
+from chatrlhf.stages.hf_trainer import StageCallback
 
 IDS = torch.arange(2, 30)[None]
 

@@ -28,13 +28,13 @@ from transformers import (
 
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.models import reward_model
-from chatrlhf.models.adapters import base_of, config_of, has_adapters, save_model
-from chatrlhf.models.backbone import read_by
-from chatrlhf.models.quantization import never_repack
-from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.models.loading.backbone import read_by
+from chatrlhf.models.loading.lora import base_of, config_of, has_adapters, save_model
+from chatrlhf.models.loading.quantization import never_repack
+from chatrlhf.models.loading.tokenizer import train_tokenizer
+from chatrlhf.rl.ppo import PPOTrainer
 from chatrlhf.rl.rewards import FunctionReward
-from chatrlhf.stages import run as stages
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.stages import context as stages
 
 ROWS = 24
 IDS = torch.arange(3, 27).view(2, 12)

@@ -9,8 +9,8 @@ from small_run import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatrlhf import load_config, run
-from chatrlhf.inspection.faults import faults_in
-from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.models.loading.tokenizer import train_tokenizer
+from chatrlhf.tools.inspect.validation import faults_in
 
 
 @pytest.fixture

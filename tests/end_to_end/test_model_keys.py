@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.attention import NAME
+from chatrlhf.models.kernels.attention import NAME
+from chatrlhf.rl.ppo import PPOTrainer
 from chatrlhf.rl.update import Updater
-from chatrlhf.trainers import hf_stage
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.stages import hf_trainer
 
 SHORT = {"trainer_config.total_episodes": 16, "trainer_config.eval_interval": None}
 
@@ -34,14 +34,14 @@ def topologies(monkeypatch) -> list:
 def trained(monkeypatch) -> list:
     """Models of the stages on others' trainers."""
     seen = []
-    usual = hf_stage.run_trainer
+    usual = hf_trainer.run_trainer
 
     def run_trainer(make, model, *rest, **named):
         seen.append(model)
         return usual(make, model, *rest, **named)
 
     for stage in ("sft", "reward"):
-        monkeypatch.setattr(f"chatrlhf.trainers.{stage}.run_trainer", run_trainer)
+        monkeypatch.setattr(f"chatrlhf.stages.{stage}.run_trainer", run_trainer)
     return seen
 
 

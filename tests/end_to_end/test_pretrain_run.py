@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chatrlhf import load_config, run
 from chatrlhf.cli import main
 from chatrlhf.errors import ConfigError, DataError
-from chatrlhf.models.adapters import BASE_CONFIG, base_of
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.models.loading.lora import BASE_CONFIG, base_of
+from chatrlhf.rl.ppo import PPOTrainer
 
 IDS = torch.arange(2, 30)[None]
 LINE = "the visitor asks where the clerk is and the clerk says well hello there {}\n"
@@ -289,7 +289,7 @@ def left(run_dir: Path) -> dict:
 
 KILL = """
 import os, signal
-from chatrlhf.trainers.hf_stage import StageCallback
+from chatrlhf.stages.hf_trainer import StageCallback
 log, calls = StageCallback.on_log, [0]
 def dying(self, *args, **kwargs):
     calls[0] += 1

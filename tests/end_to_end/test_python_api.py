@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import chatrlhf
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.config import Config
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import Template
 
 

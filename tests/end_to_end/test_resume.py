@@ -23,7 +23,7 @@ update.Updater.step = dying
 """
 KILLS = {
     "during a rollout": """
-import chatrlhf.generation.slots as slots
+import chatrlhf.rollout.decoding as slots
 draw, calls = slots.Decoding._draw, [0]
 def dying(self, *args):
     calls[0] += 1
@@ -44,7 +44,7 @@ def dying(model, path):
 update.save_trained = dying
 """,
     "while an SFT checkpoint is published": """
-import chatrlhf.trainers.hf_stage as stage
+import chatrlhf.stages.hf_trainer as stage
 move, calls = stage.shutil.move, [0]
 def dying(source, target):
     calls[0] += 1
@@ -146,7 +146,7 @@ def test_killed_at_ten_random_moments(config, undisturbed, tmp_path):
 @pytest.mark.parametrize("stage", ["ACTOR", "RL"])
 def test_a_signal_leaves_a_valid_checkpoint(config, undisturbed, tmp_path, number, stage):
     run_dir = tmp_path / "run"
-    hook = "chatrlhf.trainers.hf_stage.StageCallback.on_log" if stage == "ACTOR" else "chatrlhf.rl.update.Updater.step"
+    hook = "chatrlhf.stages.hf_trainer.StageCallback.on_log" if stage == "ACTOR" else "chatrlhf.rl.update.Updater.step"
     module, owner, method = hook.rsplit(".", 2)
     code = f"""
 import os, importlib

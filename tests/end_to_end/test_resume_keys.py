@@ -21,8 +21,8 @@ from transformers import get_scheduler
 from chatrlhf.config.on_resume import LENGTH, RULES, OnResume, flat, rules
 from chatrlhf.config.schema import STAGES, Config
 from chatrlhf.errors import CheckpointError
-from chatrlhf.manifest import Manifest
-from chatrlhf.resume import Resumption
+from chatrlhf.runtime.manifest import Manifest
+from chatrlhf.stages.resume import Resumption
 
 SECTION = {
     "PRETRAIN": "pretrain_config",
@@ -331,7 +331,7 @@ TOGETHER = {
 def no_vllm(monkeypatch):
     """vLLM is not needed to see what it would be asked."""
     from chatrlhf import preflight
-    from chatrlhf.stages import assembly
+    from chatrlhf.stages import build_ppo
 
     class Sampler(SimpleNamespace):
         name = "vllm"
@@ -339,7 +339,7 @@ def no_vllm(monkeypatch):
         def __init__(self, *args: Any) -> None:
             super().__init__(asked=args[5])
 
-    monkeypatch.setattr(assembly, "VllmSampler", Sampler)
+    monkeypatch.setattr(build_ppo, "VllmSampler", Sampler)
     monkeypatch.setattr(preflight, "require_vllm", lambda *_: None)
 
 

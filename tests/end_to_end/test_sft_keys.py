@@ -11,10 +11,10 @@ from small_run import settings
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from chatrlhf import load_config, run
-from chatrlhf.data.collate import IGNORED, Encoder
+from chatrlhf.data.encoder import IGNORED, Encoder
 from chatrlhf.data.records import read_demonstrations
 from chatrlhf.data.templates import Template
-from chatrlhf.models.tokenizer import load_tokenizer
+from chatrlhf.models.loading.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from small_run import ON_RANK_1, finish, records, start, write_config, write_fil
 from tiny import flan_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from chatrlhf.models.loading.tokenizer import train_tokenizer
 from chatrlhf.models.reward_model import load_reward_model
-from chatrlhf.models.tokenizer import train_tokenizer
-from chatrlhf.trainers.checkpoint import SHARDING
+from chatrlhf.sharding.checkpoint_layout import SHARDING
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ ZERO = {
 SECTIONS = ("actor_config", "reward_config")
 # The engines, and where rank 1 is asked to stop, so that the run has to be resumed.
 IN_RL = dict(module="chatrlhf.rl.update", owner="Updater", method="step", call=4)
-IN_ACTOR = dict(module="chatrlhf.trainers.hf_stage", owner="StageCallback", method="on_log", call=5)
+IN_ACTOR = dict(module="chatrlhf.stages.hf_trainer", owner="StageCallback", method="on_log", call=5)
 ENGINES = {
     "DeepSpeed ZeRO-2": ("DeepSpeedEngine", IN_RL),
     "DeepSpeed ZeRO-3": ("DeepSpeedEngine", IN_ACTOR),
@@ -36,8 +36,8 @@ ON_CPUS = """
 import os, sharded_ranks
 os.environ |= sharded_ranks.FSDP2 | {"ACCELERATE_MIXED_PRECISION": "no"}
 sharded_ranks.have_fsdp_on_cpus()
-import chatrlhf.trainers.launch
-chatrlhf.trainers.launch.world_size = lambda: 1
+import chatrlhf.sharding.launch
+chatrlhf.sharding.launch.world_size = lambda: 1
 """
 STAGES = {"ACTOR": ("loss/train",), "REWARD": ("loss/train",), "RL": ("loss/policy", "loss/value")}
 

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.cli import main
 from chatrlhf.data.templates import Template
-from chatrlhf.models.adapters import base_of
 from chatrlhf.models.frozen_trunk import BranchReference, FrozenTrunk
-from chatrlhf.models.sharing import bare_copy
+from chatrlhf.models.loading.lora import base_of
+from chatrlhf.models.weight_sharing import bare_copy
 from chatrlhf.rl.master_weights import prepare_models
 from chatrlhf.rl.update import Updater
 

@@ -13,8 +13,8 @@ from vllm_standin import installed, without_vllm
 
 from chatrlhf import load_config, run
 from chatrlhf.cli import main
-from chatrlhf.generation.vllm_sampler import VllmSampler
 from chatrlhf.rl.update import Updater
+from chatrlhf.rollout.vllm import VllmSampler
 
 
 def improved(files: Path, sft: Path, changes: dict, resume: bool = False):

@@ -312,7 +312,7 @@ def in_checkpoint(stage: str, file: str, damage: Damage, seed: int, rehash: bool
     """Damage to a checkpoint's file; with ``rehash`` the list of hashes is mended, as a curious user might."""
 
     def damaged(folder: Path) -> None:
-        from chatrlhf.trainers.checkpoint import CONTENTS, _describe
+        from chatrlhf.runtime.atomic_files import CONTENTS, _describe
 
         place = checkpoint_of(folder, stage)
         damage(place / file, random.Random(seed))

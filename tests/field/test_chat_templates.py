@@ -12,7 +12,7 @@ from id_for_id import CHATML, LLAMA2, ZEPHYR, messages_of, public_template, toke
 from transformers import AutoTokenizer
 
 from chatrlhf.conversation import Prompt, Turn
-from chatrlhf.data.collate import IGNORED, Encoder
+from chatrlhf.data.encoder import IGNORED, Encoder
 from chatrlhf.data.records import read_demonstrations
 from chatrlhf.data.templates import FORMATS, Template, get_template
 from chatrlhf.errors import ConfigError, DataError

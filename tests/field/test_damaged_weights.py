@@ -16,18 +16,18 @@ from tiny import llama, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from chatrlhf.config.schema import Config, RewardConfig
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import UserError
-from chatrlhf.export.quantize import Asked, quantize
-from chatrlhf.export.weights import Weights
-from chatrlhf.generation.text.local import LocalModel
 from chatrlhf.models.classifier import load_classifier
-from chatrlhf.models.loading import load_backbone, load_language_model
-from chatrlhf.models.quantization import quantization_from
+from chatrlhf.models.loading.pretrained import load_backbone, load_language_model
+from chatrlhf.models.loading.quantization import quantization_from
 from chatrlhf.models.reward_model import HEAD, SETTINGS, RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.preflight import check_settings
+from chatrlhf.tools.export.quantize import Asked, quantize
+from chatrlhf.tools.export.weights import Weights
+from chatrlhf.tools.synth.llm.local_model import LocalModel
 
 CPU = torch.device("cpu")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

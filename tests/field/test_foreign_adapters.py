@@ -24,13 +24,13 @@ from tiny import flan_t5, gpt2, llama, qwen2, t5, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForSequenceClassification
 
 from chatrlhf.errors import ConfigError, UserError
-from chatrlhf.export.delta import apply_delta, make_delta
-from chatrlhf.export.merge import merge
-from chatrlhf.export.weights import Weights
-from chatrlhf.models.adapter_loading import go_on_with_adapters
-from chatrlhf.models.adapters import merged_parameters
-from chatrlhf.models.backbone import read_by
-from chatrlhf.models.loading import load_base_model, load_language_model
+from chatrlhf.models.loading.adapter_loading import go_on_with_adapters
+from chatrlhf.models.loading.backbone import read_by
+from chatrlhf.models.loading.lora import merged_parameters
+from chatrlhf.models.loading.pretrained import load_base_model, load_language_model
+from chatrlhf.tools.export.delta import apply_delta, make_delta
+from chatrlhf.tools.export.merge import merge
+from chatrlhf.tools.export.weights import Weights
 
 IDS = torch.arange(20)[None]
 FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"

@@ -14,10 +14,10 @@ from torch import nn
 
 from chatrlhf.cli import main
 from chatrlhf.errors import UserError
-from chatrlhf.trainers import disk_space
-from chatrlhf.trainers.checkpoint import why_invalid
-from chatrlhf.trainers.hf_stage import StageCallback
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.rl.ppo import PPOTrainer
+from chatrlhf.runtime import disk_space
+from chatrlhf.runtime.atomic_files import why_invalid
+from chatrlhf.stages.hf_trainer import StageCallback
 
 LARGEST = 40_000  # bytes of a file: the traceback's log has room, weights and optimizer states have none
 

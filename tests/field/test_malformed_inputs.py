@@ -15,7 +15,7 @@ from chatrlhf import load_config, pipeline
 from chatrlhf.cli import main
 from chatrlhf.data import templates
 from chatrlhf.errors import UserError
-from chatrlhf.inspection import faults
+from chatrlhf.tools.inspect import validation
 
 # Parts whose loaders answer with too little yet: no traceback, but the file is not named, or it is passed over.
 PENDING: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ def test_a_fault_of_ours_keeps_its_traceback_and_asks_for_a_report(sound, error,
 
 
 def test_a_fault_of_ours_in_another_command(sound, monkeypatch):
-    monkeypatch.setattr(faults, "faults_in", lambda *_: [][0])
+    monkeypatch.setattr(validation, "faults_in", lambda *_: [][0])
     status, said = answer(sound, "data", "check", "a.jsonl")
     assert status == 1 and "IndexError" in said and "please report it" in said
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from chatrlhf import run
 from chatrlhf.errors import CheckpointError, ConfigError
-from chatrlhf.trainers.checkpoint import CheckpointStore
+from chatrlhf.runtime.checkpoints import CheckpointStore
 
 STOPS_IN_ACTOR = 4  # of 7 optimizer steps of 8 rows an epoch, 54 rows
 
@@ -201,7 +201,7 @@ def test_at_the_end_of_a_run_it_is_said_that_nothing_is_left(tree, capsys, monke
     stop(configured(tree), "ACTOR", 13)
     stop_at_last = configured(tree)
     with pytest.MonkeyPatch.context() as patch:  # killed between the last step and the publication
-        patch.setattr("chatrlhf.stages.actor.publish_policy", None)
+        patch.setattr("chatrlhf.stages.sft.publish_policy", None)
         with pytest.raises(TypeError):
             run(stop_at_last, "ACTOR", resume=True)
     run(configured(tree), "ACTOR", resume=True)

@@ -18,12 +18,12 @@ from chatrlhf.data.files import open_rows
 from chatrlhf.data.inputs import read_inputs
 from chatrlhf.data.records import from_json, read_records
 from chatrlhf.errors import ConfigError, DataError
-from chatrlhf.inspection.faults import faults_in
-from chatrlhf.inspection.reading import records_in
-from chatrlhf.models.adapters import base_of
-from chatrlhf.sharding.settings import read_deepspeed_config
-from chatrlhf.synth.journal import Journal
-from chatrlhf.synth.templates import read_templates
+from chatrlhf.models.loading.lora import base_of
+from chatrlhf.sharding.deepspeed_config import read_deepspeed_config
+from chatrlhf.tools.inspect.statistics import records_in
+from chatrlhf.tools.inspect.validation import faults_in
+from chatrlhf.tools.synth.instructions import read_templates
+from chatrlhf.tools.synth.journal import Journal
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from chatrlhf import load_config, load_reward_model, run
-from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import Config, CriticConfig, RewardConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.classifier import is_used_as_it_is, load_classifier
-from chatrlhf.models.critics import make_topology
-from chatrlhf.models.factory import new_reward_model, require_reward_model
+from chatrlhf.models.critic_init import make_topology
+from chatrlhf.models.for_stages import new_reward_model, require_reward_model
 from chatrlhf.models.own_pooling import token_types
 from chatrlhf.models.trained_heads import has_head
 

@@ -15,19 +15,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from chatrlhf import load_config, run
 from chatrlhf.cli import main
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import DivergedError, RewardError
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.generation.engine import RolloutEngine
+from chatrlhf.models.actor_critic import PolicyOnly
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.topology import PolicyOnly
+from chatrlhf.rl.ppo import PPOTrainer
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward, ModelReward
 from chatrlhf.rl.scoring import Scorer
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.rollout.engine import RolloutEngine
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -21,16 +21,16 @@ from tiny import (
 )
 from transformers import AutoModel, AutoModelForCausalLM
 
-from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.model import PeftConfig
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import add_adapters, backbone_with_adapters, base_of, has_adapters, save_model
-from chatrlhf.models.factory import load_policy
+from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.for_stages import load_policy
+from chatrlhf.models.loading.lora import add_adapters, backbone_with_adapters, base_of, has_adapters, save_model
 from chatrlhf.models.reference import Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
-from chatrlhf.models.sharing import bare_copy
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.weight_sharing import bare_copy
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling

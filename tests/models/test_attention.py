@@ -7,9 +7,9 @@ import torch
 from tiny import BRANCHES, FAMILIES, assert_same_gradients, gradients, llama, opt, qwen2, take
 from transformers import BertConfig, BertModel
 
-from chatrlhf.device import pick_device
-from chatrlhf.models.attention import NAME, attention, cudnn_for_decoding, prefer_fast_attention
-from chatrlhf.models.packing import packs
+from chatrlhf.models.kernels.attention import NAME, attention, cudnn_for_decoding, prefer_fast_attention
+from chatrlhf.models.kernels.packing import packs
+from chatrlhf.runtime.device import pick_device
 
 CPU = torch.device("cpu")
 IDS = torch.randint(2, 24, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from tiny import ENCODER_DECODERS, bart, flan_t5, llama, t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Model
 
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.backbone import backbone_of, decoder_start, language_model_class, read_by
+from chatrlhf.models.loading.backbone import backbone_of, decoder_start, language_model_class, read_by
 
 IDS = torch.arange(2, 9)[None]
 

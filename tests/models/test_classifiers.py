@@ -8,8 +8,8 @@ from chatrlhf.data.collate import pad_right
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.data.text_pairs import TextPairEncoder
 from chatrlhf.models.classifier_reward import reward_model_of
+from chatrlhf.models.loading.model_info import context_length
 from chatrlhf.models.own_pooling import token_types
-from chatrlhf.models.sizes import context_length
 
 EOS, PAD = 0, 1
 # Closed by EOS; with the pad token in the text, or at its end; with EOS in the text; of several lengths.
@@ -100,7 +100,7 @@ def test_roberta_counts_positions_from_behind_its_pad_token():
 
 
 def test_a_saved_classifier_of_chat_is_loaded_with_its_labels(tmp_path):
-    from chatrlhf.models.classifier_loading import is_classifier, load_sequence_classifier
+    from chatrlhf.models.loading.sequence_classifier import is_classifier, load_sequence_classifier
 
     made = classifier(vocab=270)
     folder = str(save(tmp_path / "rm", made, chat_tokenizer(None)))

@@ -7,10 +7,10 @@ import torch
 from families import CAUSAL
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
-from chatrlhf.config.peft import PeftConfig
-from chatrlhf.models.adapters import add_adapters, merged_parameters
-from chatrlhf.models.loading import leave_router_logits, read_model_config
-from chatrlhf.models.sharing import bare_copy, whole_copy
+from chatrlhf.config.model import PeftConfig
+from chatrlhf.models.loading.lora import add_adapters, merged_parameters
+from chatrlhf.models.loading.pretrained import leave_router_logits, read_model_config
+from chatrlhf.models.weight_sharing import bare_copy, whole_copy
 
 IDS = torch.arange(2, 14).view(2, 6)
 

@@ -23,13 +23,13 @@ from tiny import (
 from chatrlhf.config.schema import CriticConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models import frozen_trunk
-from chatrlhf.models.critics import make_topology
+from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.critic_init import make_topology
 from chatrlhf.models.frozen_trunk import Cut, FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
-from chatrlhf.models.sharing import sharing_copy
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.weight_sharing import sharing_copy
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling

@@ -9,7 +9,7 @@ from tiny import llama
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.generation_config import adopt_generation_config, check_generation_config, make_savable
+from chatrlhf.models.loading.generation_config import adopt_generation_config, check_generation_config, make_savable
 
 LLAMA_2_CHAT = {"temperature": 0.9, "top_p": 0.6, "max_length": 4096}
 

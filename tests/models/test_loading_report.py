@@ -18,9 +18,9 @@ from transformers import (
     DebertaV2ForSequenceClassification,
 )
 
-from chatrlhf.models.backbone import backbone_of
-from chatrlhf.models.loading import load_backbone, load_language_model
-from chatrlhf.models.quantization import quantization_from
+from chatrlhf.models.loading.backbone import backbone_of
+from chatrlhf.models.loading.pretrained import load_backbone, load_language_model
+from chatrlhf.models.loading.quantization import quantization_from
 
 FAMILIES = CAUSAL | ENCODER_DECODERS
 

@@ -21,15 +21,15 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from chatrlhf.models import attention as attention_module
-from chatrlhf.models import packing
-from chatrlhf.models.attention import prefer_fast_attention
+from chatrlhf.models.actor_critic import SeparateCritic, SharedTrunk
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
-from chatrlhf.models.packing import pack, packs
+from chatrlhf.models.kernels import attention as attention_module
+from chatrlhf.models.kernels import packing
+from chatrlhf.models.kernels.attention import prefer_fast_attention
+from chatrlhf.models.kernels.packing import pack, packs
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join, response_logits, response_logprobs
-from chatrlhf.models.sharing import sharing_copy
-from chatrlhf.models.topology import SeparateCritic, SharedTrunk
+from chatrlhf.models.weight_sharing import sharing_copy
 
 CPU = torch.device("cpu")
 PACKING = ["llama", "gpt2", "gpt_neox", "opt", "qwen2", "qwen3", "gemma"]

@@ -7,13 +7,13 @@ import torch
 from tiny import llama
 from torch import nn
 
-from chatrlhf.config.peft import PeftConfig
+from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import ActorConfig
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.adapters import with_adapters
-from chatrlhf.models.factory import load_actor
-from chatrlhf.models.quantization import ready_for_adapters
-from chatrlhf.models.tokenizer import train_tokenizer
+from chatrlhf.models.for_stages import load_actor
+from chatrlhf.models.loading.lora import with_adapters
+from chatrlhf.models.loading.quantization import ready_for_adapters
+from chatrlhf.models.loading.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 258, (3, 16), generator=torch.Generator().manual_seed(0))

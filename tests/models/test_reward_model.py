@@ -6,13 +6,13 @@ from tiny import llama, opt, tokenizer
 from transformers import BertConfig, BertModel
 
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig, TinyConfig
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import CheckpointError
 from chatrlhf.models import reward_network
-from chatrlhf.models.attention import prefer_fast_attention
-from chatrlhf.models.factory import new_reward_model
-from chatrlhf.models.packing import pack
+from chatrlhf.models.for_stages import new_reward_model
+from chatrlhf.models.kernels.attention import prefer_fast_attention
+from chatrlhf.models.kernels.packing import pack
 from chatrlhf.models.reward_model import RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead
 

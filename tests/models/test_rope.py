@@ -9,12 +9,12 @@ from tiny import VOCAB, gpt2, llama
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
 
 from chatrlhf import load_config
-from chatrlhf.config.rope import RopeScaling
+from chatrlhf.config.model import RopeScaling
 from chatrlhf.config.schema import ActorConfig
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.factory import load_actor
-from chatrlhf.models.rope import positions, refuse_rotations_by_length, stretch_positions
-from chatrlhf.models.sizes import context_length
+from chatrlhf.models.for_stages import load_actor
+from chatrlhf.models.loading.model_info import context_length
+from chatrlhf.models.loading.rope import positions, refuse_rotations_by_length, stretch_positions
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def saved(tmp_path):
     """A function that saves a model with a tokenizer and loads it through the factory with a scaling."""
-    from chatrlhf.models.tokenizer import train_tokenizer
+    from chatrlhf.models.loading.tokenizer import train_tokenizer
 
     def load(model, **scaling):
         model.save_pretrained(tmp_path)

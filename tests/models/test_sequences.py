@@ -22,7 +22,7 @@ from tiny import (
 from transformers import BertConfig, BertModel
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.packing import QUANTUM
+from chatrlhf.models.kernels.packing import QUANTUM
 from chatrlhf.models.sequences import (
     Sequences,
     head_is_plain,

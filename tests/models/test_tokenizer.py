@@ -4,7 +4,7 @@ import json
 
 from tiny import tokenizer
 
-from chatrlhf.models.tokenizer import load_tokenizer, same_tokenizer
+from chatrlhf.models.loading.tokenizer import load_tokenizer, same_tokenizer
 
 
 def test_a_tokenizer_is_the_same_after_saving_and_whatever_it_padded_last(tmp_path):

@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from chatrlhf import load_config, run
-from chatrlhf.models.tokenizer import train_tokenizer
-from chatrlhf.rl.prompts import step_seed
+from chatrlhf.models.loading.tokenizer import train_tokenizer
+from chatrlhf.rl.ppo import PPOTrainer
 from chatrlhf.rl.scoring import Likelihoods, Scorer
-from chatrlhf.trainers.ppo import PPOTrainer
+from chatrlhf.runtime.seeding import step_seed
 from chatrlhf.types import Rollout
 
 FAMILIES = (*CAUSAL, "Flan-T5")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chatrlhf import load_config
 from chatrlhf.cli import main
 from chatrlhf.data.templates import FORMATS
-from chatrlhf.models.adapters import base_of
+from chatrlhf.models.loading.lora import base_of
 
 pytestmark = pytest.mark.slow
 

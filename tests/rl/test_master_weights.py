@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import PLAIN, gpt2, llama, opt, prompts, rollout, updater
 
-from chatrlhf.config.peft import PeftConfig
-from chatrlhf.models import attention
-from chatrlhf.models.adapters import add_adapters
+from chatrlhf.config.model import PeftConfig
+from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.kernels import attention
+from chatrlhf.models.loading.lora import add_adapters
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.rl.master_weights import MasterWeights, prepare_models
 from chatrlhf.types import Experience
 

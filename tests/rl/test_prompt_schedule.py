@@ -3,7 +3,8 @@
 import numpy as np
 
 from chatrlhf.data.epochs import Epochs
-from chatrlhf.rl.prompts import PromptSchedule, step_seed
+from chatrlhf.rl.prompt_schedule import PromptSchedule
+from chatrlhf.runtime.seeding import step_seed
 
 
 def schedule(seed: int = 1, samples: int = 1, per_step: int = 2) -> PromptSchedule:

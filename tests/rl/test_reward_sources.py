@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import llama, said, tokenizer
 
-from chatrlhf.data.collate import Encoder
+from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError, RewardError
 from chatrlhf.models.reward_model import RewardModel, RewardScorer

@@ -8,9 +8,9 @@ import twin
 from tiny import EOS, FAMILIES, PAD, PLAIN, engine, gpt2, llama, prompts, widened
 
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward
 from chatrlhf.rl.scoring import Scorer

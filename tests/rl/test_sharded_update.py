@@ -7,9 +7,9 @@ import ranks
 import torch
 from tiny import llama
 
+from chatrlhf.models.actor_critic import SeparateCritic
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.sharing import sharing_copy
-from chatrlhf.models.topology import SeparateCritic
+from chatrlhf.models.weight_sharing import sharing_copy
 from chatrlhf.rl.sharded_update import ShardedUpdater, deal_out
 from chatrlhf.sharding.engine import Root
 

@@ -24,10 +24,10 @@ from tiny import (
 
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join
-from chatrlhf.models.topology import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling

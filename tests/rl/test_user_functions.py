@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from chatrlhf.errors import ConfigError, RewardError
-from chatrlhf.evaluation.heldout import _criteria
+from chatrlhf.rl.held_out import _criteria
 from chatrlhf.rl.rewards import FunctionReward, resolve_reward_fn
 from chatrlhf.rl.user_functions import call_function, check_signature
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from chatrlhf.conversation import Conversation, Prompt, Provenance, Turn
-from chatrlhf.data.row import HalfCharacter, Row
+from chatrlhf.data.json_row import HalfCharacter, Row
 from chatrlhf.errors import DataError
 
 

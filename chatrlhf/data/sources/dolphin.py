@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import Converted, Source, answered
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import Converted, Source, answered
 
 MARKUP = re.compile(r"</?(?:p|pre|code)>")

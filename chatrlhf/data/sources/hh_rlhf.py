@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from chatrlhf.conversation import Conversation, Pair, Prompt, Role, Turn
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import EMPTY_REPLY, Converted, LeftOut, Source
 
 HUMAN, ASSISTANT, BLANK = "\n\nHuman:", "\n\nAssistant:", " "

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from chatrlhf.conversation import Conversation, Prompt, Provenance, Ranked, Turn
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import Converted, LeftOut, Source
 
 READY = "ready_for_export"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chatrlhf.conversation import Conversation, Prompt, Provenance, Turn
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import Converted, LeftOut, Source
 
 

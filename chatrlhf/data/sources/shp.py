@@ -6,7 +6,7 @@ The card's advice is followed: a long post is shortened, a comment never; few pa
 from __future__ import annotations
 
 from chatrlhf.conversation import Conversation, Pair, Prompt, Provenance
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import EMPTY_REPLY, Converted, Source
 
 POST_CHARS = 2000  # of a post are kept, roughly 500 tokens: its beginning, where the question stands

@@ -6,7 +6,7 @@ The last to speak is who a model learns to be; Shurale, which was trained on thi
 from __future__ import annotations
 
 from chatrlhf.conversation import Conversation, Prompt, Provenance, Turn
-from chatrlhf.data.row import Row
+from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import EMPTY_REPLY, Converted, LeftOut, Source
 
 

@@ -1,0 +1,164 @@
+"""The RL stage: what is sampled, how PPO learns from it, and for how long."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from chatrlhf.config.base import Section, must_divide, refuse_checkpoint_name
+from chatrlhf.config.datasets import DataKeys
+from chatrlhf.config.training import OptimizerKeys, Precision
+
+
+class VllmConfig(Section):
+    """Where vLLM samples, for `rollout_backend: vllm`; how it samples is `gen_kwargs`, as for any backend."""
+
+    mode: Literal["colocate", "server"] = Field(
+        "colocate", description="colocate: in this process, on its GPU; server: a `vllm serve` of its own"
+    )
+    gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="colocate: share of the GPU's memory that vLLM takes for weights and cache"
+    )
+    enable_sleep_mode: bool = Field(False, description="colocate: vLLM gives that memory back between two rollouts")
+    server_base_url: str = Field("http://localhost:8000", description="server: the address it answers at")
+    server_timeout: float = Field(240.0, gt=0, description="server: seconds until it has to answer at the start")
+    group_port: int = Field(51216, ge=1, le=65535, description="server: a free port, for sending weights")
+
+    @field_validator("server_base_url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"expected http://host:port or https://…, got {url!r}")
+        return url.rstrip("/")
+
+
+DEFAULT_EPISODES = 3200
+
+
+class GenKwargs(Section):
+    """How rollouts are sampled. What PPO cannot score is refused rather than ignored."""
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    min_new_tokens: int | None = Field(None, ge=0)
+    max_length: int | None = Field(None, ge=2, description="prompt and response together")
+    min_length: int | None = Field(None, ge=0, description="prompt and response together")
+    temperature: float | None = Field(None, gt=0)
+    stop: list[str] = Field(default_factory=list, description="a response ends behind any of these strings")
+    forbidden_tokens: list[int] = Field(default_factory=list, description="token ids that are never sampled")
+    do_sample: bool = True
+    top_k: float | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_id: int | list[int] | None = Field(None, description="null: all EOS of tokenizer, template and model")
+    pad_token_id: int | None = None
+
+    @model_validator(mode="after")
+    def _only_the_plain_sampler(self) -> GenKwargs:
+        why = "PPO needs the log-probabilities of the sampled distribution, for policy and reference alike"
+        if not self.do_sample:
+            raise ValueError(f"do_sample: False is refused, greedy rollouts have no distribution: {why}")
+        if self.top_k not in (None, 0):
+            raise ValueError(f"top_k: {self.top_k:g} is refused (use 0): it cuts the distribution's support; {why}")
+        if self.top_p not in (None, 1):
+            raise ValueError(f"top_p: {self.top_p:g} is refused (use 1.0): it cuts the distribution's support; {why}")
+        if self.repetition_penalty not in (None, 1):
+            raise ValueError(f"repetition_penalty: {self.repetition_penalty:g} is refused (use 1.0): {why}")
+        return self
+
+
+class TrainerConfig(OptimizerKeys, DataKeys):
+    """The RL stage. An episode is one rollout; `batch_size` is sequences per optimizer step."""
+
+    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
+    examples_path: str | None = None
+    validation_examples_path: str | None = Field(None, description="held-out prompts")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="held out where no such file is named")
+    total_episodes: int | None = Field(None, ge=1, description="null: ChatLLaMA's 3,200, in whole rollout batches")
+    num_rollouts: int = Field(64, ge=1, description="sequences sampled between two updates")
+    samples_per_prompt: int | None = Field(None, ge=1, description="null: 1 for ppo, 4 for rloo and grpo")
+    chunk_size: int | None = Field(None, ge=1, description="sequences decoded side by side; null: num_rollouts")
+    batch_size: int | None = Field(None, ge=1, description="null: a quarter of num_rollouts where that divides")
+    micro_batch_size: int | None = Field(None, ge=1, description="longest sequences per backward; null: batch_size")
+    ppo_epochs: int = Field(4, ge=1)
+    actor_lr: float = Field(5e-6, ge=0)
+    critic_lr: float = Field(9e-6, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    init_kl_coef: float = Field(0.05, ge=0)
+    target: float | None = Field(None, gt=0, description="nats per sequence; null: the coefficient stays fixed")
+    horizon: int = Field(10000, ge=1, description="sequences")
+    gamma: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    cliprange: float = Field(0.2, gt=0)
+    cliprange_value: float | None = Field(0.2, gt=0)
+    cliprange_reward: float | None = Field(10.0, gt=0)
+    scale_reward: Literal["running", "ref"] | None = None
+    ref_mean: float | None = None
+    ref_std: float | None = Field(None, gt=0)
+    vf_coef: float = Field(1.0, ge=0)
+    entropy_coef: float = Field(0.0, ge=0, description="ChatLLaMA's beta_s")
+    whiten_advantages: bool = True
+    missing_eos_penalty: float | None = Field(None, ge=0, description="taken off where a response did not finish")
+    gen_kwargs: GenKwargs = Field(default_factory=GenKwargs)
+    rollout_backend: Literal["chatrlhf", "vllm"] = Field(
+        "chatrlhf", description="what samples rollouts: this package's engine, or vLLM through TRL"
+    )
+    vllm: VllmConfig = Field(default_factory=VllmConfig, description="read where rollout_backend is 'vllm'")
+    importance_cap: float | None = Field(
+        2.0,
+        gt=0,
+        description="a token that vLLM sampled counts by its probability here over the one there, at most this much; "
+        "null: no cap",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="the update computes activations of policy and critic again, and does not keep them"
+    )
+    precision: Precision = "auto"
+    eval_interval: int | None = Field(None, ge=1, description="steps; null: only before and after")
+    eval_fn: str | None = Field(None, description="'package.module:function': criteria of a completion, for the table")
+    eval_best: float | None = Field(None, description="the best eval_fn can give, for the share of the gap closed")
+    checkpoint_steps: int = Field(1000, ge=1, description="steps; a step is one rollout batch and its update")
+    n_checkpoints_to_keep: int = Field(2, ge=1)
+    checkpoint_name: str | None = None
+    num_layers_unfrozen: int = Field(-1, ge=-1, description="top blocks of the policy that are trained; -1: all")
+
+    # What ChatLLaMA counts in; `aliases.py` turns them into total_episodes and num_rollouts.
+    num_episodes: int | None = Field(None, ge=1)
+    max_timesteps: int | None = Field(None, ge=1)
+    update_timesteps: int | None = Field(None, ge=1)
+    num_examples: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _derive_and_divide(self) -> TrainerConfig:
+        refuse_checkpoint_name(self)
+        self.refuse_two_ways("examples_path")
+        if self.samples_per_prompt is None:
+            self.samples_per_prompt = 1 if self.algorithm == "ppo" else 4
+        if self.algorithm != "ppo" and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt: {self.samples_per_prompt} is too few for {self.algorithm}, "
+                "which compares samples of one prompt; use at least 2"
+            )
+        if self.total_episodes is None:
+            self.total_episodes = max(DEFAULT_EPISODES // self.num_rollouts, 1) * self.num_rollouts
+        if self.batch_size is None:
+            self.batch_size = self.num_rollouts // 4 if self.num_rollouts % 4 == 0 else self.num_rollouts
+        if self.micro_batch_size is None or self.micro_batch_size > self.batch_size:
+            self.micro_batch_size = self.batch_size
+        if self.chunk_size is None or self.chunk_size > self.num_rollouts:
+            self.chunk_size = self.num_rollouts
+        must_divide("num_rollouts", self.num_rollouts, "samples_per_prompt", self.samples_per_prompt)
+        must_divide("num_rollouts", self.num_rollouts, "batch_size", self.batch_size)
+        must_divide("total_episodes", self.total_episodes, "num_rollouts", self.num_rollouts)
+        if self.num_layers_unfrozen == 0:
+            raise ValueError("num_layers_unfrozen: 0 leaves nothing of the policy to train; use -1 (all) or 1 or more")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Rollout batches, each followed by one update."""
+        return self.total_episodes // self.num_rollouts
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        return self.num_steps * self.ppo_epochs * (self.num_rollouts // self.batch_size)

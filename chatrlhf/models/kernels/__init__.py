@@ -1,0 +1,1 @@
+"""Faster forms of what transformers computes, each equal to it."""

@@ -1,0 +1,1 @@
+"""Loading models: weights, adapters, quantization, tokenizers, and what was missing."""

@@ -1,0 +1,242 @@
+"""The RL stage: sample, score, learn; the loop everyone comes to read is `PPOTrainer.train`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatrlhf.errors import CheckpointError, DivergedError, Interrupted
+from chatrlhf.errors.boundary import doing
+from chatrlhf.functional.importance import logprob_gap
+from chatrlhf.rl.data_parallel import sampled_rows
+from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
+from chatrlhf.rl.held_out import HeldOut, HeldOutReport
+from chatrlhf.rl.kl_controller import KLController
+from chatrlhf.rl.progress import STATE, Progress
+from chatrlhf.rl.prompt_schedule import PromptSchedule
+from chatrlhf.rl.scoring import Scorer
+from chatrlhf.rl.update import Updater
+from chatrlhf.rollout.sampler import Sampler
+from chatrlhf.runtime.checkpoints import CheckpointStore
+from chatrlhf.runtime.collectives import gather_objects, rank
+from chatrlhf.runtime.run_log import RunLog
+from chatrlhf.runtime.seeding import generator_states, set_generator_states, step_generator, step_seed
+from chatrlhf.runtime.signals import StopRequest
+from chatrlhf.sharding.accelerate_env import Sharding
+from chatrlhf.sharding.checkpoint_layout import check_sharding, note_sharding
+from chatrlhf.types import ScoredRollout
+
+STAGE = "RL"
+SAMPLES_A_STEP = 2
+HELD = ("fingerprint", "kl", "reward_scaling", "before", "after")  # in a checkpoint's state.json, with its step
+
+
+@dataclass
+class PPOTrainer:
+    """Everything one PPO run needs, put together by the pipeline (or by hand, as the benchmarks do).
+
+    Random numbers are functions of seed and step, so the state of a run is: weights, optimizer, schedule, KL
+    coefficient, reward scaling and the step. That is what a checkpoint holds, together with the global
+    generators, which a user's reward function may draw from.
+    """
+
+    prompts: PromptSchedule
+    engine: Sampler
+    scorer: Scorer
+    updater: Updater
+    algorithm: Algorithm
+    estimation: Callable[[float], Estimation]  # from the KL coefficient in force
+    kl: KLController
+    num_steps: int
+    seed: int
+    log: RunLog
+    checkpoints: CheckpointStore | None = None  # None: nothing is saved
+    checkpoint_steps: int = 1000
+    held_out: HeldOut | None = None
+    eval_interval: int | None = None
+    sharding: Sharding = None  # how the updater's states are dealt out
+    done: Progress = field(default_factory=Progress)  # before the run is resumed
+
+    before: HeldOutReport | None = None  # the held-out prompts before the first step
+    after: HeldOutReport | None = None  # and at the newest evaluation
+
+    def train(self, checkpoint: Path | None = None) -> dict[str, float]:
+        """Run all steps, or those behind a checkpoint; returns the last metrics.
+
+        Args:
+            checkpoint: which `done` was read from.
+
+        Raises:
+            Interrupted: a signal asked to stop; a checkpoint is there.
+            CheckpointError: the checkpoint is of another model or of other prompts.
+            RewardError: the reward gave something other than one finite number a response.
+            DivergedError: an update's loss or gradient is not finite.
+        """
+        start = self.done.steps
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        if start == 0:
+            self.log.rewind(STAGE, -1)
+            if self.held_out is not None:
+                self.before = self.after = self._judge(self.held_out)
+                self.log.step(STAGE, 0, self.before.metrics())
+        with self.log.stage(STAGE, self.num_steps, start), StopRequest(self.log.note) as stop:
+            for step in range(start, self.num_steps):
+                clock = [time.perf_counter()]
+                prompts = self.prompts.batch(step)
+                rows = sampled_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
+                with self.updater.whole():
+                    rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
+                    clock.append(time.perf_counter())
+                    scored = self.scorer.score(rollout, rows)
+                clock.append(time.perf_counter())
+                coef = self.kl.coef
+                experience = make_experience(scored, self.algorithm, self.estimation(coef))
+                stats = self.updater.update(experience, coef, step_generator(self.seed, step, "minibatches"))
+                self._refuse_diverged(stats, step + 1)
+                clock.append(time.perf_counter())
+                self.kl.update(scored.kl_to_reference, len(scored.rollout))
+                self._record(step + 1, scored, stats, coef, clock)
+                self._checkpoint(step + 1, stop)
+        return dict(self.log.last.get(STAGE, {}))
+
+    def _judge(self, held_out: HeldOut) -> HeldOutReport:
+        with self.updater.whole():
+            return held_out.evaluate()
+
+    def _refuse_diverged(self, stats: dict[str, float], step: int) -> None:
+        """Stop before anything of an update is saved whose losses or gradients were not finite."""
+        # DeepSpeed leaves out a step whose fp16 gradients overflow, and lowers its loss scale.
+        counts = [name for name in stats if self.sharding is None or name != "ppo/grad_norm"]
+        wrong = [f"{name} {stats[name]}" for name in counts if not math.isfinite(stats[name])]
+        if wrong:
+            weights = self.updater.topology.named_parameters()
+            broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
+            where = f", and {broken} holds what is no number" if broken else ""
+            raise DivergedError(
+                f"RL step {step}: {', '.join(wrong)}{where}; nothing of this step is saved. Resume from the newest "
+                "checkpoint with a lower trainer_config.actor_lr, or with precision bf16 or fp32"
+            )
+
+    def _record(
+        self, step: int, scored: ScoredRollout, stats: dict[str, float], coef: float, clock: list[float]
+    ) -> None:
+        rollout = scored.rollout
+        lengths, tokens = rollout.lengths.float(), int(rollout.lengths.sum())
+        gap, largest_gap = logprob_gap(scored.old_logprobs, rollout.sampling_logprobs, rollout.response_mask)
+        rollout_s, score_s, update_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
+        metrics: dict[str, Any] = {
+            "reward/mean": float(scored.raw_scores.double().mean()),
+            "reward/std": float(scored.raw_scores.double().std(correction=0)),
+            "reward/shaped": float(scored.scores.mean()),
+            "kl/ref": scored.kl_to_reference,
+            "kl/coef": coef,
+            **stats,
+            "ppo/entropy": scored.entropy,
+            "sampling/logprob_gap": gap,
+            "sampling/logprob_gap_max": largest_gap,
+            "response/length": float(lengths.mean()),
+            "response/finished": float(rollout.finished.float().mean()),
+            "lr/actor": self.updater.optimizer.param_groups[0]["lr"],
+            "episodes": self.progress(step).episodes,
+            "time/rollout": rollout_s,
+            "time/score": score_s,
+            "time/update": update_s,
+            "tokens/s": tokens / (rollout_s + score_s + update_s),
+        }
+        last = step == self.num_steps
+        due = last or (self.eval_interval is not None and step % self.eval_interval == 0)
+        if self.held_out is not None and due:
+            self.after = self._judge(self.held_out)
+            metrics |= self.after.metrics()
+        self.log.step(STAGE, step, metrics)
+        self.log.samples(
+            STAGE,
+            step,
+            [
+                {"prompt": prompt, "completion": completion, "score": float(score)}
+                for prompt, completion, score in zip(
+                    rollout.prompts.texts[:SAMPLES_A_STEP],
+                    rollout.completions[:SAMPLES_A_STEP],
+                    scored.raw_scores[:SAMPLES_A_STEP],
+                    strict=True,
+                )
+            ],
+        )
+
+    def _checkpoint(self, step: int, stop: StopRequest) -> None:
+        signal_number = stop.agreed()
+        if self.checkpoints is None:
+            if signal_number is not None:
+                raise KeyboardInterrupt
+            return
+        if signal_number is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
+            generators = gather_objects(generator_states())
+            path = self.checkpoints.publish(
+                step, lambda folder: self._write(folder, step, generators), self.updater.save_shards
+            )
+            if signal_number is not None and step < self.num_steps:
+                raise Interrupted(signal_number, path)
+
+    def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
+        self.updater.save_weights(folder)
+        note_sharding(folder, self.sharding)
+        torch.save(self.updater.state_dict() | {"generators": generators}, folder / "training.pt")
+        state = {
+            "step": step,
+            "progress": self.progress(step).state_dict(),
+            "prompts_of_an_epoch": self.prompts.seen.size,
+            "fingerprint": self.updater.fingerprint,
+            "kl": self.kl.state_dict(),
+            "reward_scaling": self.scorer.scaling.state_dict(),
+            "before": self.before.state_dict() if self.before else None,
+            "after": self.after.state_dict() if self.after else None,
+        }
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    def progress(self, step: int) -> Progress:
+        """What is done after so many steps."""
+        prompts, settings = self.prompts, self.updater.settings
+        rollouts = prompts.prompts_per_step * prompts.samples_per_prompt
+        minibatches = settings.epochs * (rollouts // settings.batch_size)
+        return self.done.after(step - self.done.steps, rollouts, prompts.samples_per_prompt, minibatches)
+
+    def _resume(self, folder: Path) -> None:
+        """Take up a checkpoint."""
+        with doing("RL: reading the checkpoint", folder, untrusted=True):
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            if missing := [name for name in HELD if name not in state]:
+                raise KeyError(f"{STATE} lacks {', '.join(missing)}")
+        if state["fingerprint"] != self.updater.fingerprint:
+            raise CheckpointError(
+                f"{folder}: it is a checkpoint of another model (other parameters, or others in training, than this "
+                "configuration's); set models, critic_config and num_layers_unfrozen back, or use another output_dir"
+            )
+        if (prompts := state.get("prompts_of_an_epoch", self.prompts.seen.size)) != self.prompts.seen.size:
+            raise CheckpointError(
+                f"{folder}: an epoch had {prompts:,} prompts and now has {self.prompts.seen.size:,}; restore the data "
+                "and the keys that select prompts, or start again without --resume"
+            )
+        check_sharding(folder, self.sharding)
+        self.updater.load_weights(folder)
+        with doing("RL: reading the checkpoint", folder, untrusted=True):
+            tensors = torch.load(folder / "training.pt", weights_only=True)
+        self.updater.load_state_dict(tensors)
+        self.kl.load_state_dict(state["kl"])
+        self.scorer.scaling.load_state_dict(state["reward_scaling"])
+        if rank() < len(tensors["generators"]):  # a rank that was not there before starts its generators afresh
+            set_generator_states(tensors["generators"][rank()])
+        self.before = HeldOutReport(**state["before"]) if state["before"] else None
+        self.after = HeldOutReport(**state["after"]) if state["after"] else None
+        step = self.done.steps
+        self.log.rewind(STAGE, step)
+        self.log.note(f"{STAGE}: resumed from {folder} (step {step} of {self.num_steps})")
+        if step == self.num_steps:
+            self.log.note(f"{STAGE}: its {self.done.episodes} episodes were made before, there is nothing left to do")

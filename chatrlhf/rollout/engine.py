@@ -1,0 +1,106 @@
+"""The rollout engine: prompts in, sampled responses out, over any transformers language model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from chatrlhf.errors import DivergedError
+from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.loading.backbone import is_encoder_decoder
+from chatrlhf.rollout.context import Limits
+from chatrlhf.rollout.cuda_graphs import Held, StaticDecoding
+from chatrlhf.rollout.decoding import Decoding
+from chatrlhf.rollout.kv_cache import all_in_place, make_cache
+from chatrlhf.rollout.llama_cpu import DirectStep, direct_step
+from chatrlhf.rollout.seq2seq import PairedDecoding
+from chatrlhf.types import PromptBatch, Rollout
+
+
+@dataclass
+class RolloutEngine:
+    """Samples one response a prompt row, token by token, at most ``chunk_size`` rows side by side.
+
+    A row that has ended makes room for the next prompt where the model's memory allows that (`cache.all_in_place`);
+    otherwise, and by an encoder–decoder, one chunk is decoded after the other.
+
+    Every row draws with its own stream of uniform numbers, made from the seed and the row's place in the
+    rollout batch. So what a row says does not depend on the chunk it is decoded in, up to rounding: products of other
+    shapes round otherwise, in bfloat16 often enough to change a token (`benchmarks/bf16_flips.py` counts them).
+    """
+
+    model: nn.Module
+    distribution: SamplingDistribution
+    limits: Limits
+    pad_token_id: int
+    decode: Callable[[list[int]], str]  # response ids without EOS to text
+    stop: list[str] = field(default_factory=list)
+    chunk_size: int | None = None
+    look_every: int | None = None  # steps between two looks at who has ended; None: as the device likes it
+    static: bool | None = None  # decode by recorded steps (`graphs.py`); None: on a GPU
+    moves_weights: bool = True  # may put them elsewhere in memory, for `direct.py`
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.model.forward).parameters
+        # Some families (BLOOM) derive positions from the mask and take none; a few compute all logits.
+        self.takes_positions = "position_ids" in parameters
+        self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.held: Held | None = None  # what recorded steps are bound to
+        self.direct: DirectStep | None = None  # the model's step where it need not be asked itself
+        self.paired = is_encoder_decoder(self.model.config)
+        self.in_place = not self.paired and all_in_place(make_cache(self.model.config))
+
+    @torch.no_grad()
+    def generate(self, prompts: PromptBatch, seed: int, rows: Tensor | None = None) -> Rollout:
+        """Sample a response for each row.
+
+        Args:
+            prompts: B rows; rows of one group are sampled independently.
+            seed: equal seeds give equal responses.
+            rows: [N] int64, the only ones to be answered; they say what they would among all.
+
+        Raises:
+            DivergedError: the model's logits are not finite.
+        """
+        device = next(self.model.parameters()).device
+        most, fewest = self.limits.per_row(prompts.attention_mask.sum(dim=1))
+        width = int(most.max())
+        uniforms = torch.rand(len(prompts), width, generator=torch.Generator().manual_seed(seed))
+        if rows is not None:
+            prompts, most, fewest, uniforms = prompts.select(rows), most[rows], fewest[rows], uniforms[rows]
+        size = self.chunk_size or len(prompts)
+        ids, logprobs = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width)
+        lengths = torch.zeros(len(prompts), dtype=torch.long)
+        finished = torch.zeros(len(prompts), dtype=torch.bool)
+        texts: list[str] = [""] * len(prompts)
+        static = device.type == "cuda" if self.static is None else self.static
+        kind = PairedDecoding if self.paired else StaticDecoding if static and self.in_place else Decoding
+        if kind is StaticDecoding or not self.in_place or not self.moves_weights:
+            self.direct = None
+        elif self.direct is None or not self.direct.holds:
+            self.direct = direct_step(self.model)
+        # Prompts of one length side by side need little padding; samples of one prompt stay together.
+        refills = self.in_place and size < len(prompts)
+        by_length = torch.argsort(prompts.attention_mask.sum(dim=1), stable=True, descending=refills)
+        for part in by_length.split(len(prompts) if refills else size):
+            decoding = kind(self, prompts.select(part), most[part], fewest[part], uniforms[part], size, device)
+            decoding.run()
+            ids[part], logprobs[part] = decoding.ids[:, :width], decoding.logprobs[:, :width]
+            lengths[part], finished[part] = decoding.lengths, decoding.finished
+            for i, text in zip(part.tolist(), decoding.texts(), strict=True):
+                texts[i] = text
+        longest = int(lengths.max())
+        mask = torch.arange(longest) < lengths[:, None]
+        ids = ids[:, :longest].masked_fill(~mask, self.pad_token_id)
+        logprobs = logprobs[:, :longest].masked_fill(~mask, 0.0)
+        broken = int((~logprobs.isfinite()).any(dim=1).sum())
+        if broken:
+            raise DivergedError(
+                f"the policy's logits are not finite any more ({broken} of {len(prompts)} rollouts); go back to an "
+                "earlier checkpoint with a lower trainer_config.actor_lr"
+            )
+        return Rollout(prompts, ids, mask, logprobs, finished, fewest, texts)

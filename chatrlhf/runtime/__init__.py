@@ -1,0 +1,1 @@
+"""What a run stands on, whatever it trains: device, processes, checkpoints, log."""

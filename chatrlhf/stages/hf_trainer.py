@@ -1,0 +1,241 @@
+"""What the stages on transformers' and TRL's trainers share: arguments, logging, publication of checkpoints, resume.
+
+TRL trains; this file makes its checkpoints as safe as the RL stage's. Transformers writes a checkpoint into a
+scratch folder, and only when it is whole is it hashed and renamed into ``checkpoints/<stage>/step-NNNNNN``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from chatrlhf.config.schema import ActorConfig, PretrainConfig, RewardConfig
+from chatrlhf.data.row_sampler import RowOrder
+from chatrlhf.errors import CheckpointError, Interrupted
+from chatrlhf.errors.boundary import doing
+from chatrlhf.models.loading.model_info import fingerprint
+from chatrlhf.runtime.checkpoints import CheckpointStore, StageFiles
+from chatrlhf.runtime.collectives import barrier, is_main, world_size
+from chatrlhf.runtime.device import resolve_precision
+from chatrlhf.runtime.run_log import RunLog
+from chatrlhf.runtime.signals import StopRequest
+from chatrlhf.sharding.accelerate_env import DeepSpeed, Sharding, environment_for
+from chatrlhf.sharding.checkpoint_layout import check_sharding, note_sharding
+from chatrlhf.sharding.gather import outline, put_together
+from chatrlhf.sharding.launch import rows_a_backward
+from chatrlhf.stages.resumable_trainer import ORDER
+
+FINGERPRINT = "model_fingerprint.txt"
+EVALUATED_TOKENS = 16 * 1024  # of a batch of held-out rows, at the most
+
+# TRL's and transformers' names -> ours. What is not listed is not logged: either it says nothing (runtime,
+# epoch) or it counts from the last start and would differ after a resume (num_tokens).
+METRIC_NAMES = {
+    "loss": "loss/train",
+    "eval_loss": "loss/eval",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+    "mean_token_accuracy": "token_accuracy",
+    "accuracy": "reward/accuracy_train",
+}
+
+
+def common_arguments(
+    config: PretrainConfig | ActorConfig | RewardConfig,
+    section: str,
+    scratch: Path,
+    rows: int,
+    held_out: int,
+    device: torch.device,
+    seed: int,
+    sharding: Sharding,
+) -> dict[str, Any]:
+    """Training arguments as the section of a stage gives them.
+
+    Args:
+        section: its name, for messages.
+        rows: training rows, which set the length of an epoch.
+        held_out: evaluation rows; 0 turns evaluation off.
+        sharding: who deals the model out, where that is asked for.
+    """
+    micro, accumulated = rows_a_backward(config, section)
+    steps_an_epoch = -(-rows // config.batch_size)
+    return {
+        "output_dir": str(scratch),
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": rows_judged_at_once(micro, config.max_sequence_length),
+        "gradient_accumulation_steps": accumulated,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.lr_scheduler,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.betas[0],
+        "adam_beta2": config.betas[1],
+        "max_grad_norm": config.max_grad_norm or 0.0,
+        "optim": "adamw_torch_fused",
+        "bf16": resolve_precision(config.precision, device) == "bf16",
+        "fp16": resolve_precision(config.precision, device) == "fp16",
+        "use_cpu": device.type == "cpu",
+        # Every step is logged: an average over several would not survive a resume bit for bit.
+        "logging_steps": 1,
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": config.eval_interval or steps_an_epoch,
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_steps,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        "gradient_checkpointing": config.gradient_checkpointing,  # which is on where nothing is said
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        "prediction_loss_only": True,
+        "max_length": None,
+        "deepspeed": copy.deepcopy(sharding.settings) if isinstance(sharding, DeepSpeed) else None,
+    }
+
+
+def rows_judged_at_once(micro: int, max_sequence_length: int) -> int:
+    """Held-out rows of a batch: as many as are quick, and long ones no more than a backward has.
+
+    Nothing is kept of them for a backward, but the logits of all positions are there at once.
+    """
+    return max(micro, min(16, EVALUATED_TOKENS // max_sequence_length))
+
+
+class StageCallback(TrainerCallback):
+    """Logs, publishes checkpoints, honours a request to stop, and evaluates and saves at the last step."""
+
+    def __init__(
+        self,
+        stage: str,
+        log: RunLog,
+        store: CheckpointStore,
+        stop: StopRequest,
+        fingerprint: str,
+        on_evaluate: Callable[[], Mapping[str, float]] | None = None,
+        sharding: Sharding = None,
+    ) -> None:
+        self.stage, self.log, self.store, self.stop = stage, log, store, stop
+        self.fingerprint, self.extra_metrics, self.sharding = fingerprint, on_evaluate, sharding
+        self.order: RowOrder | None = None  # of the trainer, which is made after this
+        self.published: Path | None = None
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        metrics = {METRIC_NAMES[name]: value for name, value in logs.items() if name in METRIC_NAMES}
+        if "loss/eval" in metrics and self.extra_metrics is not None:
+            metrics |= self.extra_metrics()  # by all ranks, which may each hold a part of the model
+        if metrics and is_main():
+            self.log.step(self.stage, state.global_step, metrics)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> Any:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = True
+        if self.stop.agreed() is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+        def move(folder: Path) -> None:
+            for path in written.iterdir():
+                shutil.move(str(path), folder / path.name)
+            (folder / FINGERPRINT).write_text(self.fingerprint, encoding="utf-8")
+            (folder / ORDER).write_text(json.dumps(self.order.state_dict()) + "\n", encoding="utf-8")
+            note_sharding(folder, self.sharding)
+
+        self.published = self.store.publish(state.global_step, move)
+        if is_main():
+            shutil.rmtree(written)
+
+
+def run_trainer(
+    make_trainer: Callable[[StageCallback, bool], Any],
+    model: torch.nn.Module,
+    files: StageFiles,
+    log: RunLog,
+    every: int,
+    on_evaluate: Callable[[], Mapping[str, float]] | None = None,
+    sharding: Sharding = None,
+    needed_by_all: bool = False,
+) -> torch.nn.Module:
+    """Train, from the newest checkpoint on ``resume``.
+
+    Args:
+        make_trainer: given the callback and whether the run starts at its beginning, the trainer.
+        every: optimizer steps between two lines on a plain output.
+        sharding: who deals the model out.
+        needed_by_all: whether all ranks go on with the model; else one that was dealt out is rank 0's, to be saved.
+
+    Returns:
+        The trained model: ``model`` itself, but for one that was dealt out.
+
+    Raises:
+        Interrupted: a signal asked to stop; a checkpoint is there.
+        CheckpointError: the checkpoints are damaged, of another model, or dealt out in another way.
+    """
+    files.begin(model)
+    stage, store = files.stage, files.store
+    done, path = files.newest or (0, None)
+    if path is not None and (path / FINGERPRINT).read_text(encoding="utf-8") != fingerprint(model):
+        raise CheckpointError(
+            f"{path}: it is a checkpoint of another model (other parameters than this configuration's); "
+            "set the model back, or use another output_dir"
+        )
+    if path is not None:
+        check_sharding(path, sharding)
+        log.note(f"{stage}: resumed from {path}")
+    elif files.resume:
+        log.note(f"{stage}: no checkpoint was published yet, so it starts at its beginning")
+    log.rewind(stage, done if path is not None else -1)
+    device = next(model.parameters()).device
+    bare = outline(model) if sharding is not None else None
+    with environment_for(sharding), StopRequest(log.note) as stop:
+        callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate, sharding)
+        trainer = make_trainer(callback, path is None)
+        trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
+        callback.order = trainer.order
+        if path is not None:
+            trainer.resume_rows(path, done)
+            if trainer.total_steps == done:
+                log.note(f"{stage}: all its {done} steps were trained before, there is nothing left to do")
+        for weight in model.parameters():
+            # TRL makes adapters upon few bits bfloat16, in which small steps would be lost.
+            if weight.requires_grad:
+                weight.data = weight.data.float()
+        writes = doing(f"{stage}: training, with checkpoints in", store.folder)
+        with writes, log.stage(stage, trainer.total_steps, done, every):
+            trainer.train(resume_from_checkpoint=str(path) if path else None)
+        if bare is not None:
+            log.note(
+                f"{stage}: trained by {sharding} in {world_size()} processes ({type(trainer.model_wrapped).__name__})"
+            )
+            model = put_together(bare, model, needed_by_all or is_main())
+            _let_go(trainer)
+            if needed_by_all:
+                model.to(device)
+    barrier()
+    if is_main():
+        shutil.rmtree(files.scratch, ignore_errors=True)
+    signal_number = stop.agreed()
+    if signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(signal_number, callback.published)
+    return model
+
+
+def _let_go(trainer: Any) -> None:
+    """Free what a dealt out model has left in memory besides its weights."""
+    engine = trainer.model_wrapped
+    if hasattr(engine, "destroy"):  # DeepSpeed's
+        engine.destroy()
+    trainer.accelerator.free_memory()

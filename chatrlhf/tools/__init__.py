@@ -1,0 +1,1 @@
+"""Tools around training: planning, synthetic data, data inspection, export, evaluation."""

@@ -1,0 +1,139 @@
+"""The models of the RL stage on paper, put together as `stages/rl.py` and `make_topology` do."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from chatrlhf.config.load import load_peft_config
+from chatrlhf.config.model import QuantizationKeys
+from chatrlhf.config.schema import Config
+from chatrlhf.functional.logprobs import SamplingDistribution
+from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.critic_init import ALL_BLOCKS
+from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
+from chatrlhf.models.kernels.activation_checkpointing import recompute_activations
+from chatrlhf.models.kernels.attention import prefer_fast_attention
+from chatrlhf.models.kernels.rms_norm import prefer_fast_norms
+from chatrlhf.models.kernels.swiglu import prefer_lean_gates
+from chatrlhf.models.loading.backbone import backbone_of
+from chatrlhf.models.loading.lora import has_adapters
+from chatrlhf.models.reward_model import RewardModel
+from chatrlhf.models.scalar_head import ScalarHead
+from chatrlhf.models.weight_sharing import sharing_copy
+from chatrlhf.rl.experience import ALGORITHMS
+from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
+from chatrlhf.tools.plan.meta_models import Models, pooling_of
+from chatrlhf.tools.plan.rl_memory import PREPARATION
+from chatrlhf.tools.plan.sft_reward_memory import Phase
+
+
+def topology_of(config: Config, policy: nn.Module, critic: tuple[nn.Module | None, ScalarHead] | None) -> PolicyOnly:
+    """What `make_topology` gives, without tokenizers.
+
+    Args:
+        critic: its backbone, None where that is the policy's or shares its frozen blocks, and its head; None without.
+    """
+    trainer = config.trainer_config
+    distribution = SamplingDistribution(trainer.gen_kwargs.temperature or config.actor_config.temperature or 1.0, (0,))
+    unfrozen = trainer.num_layers_unfrozen
+    if unfrozen != ALL_BLOCKS:
+        freeze_trunk(policy, unfrozen)
+    if critic is None:
+        made = PolicyOnly(policy, distribution)
+    elif config.critic_config.model == "shared":
+        made = SharedTrunk(policy, critic[1], distribution)
+    else:
+        backbone, head = critic
+        made = SeparateCritic(policy, backbone or sharing_copy(backbone_of(policy)), head, distribution)
+    return made if unfrozen == ALL_BLOCKS else FrozenTrunk(made, unfrozen)
+
+
+def reward_of(models: Models, policy: nn.Module) -> RewardModel:
+    """The trained reward model; by adapters upon the policy's weights where it was made of the same ones."""
+    config, reward = models.config, models.config.reward_config
+    same = reward.model in ("actor", config.actor_config.model)
+    bits = [(each.load_in_4bit, each.load_in_8bit) for each in (reward, config.actor_config)]
+    if not (same and reward.peft_enable and config.actor_config.peft_enable and bits[0] == bits[1]):
+        return models.reward_model().requires_grad_(False).eval()
+    adapters = load_peft_config(config, "reward_config")
+    backbone = models.upon(backbone_of(policy), adapters, reward)
+    head = models.head(backbone, reward.model_head_hidden_size)
+    return RewardModel(backbone, head, pooling_of(backbone.config)).requires_grad_(False).eval()
+
+
+def critic_of(
+    models: Models, policy: nn.Module, reward: RewardModel | None
+) -> tuple[nn.Module | None, ScalarHead] | None:
+    """The critic's backbone, where it shares no trained weight with a copy of the policy, and its head."""
+    config, named = models.config.critic_config, models.config.critic_config.model
+    if not ALGORITHMS[models.config.trainer_config.algorithm].needs_critic:
+        return None
+    if named == "shared":
+        return None, models.head(policy, config.model_head_hidden_size)
+    mlp_size, start, keys = config.model_head_hidden_size, backbone_of(policy), models.config.actor_config
+    if named not in (None, models.config.reward_config.model):
+        start, keys = models.backbone(named, "critic_config.model"), QuantizationKeys()
+    elif reward is not None and reward.pooling == "last" and _alike(reward.backbone, policy):
+        start, keys = reward.backbone, models.config.reward_config
+        mlp_size = models.config.reward_config.model_head_hidden_size
+    head = models.head(start, mlp_size)
+    if config.peft_enable:
+        return models.upon(start, load_peft_config(models.config, "critic_config"), keys), head
+    if start is backbone_of(policy) and not has_adapters(policy):
+        return None, head
+    return models.like(start), head
+
+
+def _alike(backbone: nn.Module, policy: nn.Module) -> bool:
+    """Of one kind and, as far as their sizes say, with one tokenizer."""
+    first, second = backbone.config.get_text_config(), policy.config.get_text_config()
+    return first.model_type == second.model_type and first.vocab_size == second.vocab_size
+
+
+def made_ready(topology: PolicyOnly, frozen: list[nn.Module], models: Models) -> MasterWeights | None:
+    """As `prepare_models` does, which tries out what it changes; an activation can be tried out here, too."""
+    for model in (*topology.backbones(), *frozen):
+        if models.config.actor_config.attn_implementation is None:
+            prefer_fast_attention(model, models.paper.device)
+        prefer_fast_norms(model, models.paper.device)
+        if _is_swiglu(model):
+            prefer_lean_gates(model, models.paper.device)
+    masters = None
+    if models.rl_in_bf16():
+        masters = MasterWeights(*topology.backbones())
+        to_bfloat16(*frozen)
+    if models.config.trainer_config.gradient_checkpointing:
+        for model in topology.backbones():
+            recompute_activations(model, "trainer_config.gradient_checkpointing")
+    return masters
+
+
+def preparation(topology: PolicyOnly, frozen: list[nn.Module], models: Models) -> list[Phase]:
+    """Where RL computes in bfloat16: models come in float32, and a copy of each is made.
+
+    On a GPU they all lie there by then. On a CPU their files are read when they are copied, one after the other.
+    """
+    if not models.rl_in_bf16():
+        return []
+    seen: set[int] = set()
+    sizes = []  # of each model what is its own: in float32, and what of it stays in float32
+    for model in (*topology.backbones(), *frozen):
+        own = [each for each in model.parameters() if id(each) not in seen and each.dtype == torch.float32]
+        seen.update(map(id, own))
+        stays = model in topology.backbones()
+        kept = sum(each.nbytes for each in own if stays and (each.requires_grad or not has_adapters(model)))
+        sizes.append((sum(each.nbytes for each in own), kept))
+    if models.paper.device.type == "cpu":
+        most = done = 0
+        for whole, kept in sizes:
+            most = max(most, done + whole + whole // 2)
+            done += whole // 2 + kept
+    else:
+        most = sum(whole + kept // 2 for whole, kept in sizes)
+    return [Phase(PREPARATION, {"models in float32 and bfloat16": most})]
+
+
+def _is_swiglu(model: nn.Module) -> bool:
+    config = model.config.get_text_config()
+    return getattr(config, "hidden_act", getattr(config, "hidden_activation", None)) in ("silu", "swish")

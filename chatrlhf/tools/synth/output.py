@@ -1,0 +1,76 @@
+"""What a command leaves: a file of rows, and beside it what was put aside, what was done, and the journal.
+
+NAME.json              the rows
+NAME.meta.json         model, licence, options, counts, tokens, cost; whether all rows are there
+NAME.quarantine.jsonl  replies that are no rows, each with its reason
+NAME.journal.jsonl     every answer; with it the same command asks nothing twice
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatrlhf.data.files import write_rows
+from chatrlhf.errors import DataError
+from chatrlhf.runtime.file_hash import sha256_of
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files of one command, by the name of its rows'."""
+
+    path: Path
+
+    @property
+    def meta(self) -> Path:
+        """What was done."""
+        return self._beside("meta.json")
+
+    @property
+    def quarantine(self) -> Path:
+        """What was put aside."""
+        return self._beside("quarantine.jsonl")
+
+    @property
+    def journal(self) -> Path:
+        """Every answer."""
+        return self._beside("journal.jsonl")
+
+    def check(self, force: bool) -> None:
+        """Before anything is asked.
+
+        A file of this name that an earlier run of ours has left unfinished, and nobody has changed since, is gone on
+        with; any other is not overwritten without ``force``.
+
+        Raises:
+            DataError: it is a user's, it is finished, or rows cannot be written by that name.
+        """
+        if self.path.suffix not in (".json", ".jsonl"):
+            raise DataError(f"--output: {self.path} has to end with .json or .jsonl")
+        if self.path.exists() and not force and not self._is_unfinished():
+            raise DataError(f"refused to overwrite {self.path}; give another --output, or --force")
+
+    def write(self, rows: list[dict[str, Any]], aside: list[dict[str, Any]], about: dict[str, Any]) -> None:
+        """Write all of it. Raises DataError where that is not possible."""
+        try:
+            write_rows(self.path, rows)
+            if aside or self.quarantine.exists():
+                write_rows(self.quarantine, aside)
+            about = {**about, "rows": len(rows), "quarantined": len(aside), "sha256": sha256_of(self.path)}
+            text = json.dumps(about, indent=2, ensure_ascii=False)
+            self.meta.write_text(f"{text}\n", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise DataError(f"{self.path}: it cannot be written ({error}); what was answered is kept") from None
+
+    def _is_unfinished(self) -> bool:
+        try:
+            about = json.loads(self.meta.read_text(encoding="utf-8"))
+            return about["complete"] is False and about["sha256"] == sha256_of(self.path)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _beside(self, end: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}.{end}")

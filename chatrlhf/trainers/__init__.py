@@ -1,1 +1,0 @@
-"""The three trainers, and the checkpoints they share."""
