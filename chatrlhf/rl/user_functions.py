@@ -16,6 +16,8 @@ from chatrlhf.errors import ConfigError, RewardError, UserError
 
 CALL = "(prompts, completions)"
 PACKAGE = Path(__file__).parents[1]
+# Modules that configurations of earlier releases name; a function keeps working where its module has moved.
+MOVED = {"chatrlhf.samples.desk": "chatrlhf.samples.visitor_desk"}
 
 
 def load_function(name: str, key: str) -> Callable[..., Any]:
@@ -31,7 +33,7 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(MOVED.get(module_name, module_name))
     except ImportError as error:
         raise ConfigError(f"{key}: module {module_name!r} cannot be imported ({error})") from error
     except (Exception, SystemExit) as error:  # whatever the user's code does while it is imported

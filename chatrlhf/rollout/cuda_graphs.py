@@ -157,6 +157,8 @@ class Graphs:
                 self._record(key, step)
         if key in self.graphs:
             self.graphs[key].replay()
+        elif self.records and self.runs[key] == WARM_UP:
+            self._step_watched(step)
         elif self.records:
             self._step_aside(step)
         else:
@@ -174,6 +176,25 @@ class Graphs:
             warnings.warn(f"decoding goes on without CUDA graphs, which could not be recorded: {error}", stacklevel=2)
             return
         self.graphs[key], self.pool = graph, graph.pool()
+
+    def _step_watched(self, step: Callable[[], None]) -> None:
+        """The last step before recording: a model that waits for the device is not recorded.
+
+        A recording that fails leaves PyTorch's random generator of the device unusable in this process (torch 2.11), so
+        waits are found before one is tried.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self._step_aside(step)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits = [str(each.message) for each in said if "synchroniz" in str(each.message)]
+        if waits:
+            self.records = False
+            warnings.warn(f"decoding goes on without CUDA graphs, because the model waits: {waits[0]}", stacklevel=2)
 
     def _step_aside(self, step: Callable[[], None]) -> None:
         """A step on a stream of its own, as recording needs it beforehand."""
@@ -204,18 +225,33 @@ def places(model: nn.Module) -> list[tuple[int, torch.dtype]]:
     return [(each.data_ptr(), each.dtype) for each in model.parameters()]
 
 
+class GraphStore:
+    """What is recorded for one engine, kept from one rollout to the next."""
+
+    def __init__(self) -> None:
+        self.held: Held | None = None
+
+    def fitting(self, model: nn.Module, slots: Slots, layers: int, width: int) -> Held:
+        """What is held where such a rollout fits in, otherwise new tensors, for which the old ones are freed first."""
+        if self.held is None or not self.held.fits(model, slots, width):
+            self.held = None
+            self.held = Held(model, slots, layers, width)
+        return self.held
+
+
 class StaticDecoding(Decoding):
     """`Decoding` by recorded steps."""
 
+    def __init__(self, store: GraphStore, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.store = store
+
     def _begin(self, slots: Slots, mask: Tensor, cache: DynamicCache, of_row: Tensor) -> None:
-        engine, refilled = self.engine, self.size < len(self.prompt_ids)
+        refilled = self.size < len(self.prompt_ids)
         # Where slots are refilled, what nobody needs is dropped once it is a block, and looked for once a block.
         spare = self.look_every + (2 * WIDTH if refilled else 0)
         width = -(-(mask.shape[1] + slots.ids.shape[1] + spare) // WIDTH) * WIDTH
-        if engine.held is None or not engine.held.fits(engine.model, slots, width):
-            engine.held = None  # what was held is let go of first
-            engine.held = Held(engine.model, slots, len(cache.layers), width)
-        held = engine.held
+        held = self.store.fitting(self.context.model, slots, len(cache.layers), width)
         self.slots = held.slots.front(len(slots))
         self.slots.put(slice(None), slots)
         self.memory, self.graphs = held.memory, held.graphs

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from chatrlhf.functional.logprobs import id_tensor, sample_by_inversion
+from chatrlhf.rollout.context import DecodeContext
 from chatrlhf.rollout.kv_cache import Memory, make_cache
 from chatrlhf.types import PromptBatch
 
 if TYPE_CHECKING:
     from transformers import Cache
-
-    from chatrlhf.rollout.engine import RolloutEngine
 
 # Rows that have ended leave, or make room for others, when this share of the slots has: to move the keys and values of
 # those that stay, or to prefill a few prompts on their own, costs something.
@@ -75,7 +74,7 @@ class Decoding:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        context: DecodeContext,
         prompts: PromptBatch,
         most: Tensor,
         fewest: Tensor,
@@ -83,13 +82,13 @@ class Decoding:
         size: int,
         device: torch.device,
     ) -> None:
-        self.engine, self.size, self.device = engine, min(size, len(prompts)), device
-        self.look_every = engine.look_every or LOOK_EVERY.get(device.type, 1)
+        self.context, self.size, self.device = context, min(size, len(prompts)), device
+        self.look_every = context.look_every or LOOK_EVERY.get(device.type, 1)
         self.prompt_ids, self.prompt_mask = prompts.input_ids.to(device), prompts.attention_mask.to(device)
         self.group_ids = prompts.group_ids.to(device)
         self.most, self.fewest = most.to(device), fewest.to(device)
         # As wide in each rollout; and one column more, where a row that has ended and waits in its slot draws.
-        rows, width = len(prompts), min(engine.limits.max_new_tokens, engine.limits.max_length)
+        rows, width = len(prompts), min(context.limits.max_new_tokens, context.limits.max_length)
         self.uniforms = torch.nn.functional.pad(uniforms, (0, width + 1 - uniforms.shape[1])).to(device)
         self.admitted = 0  # prompts that have, or had, a slot
         self.stopped_text: dict[int, str] = {}
@@ -106,7 +105,7 @@ class Decoding:
         self._draw(logits[of_row])
         # An operation then does not ask what autograd would have to know. A model that is asked itself may keep
         # something for its next forward, in an update; a direct step keeps nothing.
-        with torch.inference_mode() if self.engine.direct is not None else nullcontext():
+        with torch.inference_mode() if self.context.step is not None else nullcontext():
             while self._tidy():
                 for _ in range(self.look_every):
                     self._step()
@@ -118,16 +117,16 @@ class Decoding:
 
     def _step(self) -> None:
         """Show the model each row's newest token and draw the next one."""
-        slots, mask, direct = self.slots, self.memory.extend(), self.engine.direct
+        slots, mask, step = self.slots, self.memory.extend(), self.context.step
         positions = slots.prompt_length + slots.length - 1
-        if direct is not None:
-            self._draw(direct(slots.token, positions, mask, self.memory.cache))
+        if step is not None:
+            self._draw(step(slots.token, positions, mask, self.memory.cache))
         else:
             self._draw(self._forward(slots.token[:, None], mask, positions[:, None], self.memory.cache))
 
     def _draw(self, logits: Tensor) -> None:
         """One token of each row from its next-token logits, [n, V]. Nothing is asked of the device."""
-        slots, distribution, place = self.slots, self.engine.distribution, self.slots.length[:, None]
+        slots, distribution, place = self.slots, self.context.distribution, self.slots.length[:, None]
         logits = distribution.adjust(logits, slots.length, slots.fewest)
         tokens, logprobs = sample_by_inversion(logits, slots.uniforms.gather(1, place).squeeze(1))
         slots.token.copy_(tokens)
@@ -140,7 +139,7 @@ class Decoding:
 
     def _tidy(self) -> bool:
         """See who has ended and give their slots to others; False once nobody is left."""
-        if self.engine.stop:
+        if self.context.stop:
             self._check_stop()
         slots, waiting = self.slots, len(self.ids) - self.admitted
         left = int(slots.live.sum())
@@ -157,7 +156,7 @@ class Decoding:
                 staying = torch.argsort(slots.live, descending=True, stable=True)[:room]
                 self.slots = slots.keep(staying)
                 self.memory.keep(staying)
-        if self.engine.in_place and (making_room or self.memory.grows(self.look_every)):
+        if self.context.in_place and (making_room or self.memory.grows(self.look_every)):
             self._compact()
         return True
 
@@ -228,7 +227,7 @@ class Decoding:
 
     def _read(self, ids: Tensor, mask: Tensor) -> tuple[Tensor | None, Cache]:
         """Next-token logits of prompts, [m, P] each, and the cache that holds them."""
-        cache = make_cache(self.engine.model.config)
+        cache = make_cache(self.context.model.config)
         if not ids.shape[1]:
             return None, cache
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -236,12 +235,12 @@ class Decoding:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Next-token logits of each row, [rows, V]."""
-        kwargs = dict(self.engine.keep_last)
-        if self.engine.takes_positions:
+        kwargs = dict(self.context.keep_last)
+        if self.context.takes_positions:
             kwargs["position_ids"] = positions
         if mask.dtype == torch.bool:
             mask = mask.long()
-        output = self.engine.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
+        output = self.context.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
         return output.logits[:, -1]
 
     def _check_stop(self) -> None:
@@ -254,8 +253,8 @@ class Decoding:
                 continue
             # EOS is no part of the text.
             for end in range(self.read.get(row, 0) + 1, length + (not by_eos)):
-                text = self.engine.decode(ids[slot][:end])
-                found = [at for stop in self.engine.stop if (at := text.find(stop)) >= 0]
+                text = self.context.decode(ids[slot][:end])
+                found = [at for stop in self.context.stop if (at := text.find(stop)) >= 0]
                 if found:
                     slots.length[slot], slots.live[slot], slots.finished[slot] = end, False, True
                     self.stopped_text[row] = text[: min(found)]
@@ -272,10 +271,10 @@ class Decoding:
 
     def texts(self) -> list[str]:
         """The response texts of all rows, without EOS and stop string."""
-        eos, texts = self.engine.distribution.eos_token_ids, []
+        eos, texts = self.context.distribution.eos_token_ids, []
         for row, length in enumerate(self.lengths.tolist()):
             ids = self.ids[row, :length].tolist()
             if row not in self.stopped_text and ids[-1] in eos:
                 ids = ids[:-1]
-            texts.append(self.stopped_text.get(row, self.engine.decode(ids)))
+            texts.append(self.stopped_text.get(row, self.context.decode(ids)))
         return texts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from chatrlhf.errors import DivergedError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.loading.backbone import is_encoder_decoder
-from chatrlhf.rollout.context import Limits
-from chatrlhf.rollout.cuda_graphs import Held, StaticDecoding
+from chatrlhf.rollout.context import DecodeContext, Limits, forward_arguments
+from chatrlhf.rollout.cuda_graphs import GraphStore, StaticDecoding
 from chatrlhf.rollout.decoding import Decoding
 from chatrlhf.rollout.kv_cache import all_in_place, make_cache
 from chatrlhf.rollout.llama_cpu import DirectStep, direct_step
@@ -45,11 +44,7 @@ class RolloutEngine:
     moves_weights: bool = True  # may put them elsewhere in memory, for `direct.py`
 
     def __post_init__(self) -> None:
-        parameters = inspect.signature(self.model.forward).parameters
-        # Some families (BLOOM) derive positions from the mask and take none; a few compute all logits.
-        self.takes_positions = "position_ids" in parameters
-        self.keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self.held: Held | None = None  # what recorded steps are bound to
+        self.graphs = GraphStore()
         self.direct: DirectStep | None = None  # the model's step where it need not be asked itself
         self.paired = is_encoder_decoder(self.model.config)
         self.in_place = not self.paired and all_in_place(make_cache(self.model.config))
@@ -77,17 +72,14 @@ class RolloutEngine:
         lengths = torch.zeros(len(prompts), dtype=torch.long)
         finished = torch.zeros(len(prompts), dtype=torch.bool)
         texts: list[str] = [""] * len(prompts)
-        static = device.type == "cuda" if self.static is None else self.static
-        kind = PairedDecoding if self.paired else StaticDecoding if static and self.in_place else Decoding
-        if kind is StaticDecoding or not self.in_place or not self.moves_weights:
-            self.direct = None
-        elif self.direct is None or not self.direct.holds:
-            self.direct = direct_step(self.model)
+        static = self.in_place and (device.type == "cuda" if self.static is None else self.static)
+        context, kind = self._context(static), PairedDecoding if self.paired else Decoding
         # Prompts of one length side by side need little padding; samples of one prompt stay together.
         refills = self.in_place and size < len(prompts)
         by_length = torch.argsort(prompts.attention_mask.sum(dim=1), stable=True, descending=refills)
         for part in by_length.split(len(prompts) if refills else size):
-            decoding = kind(self, prompts.select(part), most[part], fewest[part], uniforms[part], size, device)
+            rows_of = context, prompts.select(part), most[part], fewest[part], uniforms[part], size, device
+            decoding = StaticDecoding(self.graphs, *rows_of) if static else kind(*rows_of)
             decoding.run()
             ids[part], logprobs[part] = decoding.ids[:, :width], decoding.logprobs[:, :width]
             lengths[part], finished[part] = decoding.lengths, decoding.finished
@@ -104,3 +96,23 @@ class RolloutEngine:
                 "earlier checkpoint with a lower trainer_config.actor_lr"
             )
         return Rollout(prompts, ids, mask, logprobs, finished, fewest, texts)
+
+    def _context(self, static: bool) -> DecodeContext:
+        """What this rollout's decoders read; the model's step on a CPU is made anew where its weights have moved."""
+        if static or not self.in_place or not self.moves_weights:
+            self.direct = None
+        elif self.direct is None or not self.direct.holds:
+            self.direct = direct_step(self.model)
+        takes_positions, keep_last = forward_arguments(self.model)
+        return DecodeContext(
+            model=self.model,
+            distribution=self.distribution,
+            limits=self.limits,
+            stop=self.stop,
+            decode=self.decode,
+            look_every=self.look_every,
+            takes_positions=takes_positions,
+            keep_last=keep_last,
+            in_place=self.in_place,
+            step=self.direct,
+        )

@@ -43,7 +43,7 @@ class PairedDecoding(Decoding):
     """`Decoding` where the rows' memory is of the responses alone."""
 
     def _read(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
-        model = self.engine.model
+        model = self.context.model
         ids, mask = moved_left(ids, mask)
         states = model.get_encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         # The decoder's own configuration: T5 counts its layers there.
@@ -55,7 +55,7 @@ class PairedDecoding(Decoding):
         super()._begin(slots, torch.ones_like(mask[:, :1]), cache, of_row)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: PairedCache) -> Tensor:
-        output = self.engine.model(
+        output = self.context.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=cache.states),
             attention_mask=cache.mask.long(),
             decoder_input_ids=ids,

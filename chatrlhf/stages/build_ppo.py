@@ -220,14 +220,18 @@ def _sampler(
     policy, distribution, stop = topology.policy, topology.distribution, trainer.gen_kwargs.stop
 
     if trainer.rollout_backend == "chatrlhf":
-        engine = RolloutEngine(
-            policy, distribution, limits, tokenizer.pad_token_id, encoder.reply, stop, trainer.chunk_size
+        gathered = deals_out_weights(sharding)
+        return RolloutEngine(
+            policy,
+            distribution,
+            limits,
+            tokenizer.pad_token_id,
+            encoder.reply,
+            stop,
+            trainer.chunk_size,
+            static=False if gathered else None,  # gathered weights have other addresses in each rollout
+            moves_weights=sharding is None or gathered,  # otherwise they are parts of DeepSpeed's buffers
         )
-        if deals_out_weights(sharding):
-            engine.static = False  # the weights lie elsewhere in each rollout
-        elif sharding is not None:
-            engine.moves_weights = False  # they are parts of DeepSpeed's buffers
-        return engine
     log.note("RL: vLLM samples, with random numbers of its own: a run that is resumed or repeated goes another way")
     return VllmSampler(
         policy,

@@ -171,4 +171,4 @@ def test_rows_that_have_ended_leave_and_a_stop_string_ends_one():
 def test_it_is_neither_refilled_nor_recorded():
     made = engine(t5().eval(), static=True)
     assert not made.in_place and made.generate(prompts([2, 3]), seed=0).response_ids.max() < VOCAB
-    assert made.direct is None and made.held is None
+    assert made.direct is None and made.graphs.held is None

@@ -320,6 +320,6 @@ def test_a_model_without_files_is_refused(vllm, folder):
 
 
 def test_several_processes_are_refused(vllm, folder, monkeypatch):
-    monkeypatch.setattr(vllm, "world_size", lambda: 2)
+    monkeypatch.setattr("chatrlhf.rollout.vllm.world_size", lambda: 2)
     with pytest.raises(ConfigError, match="samples for one process, got 2"):
         sampler(folder)
