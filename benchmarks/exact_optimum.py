@@ -153,17 +153,17 @@ def beta_of_kl(task: Task, kl: float) -> float:
     return math.exp((low + high) / 2)
 
 
-def measure(task: Task, topology: SeparateCritic, beta: float) -> Outcome:
+def measure(task: Task, actor_critic: SeparateCritic, beta: float) -> Outcome:
     """Judge a policy and its critic by enumeration."""
-    logprobs = response_logprobs(topology.policy, task.responses)
+    logprobs = response_logprobs(actor_critic.policy, task.responses)
     probabilities = logprobs.exp()
     reward = float((probabilities * task.rewards).sum())
     kl = float((probabilities * (logprobs - task.ref_logprobs)).sum())
     start = float((task.ref_logprobs.exp() * task.rewards).sum())
     objective = reward - beta * kl
     with torch.no_grad():
-        state = topology.critic(input_ids=torch.tensor([[BOS]])).last_hidden_state[0, 0]
-        value = float(topology.value_head(state))
+        state = actor_critic.critic(input_ids=torch.tensor([[BOS]])).last_hidden_state[0, 0]
+        value = float(actor_critic.value_head(state))
     implied = beta_of_kl(task, kl)
     return Outcome(
         gain=(objective - start) / (tilted(task, beta)[2] - start),
@@ -180,8 +180,8 @@ def make_trainer(task: Task, beta: float, seed: int, run_dir: Path, steps: int =
     distribution = SamplingDistribution(forbidden_ids=(BOS,))
     policy, critic = copy.deepcopy(task.reference), copy.deepcopy(task.reference.base_model)
     head = ScalarHead(task.reference.config.hidden_size).zero_()
-    topology = SeparateCritic(policy, critic, head, distribution)
-    groups = topology.parameter_groups(ACTOR_LR, CRITIC_LR)
+    actor_critic = SeparateCritic(policy, critic, head, distribution)
+    groups = actor_critic.parameter_groups(ACTOR_LR, CRITIC_LR)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     total = steps * EPOCHS
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / total))
@@ -192,14 +192,14 @@ def make_trainer(task: Task, beta: float, seed: int, run_dir: Path, steps: int =
         prompts=PromptSchedule([[BOS]], [""], BOS, prompts_per_step=1, samples_per_prompt=BATCH, seed=seed),
         engine=RolloutEngine(policy, distribution, Limits(LENGTH, LENGTH + 1), BOS, decode),
         scorer=Scorer(
-            topology,
+            actor_critic,
             Reference(copy.deepcopy(task.reference), distribution),
             FunctionReward(task.reward, "exact optimum"),
             RewardScaling(),
             device,
             micro_batch_size=BATCH,
         ),
-        updater=Updater(topology, optimizer, scheduler, ALGORITHMS["ppo"], settings, device),
+        updater=Updater(actor_critic, optimizer, scheduler, ALGORITHMS["ppo"], settings, device),
         algorithm=ALGORITHMS["ppo"],
         estimation=lambda coef: Estimation(kl_coef=coef, gamma=1.0, lam=0.95, whiten_advantages=True),
         kl=KLController(beta),
@@ -214,7 +214,7 @@ def run(task: Task, beta: float, seed: int, steps: int = STEPS) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(task, beta, seed, Path(folder), steps)
         trainer.train()
-    return measure(task, trainer.updater.topology, beta)
+    return measure(task, trainer.updater.actor_critic, beta)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -223,10 +223,10 @@ def make_trainer(
     device = torch.device("cpu")
     policy = copy.deepcopy(task.model)
     engine = make_engine(policy, ROLLOUT_TEMPERATURE)
-    topology = SharedTrunk(policy, ScalarHead(policy.config.n_embd).zero_(), engine.distribution)
+    actor_critic = SharedTrunk(policy, ScalarHead(policy.config.n_embd).zero_(), engine.distribution)
     reference = Reference(copy.deepcopy(task.model), engine.distribution)
-    masters = prepare_models(topology.backbones(), [reference.model], precision, device)
-    groups = topology.parameter_groups(*learning_rates)
+    masters = prepare_models(actor_critic.backbones(), [reference.model], precision, device)
+    groups = actor_critic.parameter_groups(*learning_rates)
     groups = masters.groups(groups) if masters else groups
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     decay, climb = lambda step: max(0.0, 1 - step / (steps * EPOCHS)), lambda step: (step + 1) / (WARM_UP + 1)
@@ -239,14 +239,14 @@ def make_trainer(
         prompts=PromptSchedule([[node] for node in starts], [LETTERS[node] for node in starts], EOS, ROLLOUTS, 1, seed),
         engine=engine,
         scorer=Scorer(
-            topology,
+            actor_critic,
             reference,
             FunctionReward(reward or task.graph.reward, "optimality"),
             RewardScaling(cliprange=1.0),
             device,
             micro_batch_size=ROLLOUTS,
         ),
-        updater=Updater(topology, optimizer, scheduler, ALGORITHMS["ppo"], settings, device, masters),
+        updater=Updater(actor_critic, optimizer, scheduler, ALGORITHMS["ppo"], settings, device, masters),
         algorithm=ALGORITHMS["ppo"],
         estimation=lambda coef: Estimation(kl_coef=coef, gamma=1.0, lam=1.0, whiten_advantages=False),
         kl=KLController(0.0),

@@ -75,9 +75,9 @@ def _speaks() -> bool:
     """Whether it is for this process to say why the run ends; without torch there is only one."""
     if "torch" not in sys.modules:
         return True
-    from chatrlhf.runtime.collectives import speaks_of_failure
+    from chatrlhf.runtime.collectives import claims_failure_report
 
-    return speaks_of_failure()
+    return claims_failure_report()
 
 
 def _say(text: str) -> None:

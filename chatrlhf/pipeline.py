@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,17 @@ from chatrlhf.runtime.manifest import Manifest
 from chatrlhf.runtime.output_dir import check_output_dir
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
 from chatrlhf.sharding.launch import sharding_of
-from chatrlhf.stages.context import Run
-from chatrlhf.stages.pretrain import run_pretrain
+from chatrlhf.stages.context import RunContext
 from chatrlhf.stages.resume import Resumption
-from chatrlhf.stages.reward import run_reward
-from chatrlhf.stages.rl import run_rl
-from chatrlhf.stages.sft import run_actor
 from chatrlhf.stages.sources import Sources
 
+# Imported when their stage runs: transformers' Trainer and what it brings take seconds.
+STAGE_FUNCTIONS = {
+    "PRETRAIN": "chatrlhf.stages.pretrain:run_pretrain",
+    "ACTOR": "chatrlhf.stages.sft:run_actor",
+    "REWARD": "chatrlhf.stages.reward:run_reward",
+    "RL": "chatrlhf.stages.rl:run_rl",
+}
 DAY = "day"  # of the run's start, which templates show that ask for the date; a fact of the manifest
 
 
@@ -118,14 +122,14 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
         log.warn(warning)
     for line in differences:
         log.warn(line)
-    this = Run(config, inputs, log, manifest, pick_device(), reward, resume)
+    ctx = RunContext(config, inputs, log, manifest, pick_device(), reward, resume)
     results: dict[str, StageResult] = {}
     try:
         for stage in stages:
             if stage == "REWARD" and reward is not None:
                 log.note(f"REWARD: skipped, the reward is {reward.name}")
                 continue
-            results[stage] = _run_stage(this, stage, resumption)
+            results[stage] = _run_stage(ctx, stage, resumption)
             gc.collect()
     finally:
         log.close()
@@ -140,24 +144,29 @@ def _resumption(sources: Sources, stages: list[str]) -> Resumption:
     return Resumption(sources.manifest, settings, stages, sources.made_from, sources.starts_from, sharded)
 
 
-def _run_stage(this: Run, stage: str, resumption: Resumption | None) -> StageResult:
+def _run_stage(ctx: RunContext, stage: str, resumption: Resumption | None) -> StageResult:
     """One stage, unless a resumed run has finished it already and asks for no more of it."""
     if resumption is not None and resumption.is_kept(stage):
-        this.log.note(f"{stage}: finished before, nothing is left to do, kept")
+        ctx.log.note(f"{stage}: finished before, nothing is left to do, kept")
     else:
         if resumption is not None and resumption.is_extended(stage):
-            this.log.note(f"{stage}: finished before, and asked for more: it continues from its last checkpoint")
+            ctx.log.note(f"{stage}: finished before, and asked for more: it continues from its last checkpoint")
         # Imported here, or the libraries behind it would speak before they were told to be quiet.
         from transformers import set_seed
 
         # Python's and NumPy's generators too: a user's reward function may draw from them, and what it draws must not
         # depend on which stages ran earlier in this process.
-        set_seed(this.seed(stage))
+        set_seed(ctx.seed(stage))
         with doing(stage):
-            record = {"PRETRAIN": run_pretrain, "ACTOR": run_actor, "REWARD": run_reward, "RL": run_rl}[stage](this)
-            this.manifest.finish(stage, record)
-    done = this.manifest.stages[stage]
-    return StageResult(this.dir / done["output"], Metrics(done["metrics"], this.dir / METRICS))
+            record = _stage_function(stage)(ctx)
+            ctx.manifest.finish(stage, record)
+    done = ctx.manifest.stages[stage]
+    return StageResult(ctx.dir / done["output"], Metrics(done["metrics"], ctx.dir / METRICS))
+
+
+def _stage_function(stage: str) -> Callable[[RunContext], dict[str, Any]]:
+    module, _, name = STAGE_FUNCTIONS[stage].partition(":")
+    return getattr(import_module(module), name)
 
 
 def _reward_function(config: Config, reward_fn: Callable[..., Any] | None, stages: list[str]) -> FunctionReward | None:

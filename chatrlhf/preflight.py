@@ -34,7 +34,7 @@ from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.user_functions import load_function
 from chatrlhf.rollout.vllm import require_vllm
 from chatrlhf.runtime.device import pick_device, resolve_precision, resolve_rl_precision
-from chatrlhf.sharding.launch import check_launch, rows_a_backward
+from chatrlhf.sharding.launch import check_launch, microbatching
 
 
 def check_keys_of_pairs(config: Config, stages: list[str], settings: Any) -> None:
@@ -120,11 +120,11 @@ def check_settings(
     if "RL" in stages and "REWARD" not in stages and not has_reward_fn:
         require_reward_model(run_dir / "reward", reward)
     if "PRETRAIN" in stages:
-        rows_a_backward(config.pretrain_config, "pretrain_config", ranks)
+        microbatching(config.pretrain_config, "pretrain_config", ranks)
     if "ACTOR" in stages:
-        rows_a_backward(actor, "actor_config", ranks)
+        microbatching(actor, "actor_config", ranks)
     if "REWARD" in stages and not has_reward_fn:
-        rows_a_backward(reward, "reward_config", ranks)
+        microbatching(reward, "reward_config", ranks)
     if ranks is None:
         check_launch(config, [stage for stage in stages if stage != "REWARD" or not has_reward_fn])
     _check_models(config, stages, has_reward_fn, settings_of)

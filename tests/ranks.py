@@ -15,11 +15,11 @@ from tiny import EOS, PAD, engine, llama, prompts
 
 from chatrlhf.errors import RewardError
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.rl.data_parallel import sampled_rows
+from chatrlhf.rl.data_parallel import rollout_rows
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling
@@ -47,7 +47,7 @@ CASES = {
 ROWS = 12
 
 
-def topology(kind: str) -> PolicyOnly:
+def actor_critic(kind: str) -> ActorCritic:
     policy = llama()
     torch.manual_seed(5)
     if kind == "separate":
@@ -76,11 +76,11 @@ def ppo_steps(
     In bfloat16 it is one rollout and one step: where rows are cut otherwise the products round otherwise, and steps
     carry that on.
     """
-    made = topology(kind)
+    made = actor_critic(kind)
     reference = made.reference() if kind == "frozen" else Reference(copy.deepcopy(made.policy), DISTRIBUTION)
     sampler = engine(made.policy, DISTRIBUTION, max_new_tokens=40, max_length=42)
     given = batch(samples)
-    rows = sampled_rows(given.group_ids)
+    rows = rollout_rows(given.group_ids)
     # In float32 in any case: in bfloat16 a token may depend on what is sampled beside it.
     rollout = sampler.generate(given, seed=0, rows=rows)
     masters, mixed = None, precision == "bf16"
@@ -101,7 +101,7 @@ def ppo_steps(
         updater = Updater(made, optimizer, scheduler, *rest, masters)
     found: dict[str, Any] = {}
     for step in range(1 if mixed else 2):
-        with updater.whole():
+        with updater.gathered_weights():
             if step > 0:
                 rollout = sampler.generate(given, seed=step, rows=rows)
             scored = scorer.score(rollout, rows)
@@ -132,7 +132,7 @@ def check_that_an_error_is_shared() -> None:
     except RewardError as error:
         found = str(error)
     assert collectives.gather_objects(found) == ["of rank 1"] * collectives.world_size()
-    assert collectives.largest(collectives.rank()) == collectives.world_size() - 1
+    assert collectives.all_reduce_max(collectives.rank()) == collectives.world_size() - 1
 
 
 def main() -> None:

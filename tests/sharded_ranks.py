@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from chatrlhf.rl.sharded_update import ShardedUpdater, deal_out
+from chatrlhf.rl.sharded_update import ShardedUpdater, shard_actor_critic
 from chatrlhf.runtime import collectives
-from chatrlhf.sharding.accelerate_env import DeepSpeed, Fsdp2, deals_out_weights, environment_for
+from chatrlhf.sharding.accelerate_env import DeepSpeed, Fsdp2, environment_for, shards_params
 from chatrlhf.sharding.engine import Engine
 
 CPU = torch.device("cpu")
@@ -87,8 +87,10 @@ class Dealer:
         def engine(modules: list[nn.Module], share: list[dict[str, Any]]) -> Engine:
             return self.zero(modules, share, dtype) if self.sharding != Fsdp2() else self.fsdp(modules, share, dtype)
 
-        weights = deals_out_weights(self.sharding)
-        dealt = deal_out(made, [reference.model], lambda _: None, engine, groups, weights, dtype, CPU, keep_frozen=True)
+        weights = shards_params(self.sharding)
+        dealt = shard_actor_critic(
+            made, [reference.model], lambda _: None, engine, groups, weights, dtype, CPU, keep_frozen=True
+        )
         constant = [torch.optim.lr_scheduler.ConstantLR(each.optimizer, factor=1.0) for each in dealt.engines]
         first = dealt.engines[0].optimizer
         return ShardedUpdater(dealt.trained, first, constant[0], *rest, dealt=dealt, schedulers=constant)

@@ -96,7 +96,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 def policy_of(trainer: Any) -> Any:
     """The model that a `PPOTrainer` trains."""
-    return trainer.updater.topology.policy
+    return trainer.updater.actor_critic.policy
 
 
 def reference_of(trainer: Any) -> Any:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import chatrlhf.models.actor_critic as topology
+import chatrlhf.models.actor_critic as actor_critic
 import chatrlhf.models.sequences as sequences
 import chatrlhf.rl.experience as experience
 from benchmarks.exact_optimum import BOS, MIN_GAIN, STEPS, Task, beta_of_kl, make_task, response_logprobs, run, tilted
 from chatrlhf.errors import DivergedError
 
 token_logprobs = sequences.token_logprobs
-response_logprobs_of_the_package = topology.response_logprobs
-response_states = topology.response_states
+response_logprobs_of_the_package = actor_critic.response_logprobs
+response_states = actor_critic.response_states
 gae, token_rewards = experience.gae, experience.token_rewards
 
 
@@ -136,9 +136,9 @@ MUTANTS = {
     "KL sign flipped": (experience, "token_rewards", kl_coefficient_times(-1.0)),
     "KL halved": (experience, "token_rewards", kl_coefficient_times(0.5)),
     "score on the first token": (experience, "token_rewards", score_first),
-    "log-probabilities shifted by one": (topology, "response_logprobs", shifted_logprobs),
-    "logits read one position late": (topology, "response_logits", logits_one_late),
-    "values shifted by one": (topology, "response_states", states_one_late),
+    "log-probabilities shifted by one": (actor_critic, "response_logprobs", shifted_logprobs),
+    "logits read one position late": (actor_critic, "response_logits", logits_one_late),
+    "values shifted by one": (actor_critic, "response_states", states_one_late),
     "no bootstrap": (experience, "gae", no_bootstrap),
     "returns replaced by rewards": (experience, "gae", rewards_as_returns),
 }

@@ -39,7 +39,7 @@ from transformers import (
 from chatrlhf.data.collate import pad_right, prompt_batch
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import PolicyOnly
+from chatrlhf.models.actor_critic import ActorCritic
 from chatrlhf.models.kernels import attention
 from chatrlhf.models.loading.tokenizer import train_tokenizer
 from chatrlhf.rl.experience import ALGORITHMS
@@ -304,7 +304,7 @@ def take(branch: str, monkeypatch) -> None:
     if branch == "beyond short":
         monkeypatch.setattr(attention, "SHORT", 4)
     if branch == "as on a GPU":
-        monkeypatch.setattr(attention, "BY_PRODUCTS", set())
+        monkeypatch.setattr(attention, "MATMUL_DEVICES", set())
 
 
 def tokenizer(vocab: int = 270, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
@@ -324,13 +324,13 @@ def said(encoder: Encoder, users: list[str], replies: list[str], finished: bool 
     return Rollout(batch, ids, mask, torch.zeros(mask.shape), flags, fewest, list(replies))
 
 
-def updater(topology: PolicyOnly, algorithm: str = "ppo", lr: float = 0.0, masters=None, **settings) -> Updater:
+def updater(actor_critic: ActorCritic, algorithm: str = "ppo", lr: float = 0.0, masters=None, **settings) -> Updater:
     """An updater with plain gradient descent."""
-    groups = topology.parameter_groups(lr, lr)
+    groups = actor_critic.parameter_groups(lr, lr)
     optimizer = torch.optim.SGD(masters.groups(groups) if masters else groups, lr=lr)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     settings = UpdateSettings(**dict(epochs=1, batch_size=8, micro_batch_size=8) | settings)
-    return Updater(topology, optimizer, scheduler, ALGORITHMS[algorithm], settings, torch.device("cpu"), masters)
+    return Updater(actor_critic, optimizer, scheduler, ALGORITHMS[algorithm], settings, torch.device("cpu"), masters)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

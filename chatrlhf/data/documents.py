@@ -10,8 +10,8 @@ from chatrlhf.config.datasets import DatasetEntry
 from chatrlhf.config.load import resolve_path
 from chatrlhf.config.schema import Config
 from chatrlhf.data.epochs import Epochs
-from chatrlhf.data.mixture import Ingredient, mix
-from chatrlhf.data.mixture_entries import ingredient
+from chatrlhf.data.mixture import MixtureEntry, mix
+from chatrlhf.data.mixture_entries import mixture_entry
 from chatrlhf.data.stage_rows import PlainText, plain_texts
 from chatrlhf.errors import ConfigError
 from chatrlhf.runtime.file_hash import sha256_of
@@ -69,7 +69,7 @@ def read_documents(config: Config, notes: list[str]) -> Documents:
     """
     section = config.pretrain_config
     share = 0.0 if section.validation_dataset_path else section.validation_fraction
-    made = ingredients(config, share)
+    made = entries(config, share)
     if not made:
         raise ConfigError(f"{SECTION}.train_dataset_path: no file is named; give the path of a text or JSONL file")
 
@@ -90,20 +90,20 @@ def read_documents(config: Config, notes: list[str]) -> Documents:
     return Documents(train, held_out, files, mixture.epochs)
 
 
-def ingredients(config: Config, held_out_share: float) -> list[tuple[Ingredient, list[Path]]]:
+def entries(config: Config, held_out_share: float) -> list[tuple[MixtureEntry, list[Path]]]:
     """The stage's datasets, or its one file, and the files they lie in; none where none is named."""
     section = config.pretrain_config
     if section.train_dataset_path is not None:
         made, path = _own(config, "train_dataset_path", section.train_dataset_path, held_out_share)
         return [(made, [path])]
     return [
-        ingredient(entry, config, f"{SECTION}.datasets.{i}", plain_texts, held_out_share, MOST_HELD_OUT)
+        mixture_entry(entry, config, f"{SECTION}.datasets.{i}", plain_texts, held_out_share, MOST_HELD_OUT)
         for i, entry in enumerate(section.datasets)
     ]
 
 
-def _own(config: Config, key: str, value: str, held_out_share: float) -> tuple[Ingredient, Path]:
+def _own(config: Config, key: str, value: str, held_out_share: float) -> tuple[MixtureEntry, Path]:
     path = resolve_path(config, f"{SECTION}.{key}", value)
     entry = DatasetEntry(name=str(path.resolve()))
-    made, _ = ingredient(entry, config, f"{SECTION}.{key}", plain_texts, held_out_share, MOST_HELD_OUT)
+    made, _ = mixture_entry(entry, config, f"{SECTION}.{key}", plain_texts, held_out_share, MOST_HELD_OUT)
     return replace(made, name=value), path

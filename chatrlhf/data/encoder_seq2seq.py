@@ -13,7 +13,7 @@ from chatrlhf.data.templates import Template
 from chatrlhf.errors import DataError
 
 
-class PairEncoder(Encoder):
+class Seq2SeqEncoder(Encoder):
     """A prompt is closed as its tokenizer closes any text (T5: by EOS), since its reply does not follow it.
 
     ``max_length`` bounds prompt and reply together, as in an `Encoder`.

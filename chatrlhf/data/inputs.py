@@ -17,8 +17,8 @@ from chatrlhf.conversation import Conversation
 from chatrlhf.data import documents, stage_rows
 from chatrlhf.data.documents import Documents, read_documents
 from chatrlhf.data.epochs import Epochs
-from chatrlhf.data.mixture import Ingredient, mix
-from chatrlhf.data.mixture_entries import ingredient
+from chatrlhf.data.mixture import MixtureEntry, mix
+from chatrlhf.data.mixture_entries import mixture_entry
 from chatrlhf.data.records import ADVISED_ROWS, StageRows, actor_rows, prompt_rows, read_stage, reward_rows
 from chatrlhf.data.sources import LeftOut
 from chatrlhf.errors import ConfigError, DataError
@@ -137,7 +137,7 @@ def corpus(config: Config) -> list[str]:
         except (ConfigError, DataError):
             continue  # a file of a stage that does not run may be missing or unfinished
     with suppress(ConfigError, DataError):
-        for made, _ in documents.ingredients(config, 0.0):
+        for made, _ in documents.entries(config, 0.0):
             plain = (text for record in _first_records(made) for text in stage_rows.texts_of(record))
             texts += beginning(plain, CORPUS_CHARACTERS)
     return texts
@@ -152,7 +152,7 @@ def beginning(texts: Iterable[str], most: int) -> Iterator[str]:
             return
 
 
-def _first_records(made: Ingredient) -> Iterator[Conversation]:
+def _first_records(made: MixtureEntry) -> Iterator[Conversation]:
     """Those of a dataset's first rows."""
     for place in range(min(len(made.rows), CORPUS_ROWS)):
         yield from (each for each in made.convert(made.rows[place]) if not isinstance(each, LeftOut))
@@ -249,12 +249,12 @@ def _draws(config: Config, reader: Reader) -> Callable[[int], int]:
 
 def _ingredients(
     config: Config, reader: Reader, draw: Callable[[Conversation], list[Any]]
-) -> list[tuple[Ingredient, list[Path]]]:
+) -> list[tuple[MixtureEntry, list[Path]]]:
     section = getattr(config, reader.section)
     # A file of held-out rows takes the place of those that would be held out here.
     share = 0.0 if getattr(section, reader.held_out_key) else section.validation_fraction
     return [
-        ingredient(entry, config, f"{reader.section}.datasets.{i}", draw, share, MOST_HELD_OUT[reader.kind])
+        mixture_entry(entry, config, f"{reader.section}.datasets.{i}", draw, share, MOST_HELD_OUT[reader.kind])
         for i, entry in enumerate(section.datasets)
     ]
 

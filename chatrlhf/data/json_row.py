@@ -17,7 +17,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 
 
-class HalfCharacter(DataError):
+class LoneSurrogate(DataError):
     """A text that cannot be written as UTF-8."""
 
 
@@ -39,7 +39,7 @@ class Row:
         try:
             value.encode()
         except UnicodeEncodeError as error:  # half of an emoji, where a program cut the text in the middle
-            raise HalfCharacter(
+            raise LoneSurrogate(
                 f"{self.place}, field {field!r}: character {error.start + 1} is half of a surrogate pair, which is no "
                 "text; correct or remove it"
             ) from None

@@ -25,7 +25,7 @@ from chatrlhf.errors import DataError
 
 
 @dataclass(frozen=True)
-class Ingredient:
+class MixtureEntry:
     """A dataset of a mixture, before anything is drawn from it."""
 
     name: str
@@ -56,7 +56,7 @@ class Ingredient:
                 made.append(record)
                 continue
             try:
-                told = self._told(record)
+                told = self._progress(record)
                 told = replace(told, prompt=replace(told.prompt, place=self.rows[index].place))
                 rows = [piece for row in self.draw(told) for piece in self._pieces(row)]
             except DataError as error:
@@ -64,7 +64,7 @@ class Ingredient:
             made += [(row, record) for row in rows] or [LeftOut("records without use for this stage")]
         return made
 
-    def _told(self, record: Conversation) -> Conversation:
+    def _progress(self, record: Conversation) -> Conversation:
         """The record, some without their narrative: which, follows from what they say, whenever they are read."""
         if not self.drop_narrative or digest(repr(record.prompt)) >= self.drop_narrative * 2**64:
             return record
@@ -124,7 +124,7 @@ class Mixture:
 
 
 def mix(
-    ingredients: Sequence[Ingredient],
+    entries: Sequence[MixtureEntry],
     seed: int,
     deduplicate: bool = True,
     draws: Callable[[int], int] = lambda rows: 1,
@@ -139,48 +139,48 @@ def mix(
         DataError: a row is not of its dataset, or nothing is left of one.
     """
     index, shares = _Index(), []
-    for number, ingredient in enumerate(ingredients):
-        shares.append(Share(ingredient.name))
-        index.read(number, ingredient, shares[-1])
+    for number, entry in enumerate(entries):
+        shares.append(Share(entry.name))
+        index.read(number, entry, shares[-1])
     of, content, group, prompt = index.arrays()
     keep = np.ones(len(of), dtype=bool)
     if deduplicate:
         keep[:] = False
         keep[np.unique(content, return_index=True)[1]] = True
     held_out = np.zeros(len(of), dtype=bool)
-    for number, ingredient in enumerate(ingredients):
+    for number, entry in enumerate(entries):
         mine = np.flatnonzero((of == number) & keep)
         shares[number].repeated += int(((of == number) & ~keep).sum())
-        held_out[mine] = _held_out(group[mine], ingredient, seed)
+        held_out[mine] = _held_out(group[mine], entry, seed)
         shares[number].held_out = int(held_out[mine].sum())
     shared = keep & ~held_out & (np.isin(group, group[held_out]) | np.isin(prompt, prompt[held_out]))
     orders = []
-    for number, ingredient in enumerate(ingredients):
+    for number, entry in enumerate(entries):
         mine = np.flatnonzero((of == number) & keep & ~held_out & ~shared)
         orders.append(mine[np.argsort(_scrambled(content[mine], seed + 1), kind="stable")])
         share = shares[number]
-        share.available, share.train = len(mine), len(_taken(orders[-1], ingredient, 0))
+        share.available, share.train = len(mine), len(_consumed(orders[-1], entry, 0))
         share.also_held_out = int(((of == number) & shared).sum())
         if not share.train:
             reasons = share.reasons() or "it has no rows"
-            raise DataError(f"datasets: nothing of {ingredient.name} is left to train on ({reasons})")
-    epochs = _epochs(orders, ingredients, seed, draws)
+            raise DataError(f"datasets: nothing of {entry.name} is left to train on ({reasons})")
+    epochs = _epochs(orders, entries, seed, draws)
     train = np.unique(np.concatenate(epochs))
     for number, share in enumerate(shares):
         share.later = int((of[np.setdiff1d(train, epochs[0])] == number).sum())
     return Mixture(
-        index.rows(ingredients, train),
+        index.rows(entries, train),
         Epochs(tuple(np.searchsorted(train, rows) for rows in epochs)),
-        index.rows(ingredients, np.flatnonzero(held_out)),
+        index.rows(entries, np.flatnonzero(held_out)),
         shares,
     )
 
 
-def _held_out(group: NDArray[np.uint64], ingredient: Ingredient, seed: int) -> NDArray[np.bool_]:
+def _held_out(group: NDArray[np.uint64], entry: MixtureEntry, seed: int) -> NDArray[np.bool_]:
     """Which rows are held out: whole groups, in an order that the seed draws, up to the number wanted."""
-    wanted = round(ingredient.held_out_share * len(group))
-    if ingredient.held_out_most is not None:
-        wanted = min(wanted, ingredient.held_out_most)
+    wanted = round(entry.held_out_share * len(group))
+    if entry.held_out_most is not None:
+        wanted = min(wanted, entry.held_out_most)
     groups, member_of, sizes = np.unique(group, return_inverse=True, return_counts=True)
     chosen, count, left = np.zeros(len(groups), dtype=bool), 0, len(groups)
     for number in np.argsort(_scrambled(groups, seed)):
@@ -194,12 +194,12 @@ def _held_out(group: NDArray[np.uint64], ingredient: Ingredient, seed: int) -> N
 
 
 def _epochs(
-    orders: list[NDArray[np.int64]], ingredients: Sequence[Ingredient], seed: int, draws: Callable[[int], int]
+    orders: list[NDArray[np.int64]], entries: Sequence[MixtureEntry], seed: int, draws: Callable[[int], int]
 ) -> list[NDArray[np.int64]]:
     """The rows of each epoch, shuffled; of one, where all would see the same."""
 
     def of(epoch: int) -> NDArray[np.int64]:
-        return np.concatenate([_taken(order, each, epoch) for order, each in zip(orders, ingredients, strict=True)])
+        return np.concatenate([_consumed(order, each, epoch) for order, each in zip(orders, entries, strict=True)])
 
     first = of(0)
     differ = not np.array_equal(np.sort(first), np.sort(of(1)))
@@ -207,23 +207,23 @@ def _epochs(
     return [shuffle(of(epoch)) for epoch in range(draws(len(first)) if differ else 1)]
 
 
-def _taken(order: NDArray[np.int64], ingredient: Ingredient, epoch: int) -> NDArray[np.int64]:
+def _consumed(order: NDArray[np.int64], entry: MixtureEntry, epoch: int) -> NDArray[np.int64]:
     """The rows of one dataset that an epoch sees, some of them more than once.
 
     An epoch goes on in ``order`` where the one before it stopped, and begins again at its end: no epoch sees rows of an
     earlier one before all have been seen, and in the long run all are seen equally often.
     """
-    number = round(ingredient.fraction * len(order))
-    if ingredient.size is not None:
-        number = min(number, ingredient.size)
-    whole, rest = divmod(round(ingredient.weight * number), max(number, 1))
+    number = round(entry.fraction * len(order))
+    if entry.size is not None:
+        number = min(number, entry.size)
+    whole, rest = divmod(round(entry.weight * number), max(number, 1))
     if whole == 0:
-        return _stretch(order, epoch, rest)
-    drawn = _stretch(order, epoch, number)
-    return np.concatenate([*[drawn] * whole, _stretch(drawn, epoch, rest)])
+        return _shuffle_block(order, epoch, rest)
+    drawn = _shuffle_block(order, epoch, number)
+    return np.concatenate([*[drawn] * whole, _shuffle_block(drawn, epoch, rest)])
 
 
-def _stretch(order: NDArray[np.int64], epoch: int, length: int) -> NDArray[np.int64]:
+def _shuffle_block(order: NDArray[np.int64], epoch: int, length: int) -> NDArray[np.int64]:
     return order[(epoch * length + np.arange(length)) % max(len(order), 1)]
 
 
@@ -234,17 +234,17 @@ class _Index:
         self.of, self.row, self.part = array("B"), array("q"), array("l")
         self.content, self.group, self.prompt = array("Q"), array("Q"), array("Q")
 
-    def read(self, number: int, ingredient: Ingredient, share: Share) -> None:
+    def read(self, number: int, entry: MixtureEntry, share: Share) -> None:
         seen: set[Hashable] = set()
         of_prompt: Counter[int] = Counter()
-        for place in range(len(ingredient.rows)):
-            if ingredient.key is not None:
-                if (key := ingredient.key(ingredient.rows[place])) in seen:
+        for place in range(len(entry.rows)):
+            if entry.key is not None:
+                if (key := entry.key(entry.rows[place])) in seen:
                     share.repeated += 1
                     continue
                 seen.add(key)
             part = 0
-            for made in ingredient.drawn(place):
+            for made in entry.drawn(place):
                 if isinstance(made, LeftOut):
                     share.left_out[made.reason] += 1
                     continue
@@ -252,8 +252,8 @@ class _Index:
                 # Of a plain text, which has no prompt, all pieces belong together.
                 prompt = repr(record.prompt) if record.text is None else record.text
                 of_prompt[digest(prompt)] += 1
-                if ingredient.most_per_prompt and of_prompt[digest(prompt)] > ingredient.most_per_prompt:
-                    share.left_out[f"more than {ingredient.most_per_prompt} of one prompt"] += 1
+                if entry.most_per_prompt and of_prompt[digest(prompt)] > entry.most_per_prompt:
+                    share.left_out[f"more than {entry.most_per_prompt} of one prompt"] += 1
                     part += 1
                     continue
                 own_group = (record.provenance.dataset, record.provenance.group)
@@ -270,10 +270,10 @@ class _Index:
         digests = (np.frombuffer(each, dtype=np.uint64) for each in (self.content, self.group, self.prompt))
         return np.frombuffer(self.of, dtype=np.uint8), *digests
 
-    def rows(self, ingredients: Sequence[Ingredient], chosen: NDArray[np.int64]) -> MixedRows:
+    def rows(self, entries: Sequence[MixtureEntry], chosen: NDArray[np.int64]) -> MixedRows:
         part = np.frombuffer(self.part, dtype=f"i{self.part.itemsize}")
         return MixedRows(
-            ingredients,
+            entries,
             np.frombuffer(self.of, dtype=np.uint8)[chosen],
             np.frombuffer(self.row, dtype=np.int64)[chosen],
             part[chosen],
@@ -283,8 +283,8 @@ class _Index:
 class MixedRows(Sequence[Any]):
     """Rows of several datasets, each read when it is asked for."""
 
-    def __init__(self, ingredients: Sequence[Ingredient], of: Any, row: Any, part: Any) -> None:
-        self.ingredients, self.of, self.row, self.part = ingredients, of, row, part
+    def __init__(self, entries: Sequence[MixtureEntry], of: Any, row: Any, part: Any) -> None:
+        self.entries, self.of, self.row, self.part = entries, of, row, part
 
     def __len__(self) -> int:
         return len(self.of)
@@ -292,7 +292,7 @@ class MixedRows(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        made = self.ingredients[self.of[index]].drawn(int(self.row[index]))
+        made = self.entries[self.of[index]].drawn(int(self.row[index]))
         return [row for row in made if not isinstance(row, LeftOut)][self.part[index]][0]
 
 

@@ -15,7 +15,7 @@ from chatrlhf.conversation import Conversation
 from chatrlhf.data.files import open_rows
 from chatrlhf.data.hub import Joined, files_of, hub_rows
 from chatrlhf.data.json_row import Row, names_of
-from chatrlhf.data.mixture import Ingredient
+from chatrlhf.data.mixture import MixtureEntry
 from chatrlhf.data.records import from_json
 from chatrlhf.data.sources import Source
 from chatrlhf.data.sources.catalogue import SOURCES
@@ -33,9 +33,9 @@ ALSO_KNOWN_AS = {
 Draw = Callable[[Conversation], list[Any]]
 
 
-def ingredient(
+def mixture_entry(
     entry: DatasetEntry, config: Config, key: str, draw: Draw, held_out_share: float, held_out_most: int
-) -> tuple[Ingredient, list[Path]]:
+) -> tuple[MixtureEntry, list[Path]]:
     """A dataset of a mixture, and the files it lies in.
 
     Args:
@@ -50,7 +50,7 @@ def ingredient(
     name = entry.name.upper().replace("-", "_")
     source = SOURCES.get(ALSO_KNOWN_AS.get(name, name))
     rows, files = _public(entry, source, config, key) if source else _own(entry, config, key)
-    made = Ingredient(
+    made = MixtureEntry(
         name=entry.name,
         rows=rows,
         convert=partial(source.records, lang=entry.lang) if source else _from_columns(entry.columns),

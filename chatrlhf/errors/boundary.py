@@ -32,7 +32,7 @@ ASK_FOR_REPORT = (
     "configuration"
 )
 MOST_OF_PATH = 240  # characters in a message
-PACKAGE = str(Path(__file__).parent) + os.sep
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
 LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib"))
 
 # Errors that are never this package's fault. Those of other packages stand by name, because `--help` imports none of

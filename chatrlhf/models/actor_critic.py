@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.kernels.packing import packs
+from chatrlhf.models.kernels.packing import supports_packing
 from chatrlhf.models.loading.backbone import backbone_of
 from chatrlhf.models.loading.lora import backbone_with_adapters
 from chatrlhf.models.reference import Reference, reference_of
@@ -26,7 +26,7 @@ from chatrlhf.models.sequences import (
     response_states,
 )
 from chatrlhf.models.sequences_seq2seq import sequences_for
-from chatrlhf.runtime.cpu_parallel import side_by_side
+from chatrlhf.runtime.cpu_parallel import run_in_parallel
 
 
 @dataclass
@@ -36,10 +36,10 @@ class Evaluation:
     logprobs: Tensor
     values: Tensor | None
     entropy: Tensor | None
-    seam: Seam | None = None  # where the log-probabilities' backward stops
+    detach_point: DetachPoint | None = None  # where the log-probabilities' backward stops
 
 
-class Seam:
+class DetachPoint:
     """A place between a policy's trunk and its head at which a backward stops, to be taken up again.
 
     The trunk's can run beside a critic's then (`lanes.py`). The head, over a whole vocabulary, has no counterpart in a
@@ -64,8 +64,8 @@ class Part:
     evaluate: Callable[[Sequences, bool], dict[str, Tensor]]  # some of `Evaluation`'s fields
 
 
-class PolicyOnly(nn.Module):
-    """A policy without a value function (RLOO, GRPO); the base of the other topologies."""
+class ActorCritic(nn.Module):
+    """What PPO trains: a policy, and in a subclass where its values come from."""
 
     def __init__(self, policy: nn.Module, distribution: SamplingDistribution) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class PolicyOnly(nn.Module):
         # Dropout would make the ratio of a fresh policy differ from 1. No mode is ever switched back.
         self.eval()
 
-    def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False, detach_point: bool = False) -> Evaluation:
         """Log-probabilities of the sampled tokens, values before each, and entropies where asked for.
 
         Args:
@@ -100,9 +100,9 @@ class PolicyOnly(nn.Module):
         return [self.policy]
 
     @property
-    def packs(self) -> bool:
+    def supports_packing(self) -> bool:
         """Whether rows cost their own tokens and no padding, in all of the models."""
-        return all(packs(backbone.base_model) for backbone in self.backbones())
+        return all(supports_packing(backbone.base_model) for backbone in self.backbones())
 
     @property
     def critic_is_apart(self) -> bool:
@@ -127,7 +127,11 @@ class PolicyOnly(nn.Module):
         return [{"params": _trainable(self.policy), "lr": actor_lr}]
 
 
-class SeparateCritic(PolicyOnly):
+class PolicyOnly(ActorCritic):
+    """A policy without a value function (RLOO, GRPO)."""
+
+
+class SeparateCritic(ActorCritic):
     """A critic with a backbone of its own."""
 
     def __init__(
@@ -141,18 +145,18 @@ class SeparateCritic(PolicyOnly):
         """V before each response token, [B, R]."""
         return sequences.spread(self.value_head(response_states(self.critic, sequences)))
 
-    def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False, detach_point: bool = False) -> Evaluation:
         def values() -> Tensor:
             return self.values(sequences)
 
         device = sequences.input_ids.device
         if not head_is_plain(self.policy):
-            evaluation, evaluation.values = side_by_side(
-                lambda: PolicyOnly.evaluate(self, sequences, with_entropy), values, device
+            evaluation, evaluation.values = run_in_parallel(
+                lambda: ActorCritic.evaluate(self, sequences, with_entropy), values, device
             )
             return evaluation
-        states, read = side_by_side(lambda: response_states(backbone_of(self.policy), sequences), values, device)
-        stop = Seam(states) if seam else None
+        states, read = run_in_parallel(lambda: response_states(backbone_of(self.policy), sequences), values, device)
+        stop = DetachPoint(states) if detach_point else None
         logits = response_logits(self.policy, sequences, stop.above if stop else states)
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)
         return Evaluation(logprobs, read, entropy, stop)
@@ -183,7 +187,7 @@ class SeparateCritic(PolicyOnly):
         return [*super().parameter_groups(actor_lr, critic_lr), {"params": critic, "lr": critic_lr}]
 
 
-class SharedTrunk(PolicyOnly):
+class SharedTrunk(ActorCritic):
     """A value head on the policy's own last hidden states; one forward gives both."""
 
     def __init__(self, policy: nn.Module, value_head: ScalarHead, distribution: SamplingDistribution) -> None:
@@ -191,7 +195,7 @@ class SharedTrunk(PolicyOnly):
         self.value_head = value_head
         self.eval()
 
-    def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False, detach_point: bool = False) -> Evaluation:
         states = response_states(backbone_of(self.policy), sequences)
         # Where the head is not plain, the model is run whole a second time: correct first.
         reusable = states if head_is_plain(self.policy) else None

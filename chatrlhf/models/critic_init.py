@@ -10,7 +10,7 @@ from torch import nn
 from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import CriticConfig
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.loading.backbone import backbone_of, is_encoder_decoder
 from chatrlhf.models.loading.lora import backbone_with_adapters, has_adapters, where
@@ -21,7 +21,7 @@ from chatrlhf.models.reward_model import RewardScorer, is_reward_model, load_rew
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import is_causal
 from chatrlhf.models.trained_heads import classifier_scorer
-from chatrlhf.models.weight_sharing import sharing_copy, trained_by_adapters, whole_copy
+from chatrlhf.models.weight_sharing import copy_sharing_frozen, merged_copy, with_lora
 
 ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
 
@@ -37,7 +37,7 @@ def make_topology(
     unfrozen: int = ALL_BLOCKS,
     adapters: PeftConfig | None = None,
     base: str = "",
-) -> tuple[PolicyOnly, str]:
+) -> tuple[ActorCritic, str]:
     """The topology that the configuration asks for, and one line that says where the critic starts from.
 
     A critic starts from the reward model only where that is causal, of the policy's kind and has its
@@ -74,7 +74,7 @@ def _with_critic(
     reward_name: str | None,
     adapters: PeftConfig | None,
     base: str,
-) -> tuple[PolicyOnly, str]:
+) -> tuple[ActorCritic, str]:
     """The policy and its value function, and where that starts from."""
     if not needs_critic:
         return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
@@ -104,14 +104,14 @@ def _with_critic(
     if adapters is not None:
         if named:
             backbone.requires_grad_(False)  # nobody else has it: it need not be copied
-        critic = trained_by_adapters(backbone, adapters, base)
+        critic = with_lora(backbone, adapters, base)
         line += ", trained by adapters"
     elif named and not has_adapters(backbone):
         critic = backbone
     elif backbone is backbone_of(policy) and not has_adapters(policy):
-        critic = sharing_copy(backbone)
+        critic = copy_sharing_frozen(backbone)
     else:
-        critic = whole_copy(backbone)
+        critic = merged_copy(backbone)
     return SeparateCritic(policy, critic, head, distribution), f"critic: {line}"
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.encoder import Encoder
-from chatrlhf.data.encoder_seq2seq import PairEncoder
+from chatrlhf.data.encoder_seq2seq import Seq2SeqEncoder
 from chatrlhf.data.templates import Template, reward_template
 from chatrlhf.errors import ConfigError
-from chatrlhf.models.loading.adapter_loading import go_on_with_adapters
+from chatrlhf.models.loading.adapter_loading import continue_adapters
 from chatrlhf.models.loading.backbone import backbone_of, is_encoder_decoder
 from chatrlhf.models.loading.lora import (
     add_adapters,
@@ -107,7 +107,7 @@ def load_policy(
     if apart and base_of(str(folder)) is not None:
         bits = quantization_of(section, precision, "actor_config") if section and precision else {}
         model = ready_for_adapters(load_base_model(str(folder), key, as_held(section), bits))
-        go_on_with_adapters(model, folder)
+        continue_adapters(model, folder)
     else:
         model = load_language_model(str(folder), key, as_held(section))
         if section is not None:
@@ -196,7 +196,7 @@ def require_reward_model(folder: Path, config: RewardConfig) -> Path:
 
 def encoder_class(config: Any) -> type[Encoder]:
     """What encodes the rows of an actor of this configuration."""
-    return PairEncoder if is_encoder_decoder(config) else Encoder
+    return Seq2SeqEncoder if is_encoder_decoder(config) else Encoder
 
 
 def block_count(config: ActorConfig, settings_of: Callable[..., Any] = read_model_config) -> int:
@@ -239,5 +239,5 @@ def _actor_backbone(
     if adapters is None or base_of(place) is None:
         return load_backbone(place, key, section, bits)
     policy = ready_for_adapters(load_base_model(place, key, section, bits), reward.gradient_checkpointing)
-    go_on_with_adapters(policy, Path(place))
+    continue_adapters(policy, Path(place))
     return backbone_with_adapters(policy)

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import Evaluation, PolicyOnly
+from chatrlhf.models.actor_critic import ActorCritic, Evaluation
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, head_is_plain, laid_out
-from chatrlhf.models.weight_sharing import sharing_copy
+from chatrlhf.models.weight_sharing import copy_sharing_frozen
 
 KEY = "trainer_config.num_layers_unfrozen"
 
 
-class Cut:
+class SplitModel:
     """A causal transformers model cut in front of its top blocks.
 
     No family has code of its own here. For the time of a forward the blocks of one side are replaced by stand-ins
@@ -39,12 +39,12 @@ class Cut:
         refuse_more_than(unfrozen, len(self.blocks))
         kind = type(self.backbone).__name__
         self.first = len(self.blocks) - unfrozen
-        self.entry = _Entry(self.blocks[self.first])
-        self.tap = _Tap(self.blocks[self.first])
+        self.entry = _InjectHidden(self.blocks[self.first])
+        self.tap = _CaptureInput(self.blocks[self.first])
         whole = list(self.blocks)
         below, above = whole[: self.first], whole[self.first + 1 :]
-        self.upper = _named([*map(_Skip, below), self.entry, *above])
-        self.lower = _named([*below, self.tap, *map(_Skip, above)])
+        self.upper = _named([*map(_PassThrough, below), self.entry, *above])
+        self.lower = _named([*below, self.tap, *map(_PassThrough, above)])
         if not self._is_exact():
             raise ConfigError(
                 f"{KEY}: {unfrozen} cannot be had for a {model.config.model_type}: its top blocks ({kind}) need more "
@@ -97,7 +97,7 @@ class Cut:
             whole = self.backbone(input_ids=ids, use_cache=False).last_hidden_state.float()
             hook.remove()
             for stand_in in (*self.upper.values(), *self.lower.values()):
-                if isinstance(stand_in, _Skip):
+                if isinstance(stand_in, _PassThrough):
                     stand_in.returns = len(returned[0]) if isinstance(returned[0], tuple) else 0
             states = self.states(ids)
             with self.entering(states):
@@ -105,19 +105,21 @@ class Cut:
         return torch.allclose(cut, whole, rtol=1e-4, atol=1e-5)
 
 
-class FrozenTrunk(PolicyOnly):
+class FrozenTrunk(ActorCritic):
     """Another topology, evaluated from captured states.
 
     Its critic takes part where it stands on the same frozen blocks: as a head on the policy, or as a copy of it. One
     with blocks of its own (a reward model) reads the ids.
     """
 
-    def __init__(self, inner: PolicyOnly, unfrozen: int) -> None:
+    def __init__(self, inner: ActorCritic, unfrozen: int) -> None:
         nn.Module.__init__(self)
         self.inner = inner
         self.unfrozen = unfrozen
         head_is_plain(inner.policy)  # answered while the model is whole
-        own, *others = (Cut(each, unfrozen) for each in inner.backbones() if _on_trunk(each, inner.policy, unfrozen))
+        own, *others = (
+            SplitModel(each, unfrozen) for each in inner.backbones() if _on_trunk(each, inner.policy, unfrozen)
+        )
         self.cuts = [own, *others]
 
     @property
@@ -131,14 +133,14 @@ class FrozenTrunk(PolicyOnly):
     def trunk_states(self, sequences: Sequences) -> Tensor:
         return self.cuts[0].states(sequences.input_ids)
 
-    def evaluate(self, sequences: Sequences, with_entropy: bool = False, seam: bool = False) -> Evaluation:
+    def evaluate(self, sequences: Sequences, with_entropy: bool = False, detach_point: bool = False) -> Evaluation:
         states = sequences.trunk_states
         if states is None:
             states = self.trunk_states(sequences)
         with ExitStack() as stack:
             for cut in self.cuts:
                 stack.enter_context(cut.entering(laid_out(states, cut.backbone, sequences)))
-            return self.inner.evaluate(sequences, with_entropy, seam)
+            return self.inner.evaluate(sequences, with_entropy, detach_point)
 
     def reference(self) -> Reference:
         return BranchReference(self.policy, self.distribution, self.unfrozen)
@@ -162,8 +164,8 @@ class BranchReference(Reference):
 
     def __init__(self, policy: nn.Module, distribution: SamplingDistribution, unfrozen: int) -> None:
         head_is_plain(policy)
-        super().__init__(sharing_copy(policy), distribution)
-        self.cut = Cut(self.model, unfrozen)
+        super().__init__(copy_sharing_frozen(policy), distribution)
+        self.cut = SplitModel(self.model, unfrozen)
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences) -> Tensor:
@@ -176,7 +178,7 @@ class BranchReference(Reference):
 
 def freeze_trunk(policy: nn.Module, unfrozen: int) -> None:
     """Leave only a policy's top blocks trainable; before a critic is copied from it, so that both share the rest."""
-    Cut(policy, unfrozen).freeze()
+    SplitModel(policy, unfrozen).freeze()
 
 
 def refuse_more_than(unfrozen: int, blocks: int) -> None:
@@ -188,7 +190,7 @@ def refuse_more_than(unfrozen: int, blocks: int) -> None:
         )
 
 
-class _Skip(nn.Module):
+class _PassThrough(nn.Module):
     """Stands in for a block and passes its input on; ``returns`` is the length of the tuple the block gives, or 0."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -208,7 +210,7 @@ class _Skip(nn.Module):
             return getattr(self.__dict__["original"][0], name)
 
 
-class _Tap(_Skip):
+class _CaptureInput(_PassThrough):
     """Keeps what would have entered the block."""
 
     seen: Tensor | None = None
@@ -218,7 +220,7 @@ class _Tap(_Skip):
         return super().forward(*args, **kwargs)
 
 
-class _Entry(_Skip):
+class _InjectHidden(_PassThrough):
     """The block itself, given captured states in the place of its input."""
 
     states: Tensor | None = None

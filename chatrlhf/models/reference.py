@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.sequences import Sequences, response_logits, response_logprobs
-from chatrlhf.models.weight_sharing import sharing_copy
+from chatrlhf.models.weight_sharing import copy_sharing_frozen
 
 
 class Reference:
@@ -29,4 +29,4 @@ def reference_of(policy: nn.Module, distribution: SamplingDistribution) -> Refer
     Of a policy with adapters that is the policy with those it has now: without them it would be their base, which is
     not what fine-tuning has made.
     """
-    return Reference(sharing_copy(policy), distribution)
+    return Reference(copy_sharing_frozen(policy), distribution)

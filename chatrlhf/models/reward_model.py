@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import pad_right
 from chatrlhf.data.encoder import Encoder
-from chatrlhf.data.encoder_seq2seq import PairEncoder
+from chatrlhf.data.encoder_seq2seq import Seq2SeqEncoder
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.data.text_pairs import TextPairEncoder
 from chatrlhf.errors import CheckpointError, WeightsError, one_line
@@ -229,7 +229,7 @@ def scorer_class(model: RewardModel, reads_pairs: bool) -> tuple[type[RewardScor
     """
     if reads_pairs:
         return TextPairScorer, TextPairEncoder
-    return (ReplyScorer, PairEncoder) if model.pooling == "reply" else (RewardScorer, Encoder)
+    return (ReplyScorer, Seq2SeqEncoder) if model.pooling == "reply" else (RewardScorer, Encoder)
 
 
 def read_backbone(
@@ -254,7 +254,7 @@ def read_backbone(
         kind, fresh = auto_class(settings), () if settings["pooling"] == OWN else UNUSED_BY_BACKBONES
         whole = load_pretrained(kind, str(folder), KEY, fresh, **{"dtype": torch.float32, **kwargs})
         return whole, str(folder.resolve())
-    if base is not None and settings["pooling"] != OWN and base.carries(folder, _config_of_base(folder), how):
+    if base is not None and settings["pooling"] != OWN and base.matches(folder, _config_of_base(folder), how):
         return base.backbone(folder), place
     bits = quantization_from(how, "reward_config")
     backbone = read_base(folder, settings, **bits, **kwargs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from chatrlhf.models.kernels.packing import pack, packs
+from chatrlhf.models.kernels.packing import pack, supports_packing
 from chatrlhf.models.loading.backbone import decoder_start, is_encoder_decoder
 from chatrlhf.models.loading.lora import has_adapters, is_adapter
 from chatrlhf.models.own_pooling import can_batch, own_scores, token_types
@@ -117,7 +117,7 @@ class RewardModel(nn.Module):
             return own_scores(self.backbone, input_ids, mask, types)
         if self.pooling == "last":  # a causal model: right-padding cannot reach the last real token
             last = torch.arange(len(mask), device=mask.device) * mask.shape[1] + self._last(input_ids, mask)
-            stream = pack(input_ids, mask) if packs(self.backbone) else None
+            stream = pack(input_ids, mask) if supports_packing(self.backbone) else None
             if stream is None:
                 states = self.backbone(input_ids=input_ids).last_hidden_state
             else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chatrlhf.functional.logprobs import SamplingDistribution, token_logprobs
-from chatrlhf.models.kernels.packing import Stream, pack, packs, whole_quanta
+from chatrlhf.models.kernels.packing import Stream, pack, pad_to_multiple, supports_packing
 from chatrlhf.models.loading.backbone import backbone_of, read_by
 
 
@@ -46,12 +46,12 @@ class Sequences:
     @cached_property
     def stream_slots(self) -> Tensor:
         """`slots` in the stream, in whole quanta: [N or a little more]."""
-        return whole_quanta(self.stream.positions_of[self.slots])
+        return pad_to_multiple(self.stream.positions_of[self.slots])
 
     @cached_property
     def padded_slots(self) -> Tensor:
         """`slots` in whole quanta: [N or a little more]."""
-        return whole_quanta(self.slots)
+        return pad_to_multiple(self.slots)
 
     def read(self, model: nn.Module, name: str) -> Tensor:
         """One field of a model's output at the positions that predict the response tokens.
@@ -115,7 +115,7 @@ def moved_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def takes_stream(backbone: nn.Module, sequences: Sequences) -> bool:
     """Whether these rows go through a model packed."""
-    return packs(backbone) and sequences.stream is not None
+    return supports_packing(backbone) and sequences.stream is not None
 
 
 def laid_out(states: Tensor, backbone: nn.Module, sequences: Sequences) -> Tensor:

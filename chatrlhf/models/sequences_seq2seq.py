@@ -19,7 +19,7 @@ from chatrlhf.models.sequences import Sequences, join, moved_left
 
 
 @dataclass(kw_only=True)
-class Pairs(Sequences):
+class Seq2SeqSequences(Sequences):
     """B prompts, in ``input_ids`` and ``attention_mask`` [B, P], and what the decoder reads of their responses.
 
     ``slots`` point into B*R. Behind a response the decoder's input is of no meaning: no position before can see it.
@@ -46,7 +46,7 @@ def pair(
     trunk_states: None = None,
     *,
     start: int,
-) -> Pairs:
+) -> Seq2SeqSequences:
     """Prompts [B, P] (padding anywhere) and responses [B, R] (right-padded) as an encoder–decoder reads them.
 
     Args:
@@ -57,7 +57,7 @@ def pair(
     rows, steps = response_mask.nonzero(as_tuple=True)
     if min_new_tokens is None:
         min_new_tokens = torch.zeros(len(prompt_ids), dtype=torch.long, device=prompt_ids.device)
-    return Pairs(
+    return Seq2SeqSequences(
         input_ids=input_ids,
         attention_mask=attention_mask,
         response_ids=response_ids,

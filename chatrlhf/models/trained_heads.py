@@ -16,7 +16,7 @@ from chatrlhf.data.templates import FORMATS, OWN, Template, get_template, reward
 from chatrlhf.data.text_pairs import TextPairEncoder, reads_pairs
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.classifier_reward import reward_model_of
-from chatrlhf.models.loading.adapter_loading import go_on_with_adapters
+from chatrlhf.models.loading.adapter_loading import continue_adapters
 from chatrlhf.models.loading.lora import add_adapters, base_of, has_adapters, where
 from chatrlhf.models.loading.model_info import context_length
 from chatrlhf.models.loading.pretrained import freeze_as_asked, hub_kwargs, match_vocabulary
@@ -134,7 +134,7 @@ def _from_folder(whole: Config, tokenizer: Any, apart: bool) -> _Start:
     if apart and base_of(str(folder)) is not None:
         backbone = read_base(folder, settings, **kwargs)
         ready_for_adapters(backbone.base_model, config.gradient_checkpointing)
-        go_on_with_adapters(backbone.base_model, folder)
+        continue_adapters(backbone.base_model, folder)
     else:
         backbone, _ = read_backbone(folder, settings, None, **kwargs)
     template = Template.load(folder) or FORMATS["raw"]

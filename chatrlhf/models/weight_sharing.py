@@ -38,7 +38,7 @@ class Base:
     policy: nn.Module  # with its adapters
     place: str  # folder or hub id
 
-    def carries(self, folder: Path, settings: Any, quantization: dict[str, Any] | None) -> bool:
+    def matches(self, folder: Path, settings: Any, quantization: dict[str, Any] | None) -> bool:
         """Whether the adapters in a folder were trained upon the same weights, at the same positions, as held here.
 
         Args:
@@ -56,7 +56,7 @@ class Base:
 
     def backbone(self, folder: Path) -> nn.Module:
         """The backbone that the adapters in a folder make of these weights."""
-        backbone = bare_copy(backbone_of(self.policy))
+        backbone = copy_without_adapters(backbone_of(self.policy))
         attach(backbone, folder)
         return backbone
 
@@ -66,7 +66,7 @@ def share_weights(first: nn.Module, second: nn.Module) -> bool:
     return not {id(each) for each in first.parameters()}.isdisjoint({id(each) for each in second.parameters()})
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
+def copy_sharing_frozen(model: nn.Module) -> nn.Module:
     """A copy upon the very weights that are not trained, since they will stay equal; what adapters add is copied."""
     shared: dict[int, Any] = {
         id(each): each for name, each in model.named_parameters() if not each.requires_grad and not is_adapter(name)
@@ -76,9 +76,9 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def bare_copy(model: nn.Module) -> nn.Module:
+def copy_without_adapters(model: nn.Module) -> nn.Module:
     """The same without the adapters."""
-    copied = sharing_copy(model)
+    copied = copy_sharing_frozen(model)
     for name, layer in adapted_weights(copied).items():
         copied.set_submodule(name.rpartition(".")[0], layer.get_base_layer())
     for known in ("peft_config", "_hf_peft_config_loaded"):
@@ -87,10 +87,10 @@ def bare_copy(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def whole_copy(model: nn.Module) -> nn.Module:
+def merged_copy(model: nn.Module) -> nn.Module:
     """A copy in weights of its own, all trained: with what adapters add to them, and in float32 if in few bits."""
     added = {name: layer.get_delta_weight(TRAINED) for name, layer in adapted_weights(model).items()}
-    bare = bare_copy(model)
+    bare = copy_without_adapters(model)
     read_back = in_whole_weights(bare, added)
     copied = copy.deepcopy(bare)
     for name in added.keys() - read_back:
@@ -99,13 +99,13 @@ def whole_copy(model: nn.Module) -> nn.Module:
     return copied.requires_grad_(True)
 
 
-def trained_by_adapters(backbone: nn.Module, settings: PeftConfig, base: str) -> nn.Module:
+def with_lora(backbone: nn.Module, settings: PeftConfig, base: str) -> nn.Module:
     """A copy of a backbone of which adapters alone are trained: its own go on, or it is given some.
 
     Args:
         base: where the backbone's weights are, for those that are given.
     """
-    copied = sharing_copy(backbone)
+    copied = copy_sharing_frozen(backbone)
     if has_adapters(copied):
         for name, weight in copied.named_parameters():
             weight.requires_grad_(is_adapter(name))

@@ -17,7 +17,7 @@ from torch import Tensor
 from chatrlhf.runtime.collectives import rank, world_size
 
 
-def sampled_rows(group_ids: Tensor) -> Tensor:
+def rollout_rows(group_ids: Tensor) -> Tensor:
     """The rows that this rank samples, [n] int64, at least one: whole groups next to each other.
 
     Args:
@@ -31,7 +31,7 @@ def sampled_rows(group_ids: Tensor) -> Tensor:
     return ((group >= first) & (group < behind)).nonzero().squeeze(1)
 
 
-def stitched(shares: list[Any], rows: list[Tensor]) -> Any:
+def merge_shards(shares: list[Any], rows: list[Tensor]) -> Any:
     """The ranks' shares of a batch as the whole batch.
 
     Args:
@@ -46,7 +46,7 @@ def stitched(shares: list[Any], rows: list[Tensor]) -> Any:
         return first
     if dataclasses.is_dataclass(first):
         names = [field.name for field in dataclasses.fields(first)]
-        return type(first)(**{name: stitched([getattr(each, name) for each in shares], rows) for name in names})
+        return type(first)(**{name: merge_shards([getattr(each, name) for each in shares], rows) for name in names})
     size = max(int(each.max()) for each in rows) + 1
     if isinstance(first, list):
         items: list[Any] = [None] * size
@@ -64,11 +64,11 @@ def stitched(shares: list[Any], rows: list[Tensor]) -> Any:
     return whole
 
 
-def held_rows(rows: list[Tensor]) -> Tensor:
+def local_rows(rows: list[Tensor]) -> Tensor:
     """Where this rank keeps what it keeps of each row of the batch, [B] int64; -1 where another rank has it.
 
     Args:
-        rows: as in `stitched`. A row that several ranks have sampled is held by the last of them.
+        rows: as in `merge_shards`. A row that several ranks have sampled is held by the last of them.
     """
     holder = torch.empty(max(int(each.max()) for each in rows) + 1, dtype=torch.long)
     for number, index in enumerate(rows):
@@ -78,7 +78,7 @@ def held_rows(rows: list[Tensor]) -> Tensor:
     return torch.where(holder == rank(), place, -1)
 
 
-def learned_rows(lengths: Tensor, trunk_rows: Tensor | None) -> Tensor:
+def update_rows(lengths: Tensor, trunk_rows: Tensor | None) -> Tensor:
     """The rows of a minibatch that this rank learns from, [n] int64 on the CPU: all in one process, else maybe none.
 
     Args:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chatrlhf.errors import RewardError
-from chatrlhf.rl.data_parallel import sampled_rows
+from chatrlhf.rl.data_parallel import rollout_rows
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.user_functions import call_function
 from chatrlhf.rollout.sampler import Sampler
@@ -81,7 +81,7 @@ class HeldOut:
 
     def evaluate(self) -> HeldOutReport:
         """Sample one completion a prompt, with the same random numbers each time, and judge it."""
-        rows = sampled_rows(self.prompts.group_ids)
+        rows = rollout_rows(self.prompts.group_ids)
         rollout, rewards, read = self.scorer.read(self.engine.generate(self.prompts, self.seed, rows), rows)
         kl = float(((read.logprobs - read.ref_logprobs) * rollout.response_mask).sum(dim=1).mean())
         texts, completions = rollout.prompts.texts, rollout.completions

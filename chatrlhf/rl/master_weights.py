@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatrlhf.models.kernels.attention import prefer_fast_attention
-from chatrlhf.models.kernels.rms_norm import prefer_fast_norms
-from chatrlhf.models.kernels.swiglu import prefer_lean_gates
+from chatrlhf.models.kernels.attention import patch_attention
+from chatrlhf.models.kernels.rms_norm import patch_rms_norms
+from chatrlhf.models.kernels.swiglu import patch_swiglu
 from chatrlhf.models.loading.lora import has_adapters
-from chatrlhf.runtime.malloc import keep_freed_memory
+from chatrlhf.runtime.malloc import tune_malloc
 
 
 class MasterWeights:
@@ -47,7 +47,7 @@ class MasterWeights:
         """Optimizer groups with masters in the place of the weights that have one."""
         return [group | {"params": [self._master_of.get(id(p), p) for p in group["params"]]} for group in groups]
 
-    def working(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    def working_params(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         """The weights that masters stand behind; any other parameter is its own."""
         working_of = {id(master): each for each, master in zip(self._working, self._masters, strict=True)}
         return [working_of.get(id(each), each) for each in parameters]
@@ -58,16 +58,16 @@ class MasterWeights:
         torch._foreach_copy_([each.data for each in self._working], [each.data for each in self._masters])
 
     @contextmanager
-    def exposed(self) -> Iterator[None]:
+    def fp32_weights(self) -> Iterator[None]:
         """Inside, the modules hold their masters: to be saved, or loaded into, at full precision."""
         copies = [each.data for each in self._working]
-        for working, master in zip(self._working, self._masters, strict=True):
-            working.data = master.data
+        for working_params, master in zip(self._working, self._masters, strict=True):
+            working_params.data = master.data
         try:
             yield
         finally:
-            for working, copy in zip(self._working, copies, strict=True):
-                working.data = copy
+            for working_params, copy in zip(self._working, copies, strict=True):
+                working_params.data = copy
             self.publish()
 
 
@@ -90,12 +90,12 @@ def prepare_models(
         where the models' own weights are.
     """
     if device.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
     for model in (*trained, *frozen):
         if own_attention:
-            prefer_fast_attention(model, device)
-        prefer_fast_norms(model, device)
-        prefer_lean_gates(model, device)
+            patch_attention(model, device)
+        patch_rms_norms(model, device)
+        patch_swiglu(model, device)
     if precision != "bf16":
         return None
     # First, because it takes what it keeps in float32 from the models.

@@ -15,7 +15,7 @@ import torch
 from chatrlhf.errors import CheckpointError, DivergedError, Interrupted
 from chatrlhf.errors.boundary import doing
 from chatrlhf.functional.importance import logprob_gap
-from chatrlhf.rl.data_parallel import sampled_rows
+from chatrlhf.rl.data_parallel import rollout_rows
 from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
 from chatrlhf.rl.held_out import HeldOut, HeldOutReport
 from chatrlhf.rl.kl_controller import KLController
@@ -30,7 +30,7 @@ from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.seeding import generator_states, set_generator_states, step_generator, step_seed
 from chatrlhf.runtime.signals import StopRequest
 from chatrlhf.sharding.accelerate_env import Sharding
-from chatrlhf.sharding.checkpoint_layout import check_sharding, note_sharding
+from chatrlhf.sharding.checkpoint_layout import check_sharding, write_sharding
 from chatrlhf.types import ScoredRollout
 
 STAGE = "RL"
@@ -91,8 +91,8 @@ class PPOTrainer:
             for step in range(start, self.num_steps):
                 clock = [time.perf_counter()]
                 prompts = self.prompts.batch(step)
-                rows = sampled_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
-                with self.updater.whole():
+                rows = rollout_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
+                with self.updater.gathered_weights():
                     rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
                     clock.append(time.perf_counter())
                     scored = self.scorer.score(rollout, rows)
@@ -108,7 +108,7 @@ class PPOTrainer:
         return dict(self.log.last.get(STAGE, {}))
 
     def _judge(self, held_out: HeldOut) -> HeldOutReport:
-        with self.updater.whole():
+        with self.updater.gathered_weights():
             return held_out.evaluate()
 
     def _refuse_diverged(self, stats: dict[str, float], step: int) -> None:
@@ -117,7 +117,7 @@ class PPOTrainer:
         counts = [name for name in stats if self.sharding is None or name != "ppo/grad_norm"]
         wrong = [f"{name} {stats[name]}" for name in counts if not math.isfinite(stats[name])]
         if wrong:
-            weights = self.updater.topology.named_parameters()
+            weights = self.updater.actor_critic.named_parameters()
             broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
             where = f", and {broken} holds what is no number" if broken else ""
             raise DivergedError(
@@ -172,7 +172,7 @@ class PPOTrainer:
         )
 
     def _checkpoint(self, step: int, stop: StopRequest) -> None:
-        signal_number = stop.agreed()
+        signal_number = stop.any_rank_stopped()
         if self.checkpoints is None:
             if signal_number is not None:
                 raise KeyboardInterrupt
@@ -187,7 +187,7 @@ class PPOTrainer:
 
     def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
         self.updater.save_weights(folder)
-        note_sharding(folder, self.sharding)
+        write_sharding(folder, self.sharding)
         torch.save(self.updater.state_dict() | {"generators": generators}, folder / "training.pt")
         state = {
             "step": step,

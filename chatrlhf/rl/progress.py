@@ -52,8 +52,8 @@ class Progress:
         """
         left = max(config.total_episodes - self.episodes, 0)
         if left % config.num_rollouts:  # it divides all episodes, so what is wrong is those that are done
-            working = [n for n in range(1, self.episodes + 1) if self.episodes % n == 0]
-            near = sorted(sorted(working, key=lambda n: abs(n - config.num_rollouts))[:3])
+            working_params = [n for n in range(1, self.episodes + 1) if self.episodes % n == 0]
+            near = sorted(sorted(working_params, key=lambda n: abs(n - config.num_rollouts))[:3])
             raise ConfigError(
                 f"trainer_config.num_rollouts: {config.num_rollouts} does not divide the {left} episodes that are left "
                 f"({self.episodes} of {config.total_episodes} are done); set it to one of {', '.join(map(str, near))}"

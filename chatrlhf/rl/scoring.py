@@ -9,9 +9,9 @@ from torch import Tensor
 
 from chatrlhf.errors import RewardError
 from chatrlhf.functional.masked import masked_mean
-from chatrlhf.models.actor_critic import PolicyOnly
+from chatrlhf.models.actor_critic import ActorCritic
 from chatrlhf.models.reference import Reference
-from chatrlhf.rl.data_parallel import held_rows, stitched
+from chatrlhf.rl.data_parallel import local_rows, merge_shards
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import RewardSource
@@ -39,7 +39,7 @@ class Scorer:
     rounding; the sampler's own stay on the rollout.
     """
 
-    topology: PolicyOnly
+    actor_critic: ActorCritic
     reference: Reference
     reward: RewardSource
     scaling: RewardScaling
@@ -92,11 +92,11 @@ class Scorer:
         states, own.trunk_states = own.trunk_states, None
         shares = gather_results(lambda: (rollout, self.reward(rollout), own, rows))
         rollouts, raw_scores, likelihoods, places = (list(each) for each in zip(*shares, strict=True))
-        read = stitched(likelihoods, places)
+        read = merge_shards(likelihoods, places)
         read.trunk_states = states
         if states is not None and len(shares) > 1:
-            read.trunk_rows = held_rows(places)
-        return stitched(rollouts, places), stitched(raw_scores, places), read
+            read.trunk_rows = local_rows(places)
+        return merge_shards(rollouts, places), merge_shards(raw_scores, places), read
 
     @torch.no_grad()
     def likelihoods(self, rollout: Rollout) -> Likelihoods:
@@ -104,16 +104,16 @@ class Scorer:
         shape = rollout.response_mask.shape
         read = Likelihoods(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape))
         lengths = rollout.prompts.attention_mask.sum(dim=1) + rollout.lengths
-        for rows in cut_by_length(lengths, self.micro_batch_size, self.topology.packs):
-            sequences = self.topology.sequences(
+        for rows in cut_by_length(lengths, self.micro_batch_size, self.actor_critic.supports_packing):
+            sequences = self.actor_critic.sequences(
                 rollout.prompts.input_ids[rows].to(self.device),
                 rollout.prompts.attention_mask[rows].to(self.device),
                 rollout.response_ids[rows].to(self.device),
                 rollout.response_mask[rows].to(self.device),
                 rollout.min_new_tokens[rows].to(self.device),
             )
-            sequences.trunk_states = self.topology.trunk_states(sequences)
-            evaluation = self.topology.evaluate(sequences, with_entropy=True)
+            sequences.trunk_states = self.actor_critic.trunk_states(sequences)
+            evaluation = self.actor_critic.evaluate(sequences, with_entropy=True)
             read.ref_logprobs[rows] = self.reference.logprobs(sequences).cpu()
             read.logprobs[rows], read.entropy[rows] = evaluation.logprobs.cpu(), evaluation.entropy.cpu()
             if evaluation.values is not None:

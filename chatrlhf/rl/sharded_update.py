@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chatrlhf.models.actor_critic import Evaluation, Part, PolicyOnly, Seam
+from chatrlhf.models.actor_critic import ActorCritic, DetachPoint, Evaluation, Part
 from chatrlhf.models.loading.model_info import fingerprint
 from chatrlhf.models.sequences import Sequences, head_is_plain
 from chatrlhf.rl.update import Updater
-from chatrlhf.runtime.collectives import is_main, largest
-from chatrlhf.runtime.cpu_parallel import one_lane
+from chatrlhf.runtime.collectives import all_reduce_max, is_main
+from chatrlhf.runtime.cpu_parallel import sequential
 from chatrlhf.runtime.optimizer import Hyperparameters
 from chatrlhf.sharding.engine import Engine
 from chatrlhf.sharding.gather import trained_weights
@@ -33,11 +33,11 @@ MakeEngine = Callable[[list[nn.Module], list[dict[str, Any]]], Engine]
 
 
 @dataclass
-class Dealt:
+class ShardedModels:
     """A topology that is trained by engines, and its models for everything else."""
 
-    trained: PolicyOnly  # what the engines hold
-    whole: PolicyOnly  # what samples and scores: the same object, but where weights are dealt out, too
+    trained: ActorCritic  # what the engines hold
+    whole: ActorCritic  # what samples and scores: the same object, but where weights are dealt out, too
     parts: list[Part]
     engines: list[Engine]
     fingerprint: str
@@ -45,14 +45,14 @@ class Dealt:
     as_loaded: dict[str, Tensor]  # frozen weights that will be saved again, in their own bytes
 
     @property
-    def weights_are_dealt_out(self) -> bool:
+    def params_are_sharded(self) -> bool:
         """Whether no process has all weights of what is trained, but for the time of a rollout."""
         return self.whole is not self.trained
 
     @contextmanager
-    def brought_together(self, device: torch.device) -> Iterator[None]:
+    def gathered_params(self, device: torch.device) -> Iterator[None]:
         """Inside, `whole` has the weights that the engines have now, on a device, as a forward computes with them."""
-        if not self.weights_are_dealt_out:
+        if not self.params_are_sharded:
             yield
             return
         with _holding(self.whole, trained_weights(self.trained, self.dtype), device):
@@ -85,17 +85,17 @@ def _holding(model: nn.Module, weights: Iterable[tuple[str, Tensor]], device: to
             own[name].data = data
 
 
-def deal_out(
-    topology: PolicyOnly,
+def shard_actor_critic(
+    actor_critic: ActorCritic,
     frozen: list[nn.Module],
-    prepare: Callable[[PolicyOnly], None],
+    prepare: Callable[[ActorCritic], None],
     make_engine: MakeEngine,
     groups: list[dict[str, Any]],
     with_weights: bool,
     dtype: torch.dtype,
     device: torch.device,
     keep_frozen: bool,
-) -> Dealt:
+) -> ShardedModels:
     """Hand a topology over to engines, one for each of its parts.
 
     Args:
@@ -104,13 +104,13 @@ def deal_out(
         prepare: what is done to the models that are trained, and to no others, before engines have them.
         groups: as from `parameter_groups`.
         with_weights: weights are dealt out, too. The engines then get a copy, and the topology itself is left without
-            what is trained, until it is `brought_together`; what is frozen stays there.
+            what is trained, until it is `gathered_params`; what is frozen stays there.
         dtype: of all products.
         keep_frozen: whether frozen weights are to be saved again.
     """
-    known = fingerprint(topology)
-    head_is_plain(topology.policy), topology.packs  # answered while the models are whole
-    whole = topology
+    known = fingerprint(actor_critic)
+    head_is_plain(actor_critic.policy), actor_critic.supports_packing  # answered while the models are whole
+    whole = actor_critic
     trained = {id(each) for each in whole.parameters() if each.requires_grad}
     as_loaded = {name: each.data for name, each in whole.named_parameters() if keep_frozen and id(each) not in trained}
     for module in (whole, *frozen):
@@ -119,21 +119,21 @@ def deal_out(
                 each.data = each.data.to(device, dtype)
     if with_weights:
         memo: dict[int, Any] = {}
-        topology = copy.deepcopy(whole, memo)
+        actor_critic = copy.deepcopy(whole, memo)
         groups = [group | {"params": [memo[id(each)] for each in group["params"]]} for group in groups]
         for each in whole.parameters():
             if id(each) in trained:
                 each.data = each.data.new_empty(0, device=device)
         for module in (whole, *frozen):
             module.to(device)  # their buffers
-    prepare(topology)
-    parts = topology.parts()
+    prepare(actor_critic)
+    parts = actor_critic.parts()
     if with_weights and _overlap(parts):  # one weight cannot be dealt out twice
-        parts = PolicyOnly.parts(topology)
+        parts = ActorCritic.parts(actor_critic)
     # An optimizer makes the groups that it is given its own, so they are told apart first.
     shares = [_groups_of(part, groups) for part in parts]
     engines = [make_engine(part.modules, share) for part, share in zip(parts, shares, strict=True)]
-    return Dealt(topology, whole, parts, engines, known, dtype, as_loaded)
+    return ShardedModels(actor_critic, whole, parts, engines, known, dtype, as_loaded)
 
 
 def _overlap(parts: list[Part]) -> bool:
@@ -149,36 +149,36 @@ def _groups_of(part: Part, groups: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 @dataclass
 class ShardedUpdater(Updater):
-    """An `Updater` over engines. Its ``topology`` is what they hold, its ``optimizer`` the first one's.
+    """An `Updater` over engines. Its ``actor_critic`` is what they hold, its ``optimizer`` the first one's.
 
     Gradients are clipped by engine: a critic of its own by a norm of its own, one that has weights in common with the
     policy together with it.
     """
 
-    dealt: Dealt = field(kw_only=True)
+    dealt: ShardedModels = field(kw_only=True)
     schedulers: list[Any] = field(kw_only=True)  # one for each engine
 
-    def _backwards(self, pieces: int) -> int:
-        return largest(super()._backwards(pieces))
+    def _num_microbatches(self, pieces: int) -> int:
+        return all_reduce_max(super()._num_microbatches(pieces))
 
     def _evaluate(self, sequences: Sequences) -> Evaluation:
         with_entropy = self.settings.entropy_coef > 0
         found: dict[str, Tensor] = {"values": None, "entropy": None}
-        with one_lane():
+        with sequential():
             for part, engine in zip(self.dealt.parts, self.dealt.engines, strict=True):
                 found |= engine(lambda part=part: part.evaluate(sequences, with_entropy))
         return Evaluation(**found)
 
-    def _descend(self, losses: list[Tensor], seam: Seam | None, last: bool) -> None:
+    def _backward_microbatch(self, losses: list[Tensor], detach_point: DetachPoint | None, last: bool) -> None:
         if len(self.dealt.engines) == 1:
             losses = [sum(losses)]
         for engine, loss in zip(self.dealt.engines, losses, strict=True):
             engine.backward(loss, last)
 
-    def _forget(self) -> None:
+    def _zero_grad(self) -> None:
         """An engine's step forgets its gradient."""
 
-    def _all_added_up(self) -> None:
+    def _reduce_gradients(self) -> None:
         """Engines add up in their backwards."""
 
     def _step(self) -> Tensor:
@@ -196,8 +196,8 @@ class ShardedUpdater(Updater):
         return self.dealt.fingerprint
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        with self.dealt.brought_together(self.device):
+    def gathered_weights(self) -> Iterator[None]:
+        with self.dealt.gathered_params(self.device):
             yield
 
     @contextmanager

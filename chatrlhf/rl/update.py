@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
-from chatrlhf.models.actor_critic import Evaluation, PolicyOnly, Seam
+from chatrlhf.models.actor_critic import ActorCritic, DetachPoint, Evaluation
 from chatrlhf.models.loading.model_info import fingerprint
 from chatrlhf.models.sequences import Sequences
-from chatrlhf.rl.data_parallel import learned_rows
+from chatrlhf.rl.data_parallel import update_rows
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradients import Gradients
 from chatrlhf.rl.master_weights import MasterWeights
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.runtime.collectives import sum_over_ranks
-from chatrlhf.runtime.cpu_parallel import side_by_side
-from chatrlhf.runtime.malloc import give_freed_memory_back
+from chatrlhf.runtime.cpu_parallel import run_in_parallel
+from chatrlhf.runtime.malloc import trim_malloc
 from chatrlhf.runtime.optimizer import Hyperparameters
 from chatrlhf.types import Experience
 
@@ -53,7 +53,7 @@ class UpdateSettings:
 class Updater:
     """Improves a topology by one rollout's experience."""
 
-    topology: PolicyOnly
+    actor_critic: ActorCritic
     optimizer: torch.optim.Optimizer
     scheduler: Any
     algorithm: Algorithm
@@ -74,14 +74,14 @@ class Updater:
             minibatch, whose policy is still the one that sampled: rounding, and nothing else.
         """
         if self.device.type == "cpu":
-            give_freed_memory_back()  # the rollout's: this is where a run needs the most
+            trim_malloc()  # the rollout's: this is where a run needs the most
         experience = experience.to(self.device)
         steps: list[dict[str, float]] = []
         for _ in range(self.settings.epochs):
             order = torch.randperm(len(experience), generator=generator)
             for index in order.split(self.settings.batch_size):
                 steps.append(self.step(experience.select(index.to(self.device)), kl_coef))
-        self._forget()
+        self._zero_grad()
         means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
         return means | {"ppo/first_ratio_error": steps[0]["ppo/ratio_error"]}
 
@@ -106,11 +106,15 @@ class Updater:
         # Value loss and statistics are plain means over tokens, whatever the policy loss is.
         token_mean = token_weights(minibatch.response_mask, "token_mean")
         sums: dict[str, Tensor] = {}
-        self._forget()
+        self._zero_grad()
         lengths = (minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)).cpu()
-        own = learned_rows(lengths, minibatch.trunk_rows)
-        pieces = cut_by_length(lengths[own], self.settings.micro_batch_size, self.topology.packs) if len(own) else []
-        backwards = self._backwards(len(pieces))
+        own = update_rows(lengths, minibatch.trunk_rows)
+        pieces = (
+            cut_by_length(lengths[own], self.settings.micro_batch_size, self.actor_critic.supports_packing)
+            if len(own)
+            else []
+        )
+        backwards = self._num_microbatches(len(pieces))
         for number in range(backwards):
             if number < len(pieces):
                 rows = own[pieces[number]].to(self.device)
@@ -120,43 +124,43 @@ class Updater:
                 rows = lengths.argmin()[None].to(self.device)
                 micro, share = _without_states(minibatch.select(rows)), 0 * weights[rows]
                 token_share = 0 * token_mean[rows]
-            losses, seam, stats = self._losses(micro, share, token_share, kl_coef)
-            self._descend(losses, seam, last=number == backwards - 1)
+            losses, detach_point, stats = self._losses(micro, share, token_share, kl_coef)
+            self._backward_microbatch(losses, detach_point, last=number == backwards - 1)
             for name, value in stats.items():
                 sums[name] = sums[name] + value if name in sums else value
-        self._all_added_up()
+        self._reduce_gradients()
         return sums
 
-    def _forget(self) -> None:
+    def _zero_grad(self) -> None:
         self.gradients.forget()
 
-    def _backwards(self, pieces: int) -> int:
+    def _num_microbatches(self, pieces: int) -> int:
         """How many backwards this rank makes of so many pieces: each has one at least."""
         return max(pieces, 1)
 
     def _evaluate(self, sequences: Sequences) -> Evaluation:
-        return self.topology.evaluate(sequences, with_entropy=self.settings.entropy_coef > 0, seam=True)
+        return self.actor_critic.evaluate(sequences, with_entropy=self.settings.entropy_coef > 0, detach_point=True)
 
-    def _descend(self, losses: list[Tensor], seam: Seam | None, last: bool) -> None:
+    def _backward_microbatch(self, losses: list[Tensor], detach_point: DetachPoint | None, last: bool) -> None:
         """The backward of a microbatch, added to those before it; ``last`` of the minibatch or not."""
-        if seam is not None:
+        if detach_point is not None:
             losses[0].backward()
-            side_by_side(seam.backward, losses[1].backward, self.device)
-        elif self.topology.critic_is_apart:
-            side_by_side(losses[0].backward, losses[1].backward, self.device)
+            run_in_parallel(detach_point.backward, losses[1].backward, self.device)
+        elif self.actor_critic.critic_is_apart:
+            run_in_parallel(losses[0].backward, losses[1].backward, self.device)
         else:
             sum(losses).backward()
         self.gradients.collect()
 
-    def _all_added_up(self) -> None:
+    def _reduce_gradients(self) -> None:
         self.gradients.finish()
 
     def _losses(
         self, micro: Experience, weights: Tensor, token_mean: Tensor, kl_coef: float
-    ) -> tuple[list[Tensor], Seam | None, dict[str, Tensor]]:
+    ) -> tuple[list[Tensor], DetachPoint | None, dict[str, Tensor]]:
         """This microbatch's share of the policy's loss, of the critic's where there is one, and of the statistics."""
         settings = self.settings
-        sequences = self.topology.sequences(
+        sequences = self.actor_critic.sequences(
             micro.prompt_ids,
             micro.prompt_mask,
             micro.response_ids,
@@ -193,7 +197,7 @@ class Updater:
             if settings.foreign_sampler and settings.importance_cap is not None:
                 ratios = importance_ratios(micro.old_logprobs, micro.sampling_logprobs)
                 stats["sampling/truncated"] = (token_mean * (ratios > settings.importance_cap)).sum()
-        return losses, evaluation.seam, stats
+        return losses, evaluation.detach_point, stats
 
     def _step(self) -> Tensor:
         """Clip, step and publish; returns the norm of the policy's gradient before, 0-d."""
@@ -204,7 +208,7 @@ class Updater:
             self.masters.publish()
         return norm
 
-    def whole(self) -> AbstractContextManager[None]:
+    def gathered_weights(self) -> AbstractContextManager[None]:
         """Inside, rollouts can be sampled and scored: the models of engine and scorer have the newest weights."""
         return nullcontext()
 
@@ -214,17 +218,17 @@ class Updater:
     @property
     def fingerprint(self) -> str:
         """Equal for updaters that can exchange weights."""
-        return fingerprint(self.topology)
+        return fingerprint(self.actor_critic)
 
     def save_weights(self, folder: Path) -> None:
         """Write what is trained, by one process; frozen weights are made anew from where the run started."""
         with self.full_precision():
-            save_trained(self.topology, folder / WEIGHTS)
+            save_trained(self.actor_critic, folder / WEIGHTS)
 
     def load_weights(self, folder: Path) -> None:
         """Read what `save_weights` wrote."""
         with self.full_precision():
-            load_trained(self.topology, folder / WEIGHTS)
+            load_trained(self.actor_critic, folder / WEIGHTS)
 
     def save_shards(self, folder: Path) -> None:
         """Write what this process alone holds; all processes do."""
@@ -242,31 +246,31 @@ class Updater:
 
     def full_precision(self) -> AbstractContextManager[None]:
         """Inside, the topology holds float32 weights: what is saved, and what is loaded into."""
-        return self.masters.exposed() if self.masters is not None else nullcontext()
+        return self.masters.fp32_weights() if self.masters is not None else nullcontext()
 
     @cached_property
     def gradients(self) -> Gradients:
         """Of the minibatch that is being learned from."""
         groups = [group["params"] for group in self.optimizer.param_groups]
         parameters = [each for group in groups for each in group]
-        return Gradients(groups, self.masters.working(parameters) if self.masters is not None else parameters)
+        return Gradients(groups, self.masters.working_params(parameters) if self.masters is not None else parameters)
 
 
-def save_trained(topology: nn.Module, path: Path) -> None:
+def save_trained(actor_critic: nn.Module, path: Path) -> None:
     """Write what is trained. Frozen weights are made anew from where the run started, as the reference is."""
-    save_file({name: weight.detach().contiguous() for name, weight in _trained(topology).items()}, path)
+    save_file({name: weight.detach().contiguous() for name, weight in _trained(actor_critic).items()}, path)
 
 
 @torch.no_grad()
-def load_trained(topology: nn.Module, path: Path) -> None:
+def load_trained(actor_critic: nn.Module, path: Path) -> None:
     """Read what `save_trained` wrote of a topology with the same fingerprint."""
     saved = load_file(path)
-    for name, weight in _trained(topology).items():
+    for name, weight in _trained(actor_critic).items():
         weight.copy_(saved[name])
 
 
-def _trained(topology: nn.Module) -> dict[str, Tensor]:
-    return {name: weight for name, weight in topology.named_parameters() if weight.requires_grad}
+def _trained(actor_critic: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in actor_critic.named_parameters() if weight.requires_grad}
 
 
 def _without_states(micro: Experience) -> Experience:

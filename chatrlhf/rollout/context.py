@@ -28,11 +28,11 @@ class Limits:
         Raises:
             ValueError: a prompt leaves no room for a token; callers drop such prompts beforehand.
         """
-        most = (self.max_length - prompt_lengths).clamp(max=self.max_new_tokens)
-        if bool((most < 1).any()):
+        max_new_tokens = (self.max_length - prompt_lengths).clamp(max=self.max_new_tokens)
+        if bool((max_new_tokens < 1).any()):
             raise ValueError(f"a prompt of {int(prompt_lengths.max())} tokens leaves no room in {self.max_length}")
-        fewest = (self.min_length - prompt_lengths).clamp(min=self.min_new_tokens)
-        return most, torch.minimum(fewest, most)
+        min_new_tokens = (self.min_length - prompt_lengths).clamp(min=self.min_new_tokens)
+        return max_new_tokens, torch.minimum(min_new_tokens, max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from chatrlhf.models.kernels.attention import NAME, cudnn_for_decoding
 from chatrlhf.rollout.decoding import Decoding, Slots
-from chatrlhf.rollout.kv_cache import Memory
+from chatrlhf.rollout.kv_cache import BatchKVCache
 
 WIDTH = 128  # columns are shown to the model in whole numbers of these: each width needs a graph of its own
 FEWEST_SLOTS = 16  # and so does each number of slots: the first, and the powers of two below it down to this
@@ -41,7 +41,7 @@ class StaticLayer(CacheLayerMixin):
         self.column = column
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise AssertionError("a static layer is filled by `StaticMemory.begin`")
+        raise AssertionError("a static layer is filled by `StaticBatchKVCache.begin`")
 
     def hold(self, slots: int, width: int, keys: Tensor, values: Tensor) -> None:
         """Have room, all zeros, for ``slots`` times ``width`` of what keys and values are, [., heads, ., size]."""
@@ -67,8 +67,8 @@ class StaticLayer(CacheLayerMixin):
         return self.held[0].shape[2]
 
 
-class StaticMemory(Memory):
-    """`Memory` in tensors that stay where they are; a part of them is shown to the model."""
+class StaticBatchKVCache(BatchKVCache):
+    """`BatchKVCache` in tensors that stay where they are; a part of them is shown to the model."""
 
     block = WIDTH
 
@@ -91,7 +91,7 @@ class StaticMemory(Memory):
         self.column.fill_(self.filled - 1)
         self.write(torch.arange(self.rows, device=mask.device), mask, cache, of_row)
 
-    def show(self, columns: int) -> int:
+    def visible_columns(self, columns: int) -> int:
         """Let the model see room for ``columns`` in all; returns how many it sees."""
         width = -(-columns // WIDTH) * WIDTH
         assert width <= self.held_mask.shape[1], f"{columns} columns, room for {self.held_mask.shape[1]}"
@@ -204,23 +204,23 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(self.aside)
 
 
-class Held:
+class GraphState:
     """All that recorded steps are bound to, kept by an engine from one rollout to the next."""
 
     def __init__(self, model: nn.Module, slots: Slots, layers: int, width: int) -> None:
         """Room for as many slots as given, their longest responses, and ``width`` columns."""
         self.slots = Slots(*(each.clone() for each in slots.fields()))
-        self.width, self.weights = width, places(model)
-        self.memory = StaticMemory(model, layers, len(slots), width, slots.row.device)
+        self.width, self.weights = width, weight_addresses(model)
+        self.kv_cache = StaticBatchKVCache(model, layers, len(slots), width, slots.row.device)
         self.graphs = Graphs(slots.row.device)
 
     def fits(self, model: nn.Module, slots: Slots, width: int) -> bool:
         """Whether such a rollout finds room, and the weights where they were."""
         room = len(slots) <= len(self.slots) and width <= self.width
-        return room and slots.ids.shape[1] == self.slots.ids.shape[1] and places(model) == self.weights
+        return room and slots.ids.shape[1] == self.slots.ids.shape[1] and weight_addresses(model) == self.weights
 
 
-def places(model: nn.Module) -> list[tuple[int, torch.dtype]]:
+def weight_addresses(model: nn.Module) -> list[tuple[int, torch.dtype]]:
     """Where a model's weights lie."""
     return [(each.data_ptr(), each.dtype) for each in model.parameters()]
 
@@ -229,13 +229,13 @@ class GraphStore:
     """What is recorded for one engine, kept from one rollout to the next."""
 
     def __init__(self) -> None:
-        self.held: Held | None = None
+        self.held: GraphState | None = None
 
-    def fitting(self, model: nn.Module, slots: Slots, layers: int, width: int) -> Held:
+    def fitting(self, model: nn.Module, slots: Slots, layers: int, width: int) -> GraphState:
         """What is held where such a rollout fits in, otherwise new tensors, for which the old ones are freed first."""
         if self.held is None or not self.held.fits(model, slots, width):
             self.held = None
-            self.held = Held(model, slots, layers, width)
+            self.held = GraphState(model, slots, layers, width)
         return self.held
 
 
@@ -254,23 +254,23 @@ class StaticDecoding(Decoding):
         held = self.store.fitting(self.context.model, slots, len(cache.layers), width)
         self.slots = held.slots.front(len(slots))
         self.slots.put(slice(None), slots)
-        self.memory, self.graphs = held.memory, held.graphs
-        self.memory.begin(mask, cache, of_row)
+        self.kv_cache, self.graphs = held.kv_cache, held.graphs
+        self.kv_cache.begin(mask, cache, of_row)
 
-    def _tidy(self) -> bool:
-        more = super()._tidy()
+    def _retire_and_refill(self) -> bool:
+        more = super()._retire_and_refill()
         if more:
-            self.shape = len(self.slots), self.memory.show(self.memory.filled + self.look_every)
+            self.shape = len(self.slots), self.kv_cache.visible_columns(self.kv_cache.filled + self.look_every)
         return more
 
     def _step(self) -> None:
         self.graphs.run(self.shape, self._chosen_step)
-        self.memory.filled += 1
+        self.kv_cache.filled += 1
 
     def _chosen_step(self) -> None:
         """A step by the kernels that are best for one token; a recorded one keeps them."""
         with cudnn_for_decoding(self.slots.row.device):
             super()._step()
 
-    def _room_for(self, rows: int) -> int:
+    def _slot_budget(self, rows: int) -> int:
         return min(len(self.slots), max(FEWEST_SLOTS, 1 << (rows - 1).bit_length()))

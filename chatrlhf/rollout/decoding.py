@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chatrlhf.functional.logprobs import id_tensor, sample_by_inversion
 from chatrlhf.rollout.context import DecodeContext
-from chatrlhf.rollout.kv_cache import Memory, make_cache
+from chatrlhf.rollout.kv_cache import BatchKVCache, make_cache
 from chatrlhf.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ class Slots:
 
     row: Tensor  # [n] int64, which row of the rollout sits there
     prompt_length: Tensor  # [n] int64
-    most: Tensor  # [n] int64
-    fewest: Tensor  # [n] int64
+    max_new_tokens: Tensor  # [n] int64
+    min_new_tokens: Tensor  # [n] int64
     uniforms: Tensor  # [n, R + 1] float32
     token: Tensor  # [n] int64, the newest one, which the model has not seen yet
     length: Tensor  # [n] int64, response tokens so far
-    live: Tensor  # [n] bool, not ended
+    active: Tensor  # [n] bool, not ended
     finished: Tensor  # [n] bool, ended by EOS or a stop string
     ids: Tensor  # [n, R + 1] int64; what stands behind a row's length is of no meaning, here and in logprobs
     logprobs: Tensor  # [n, R + 1] float32
@@ -76,8 +76,8 @@ class Decoding:
         self,
         context: DecodeContext,
         prompts: PromptBatch,
-        most: Tensor,
-        fewest: Tensor,
+        max_new_tokens: Tensor,
+        min_new_tokens: Tensor,
         uniforms: Tensor,
         size: int,
         device: torch.device,
@@ -86,7 +86,7 @@ class Decoding:
         self.look_every = context.look_every or LOOK_EVERY.get(device.type, 1)
         self.prompt_ids, self.prompt_mask = prompts.input_ids.to(device), prompts.attention_mask.to(device)
         self.group_ids = prompts.group_ids.to(device)
-        self.most, self.fewest = most.to(device), fewest.to(device)
+        self.max_new_tokens, self.min_new_tokens = max_new_tokens.to(device), min_new_tokens.to(device)
         # As wide in each rollout; and one column more, where a row that has ended and waits in its slot draws.
         rows, width = len(prompts), min(context.limits.max_new_tokens, context.limits.max_length)
         self.uniforms = torch.nn.functional.pad(uniforms, (0, width + 1 - uniforms.shape[1])).to(device)
@@ -106,61 +106,61 @@ class Decoding:
         # An operation then does not ask what autograd would have to know. A model that is asked itself may keep
         # something for its next forward, in an update; a direct step keeps nothing.
         with torch.inference_mode() if self.context.step is not None else nullcontext():
-            while self._tidy():
+            while self._retire_and_refill():
                 for _ in range(self.look_every):
                     self._step()
 
     def _begin(self, slots: Slots, mask: Tensor, cache: Cache, of_row: Tensor) -> None:
         """Take up the first rows, whose prompts are prefilled."""
         cache.batch_select_indices(of_row)
-        self.slots, self.memory = slots, Memory(cache, mask)
+        self.slots, self.kv_cache = slots, BatchKVCache(cache, mask)
 
     def _step(self) -> None:
         """Show the model each row's newest token and draw the next one."""
-        slots, mask, step = self.slots, self.memory.extend(), self.context.step
+        slots, mask, step = self.slots, self.kv_cache.extend(), self.context.step
         positions = slots.prompt_length + slots.length - 1
         if step is not None:
-            self._draw(step(slots.token, positions, mask, self.memory.cache))
+            self._draw(step(slots.token, positions, mask, self.kv_cache.cache))
         else:
-            self._draw(self._forward(slots.token[:, None], mask, positions[:, None], self.memory.cache))
+            self._draw(self._forward(slots.token[:, None], mask, positions[:, None], self.kv_cache.cache))
 
     def _draw(self, logits: Tensor) -> None:
         """One token of each row from its next-token logits, [n, V]. Nothing is asked of the device."""
         slots, distribution, place = self.slots, self.context.distribution, self.slots.length[:, None]
-        logits = distribution.adjust(logits, slots.length, slots.fewest)
+        logits = distribution.adjust(logits, slots.length, slots.min_new_tokens)
         tokens, logprobs = sample_by_inversion(logits, slots.uniforms.gather(1, place).squeeze(1))
         slots.token.copy_(tokens)
         slots.ids.scatter_(1, place, tokens[:, None])
         slots.logprobs.scatter_(1, place, logprobs[:, None])
         ended = (tokens[:, None] == id_tensor(distribution.eos_token_ids, tokens.device)).any(dim=1)
-        slots.finished |= ended & slots.live
-        slots.length += slots.live
-        slots.live &= ~ended & (slots.length < slots.most)
+        slots.finished |= ended & slots.active
+        slots.length += slots.active
+        slots.active &= ~ended & (slots.length < slots.max_new_tokens)
 
-    def _tidy(self) -> bool:
+    def _retire_and_refill(self) -> bool:
         """See who has ended and give their slots to others; False once nobody is left."""
         if self.context.stop:
             self._check_stop()
         slots, waiting = self.slots, len(self.ids) - self.admitted
-        left = int(slots.live.sum())
+        left = int(slots.active.sum())
         if left == 0 and waiting == 0:
-            self._store()
+            self._flush_finished()
             return False
-        room = self._room_for(min(left + waiting, len(slots)))
+        room = self._slot_budget(min(left + waiting, len(slots)))
         making_room = len(slots) - left >= LEAVE_AT * len(slots) and (waiting > 0 or room < len(slots))
         if making_room:
-            self._store()
+            self._flush_finished()
             if waiting:
-                self._refill((~slots.live).nonzero().squeeze(-1)[:waiting])
+                self._refill((~slots.active).nonzero().squeeze(-1)[:waiting])
             if room < len(slots):
-                staying = torch.argsort(slots.live, descending=True, stable=True)[:room]
+                staying = torch.argsort(slots.active, descending=True, stable=True)[:room]
                 self.slots = slots.keep(staying)
-                self.memory.keep(staying)
-        if self.context.in_place and (making_room or self.memory.grows(self.look_every)):
+                self.kv_cache.keep(staying)
+        if self.context.in_place and (making_room or self.kv_cache.grows(self.look_every)):
             self._compact()
         return True
 
-    def _room_for(self, rows: int) -> int:
+    def _slot_budget(self, rows: int) -> int:
         """Slots to go on with where so many rows are left: whole eighths of those at the start.
 
         On the CPU measured, products of a number of rows that has not been seen before are compiled first, which takes
@@ -179,16 +179,16 @@ class Decoding:
         slots.token.copy_(ids[:, -1])
         self.slots.put(index, slots)
         _, cache, of_row = self._prefill(slots.row, ids[:, :-1], mask[:, :-1])
-        self.memory.write(index, mask[:, :-1], cache, of_row)
+        self.kv_cache.write(index, mask[:, :-1], cache, of_row)
 
     def _compact(self) -> None:
         """Forget whole blocks of columns that are older than anything of the rows in flight."""
         slots = self.slots
         # One at least: to a memory of nothing the next step would be a prefill, with no room behind it.
-        needed = max(1, int(((slots.prompt_length + slots.length - 1) * slots.live).max()))
-        columns = (self.memory.filled - needed) // self.memory.block * self.memory.block
+        needed = max(1, int(((slots.prompt_length + slots.length - 1) * slots.active).max()))
+        columns = (self.kv_cache.filled - needed) // self.kv_cache.block * self.kv_cache.block
         if columns:
-            self.memory.drop(columns)
+            self.kv_cache.drop(columns)
 
     def _admit(self, count: int) -> tuple[Slots, Tensor, Tensor]:
         """The next prompts: slots for them, their ids and their mask, [count, P] each."""
@@ -201,12 +201,12 @@ class Decoding:
         slots = Slots(
             row=rows,
             prompt_length=mask.sum(dim=1),
-            most=self.most[rows],
-            fewest=self.fewest[rows],
+            max_new_tokens=self.max_new_tokens[rows],
+            min_new_tokens=self.min_new_tokens[rows],
             uniforms=uniforms,
             token=torch.zeros_like(rows),
             length=torch.zeros_like(rows),
-            live=torch.ones_like(rows, dtype=torch.bool),
+            active=torch.ones_like(rows, dtype=torch.bool),
             finished=torch.zeros_like(rows, dtype=torch.bool),
             ids=torch.zeros_like(uniforms, dtype=torch.long),
             logprobs=torch.zeros_like(uniforms),
@@ -256,15 +256,15 @@ class Decoding:
                 text = self.context.decode(ids[slot][:end])
                 found = [at for stop in self.context.stop if (at := text.find(stop)) >= 0]
                 if found:
-                    slots.length[slot], slots.live[slot], slots.finished[slot] = end, False, True
+                    slots.length[slot], slots.active[slot], slots.finished[slot] = end, False, True
                     self.stopped_text[row] = text[: min(found)]
                     break
             self.read[row] = length
 
-    def _store(self) -> None:
+    def _flush_finished(self) -> None:
         """Note down what the rows that have ended have said."""
         slots = self.slots
-        ended = (~slots.live).nonzero().squeeze(-1)
+        ended = (~slots.active).nonzero().squeeze(-1)
         row = slots.row[ended].cpu()
         self.ids[row], self.logprobs[row] = slots.ids[ended, :-1].cpu(), slots.logprobs[ended, :-1].cpu()
         self.lengths[row], self.finished[row] = slots.length[ended].cpu(), slots.finished[ended].cpu()

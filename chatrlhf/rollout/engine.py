@@ -15,8 +15,8 @@ from chatrlhf.rollout.context import DecodeContext, Limits, forward_arguments
 from chatrlhf.rollout.cuda_graphs import GraphStore, StaticDecoding
 from chatrlhf.rollout.decoding import Decoding
 from chatrlhf.rollout.kv_cache import all_in_place, make_cache
-from chatrlhf.rollout.llama_cpu import DirectStep, direct_step
-from chatrlhf.rollout.seq2seq import PairedDecoding
+from chatrlhf.rollout.llama_cpu import LlamaStep, llama_step
+from chatrlhf.rollout.seq2seq import Seq2SeqDecoding
 from chatrlhf.types import PromptBatch, Rollout
 
 
@@ -45,7 +45,7 @@ class RolloutEngine:
 
     def __post_init__(self) -> None:
         self.graphs = GraphStore()
-        self.direct: DirectStep | None = None  # the model's step where it need not be asked itself
+        self.direct: LlamaStep | None = None  # the model's step where it need not be asked itself
         self.paired = is_encoder_decoder(self.model.config)
         self.in_place = not self.paired and all_in_place(make_cache(self.model.config))
 
@@ -62,23 +62,36 @@ class RolloutEngine:
             DivergedError: the model's logits are not finite.
         """
         device = next(self.model.parameters()).device
-        most, fewest = self.limits.per_row(prompts.attention_mask.sum(dim=1))
-        width = int(most.max())
+        max_new_tokens, min_new_tokens = self.limits.per_row(prompts.attention_mask.sum(dim=1))
+        width = int(max_new_tokens.max())
         uniforms = torch.rand(len(prompts), width, generator=torch.Generator().manual_seed(seed))
         if rows is not None:
-            prompts, most, fewest, uniforms = prompts.select(rows), most[rows], fewest[rows], uniforms[rows]
+            prompts, max_new_tokens, min_new_tokens, uniforms = (
+                prompts.select(rows),
+                max_new_tokens[rows],
+                min_new_tokens[rows],
+                uniforms[rows],
+            )
         size = self.chunk_size or len(prompts)
         ids, logprobs = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width)
         lengths = torch.zeros(len(prompts), dtype=torch.long)
         finished = torch.zeros(len(prompts), dtype=torch.bool)
         texts: list[str] = [""] * len(prompts)
         static = self.in_place and (device.type == "cuda" if self.static is None else self.static)
-        context, kind = self._context(static), PairedDecoding if self.paired else Decoding
+        context, kind = self._context(static), Seq2SeqDecoding if self.paired else Decoding
         # Prompts of one length side by side need little padding; samples of one prompt stay together.
         refills = self.in_place and size < len(prompts)
         by_length = torch.argsort(prompts.attention_mask.sum(dim=1), stable=True, descending=refills)
         for part in by_length.split(len(prompts) if refills else size):
-            rows_of = context, prompts.select(part), most[part], fewest[part], uniforms[part], size, device
+            rows_of = (
+                context,
+                prompts.select(part),
+                max_new_tokens[part],
+                min_new_tokens[part],
+                uniforms[part],
+                size,
+                device,
+            )
             decoding = StaticDecoding(self.graphs, *rows_of) if static else kind(*rows_of)
             decoding.run()
             ids[part], logprobs[part] = decoding.ids[:, :width], decoding.logprobs[:, :width]
@@ -95,14 +108,14 @@ class RolloutEngine:
                 f"the policy's logits are not finite any more ({broken} of {len(prompts)} rollouts); go back to an "
                 "earlier checkpoint with a lower trainer_config.actor_lr"
             )
-        return Rollout(prompts, ids, mask, logprobs, finished, fewest, texts)
+        return Rollout(prompts, ids, mask, logprobs, finished, min_new_tokens, texts)
 
     def _context(self, static: bool) -> DecodeContext:
         """What this rollout's decoders read; the model's step on a CPU is made anew where its weights have moved."""
         if static or not self.in_place or not self.moves_weights:
             self.direct = None
-        elif self.direct is None or not self.direct.holds:
-            self.direct = direct_step(self.model)
+        elif self.direct is None or not self.direct.is_valid:
+            self.direct = llama_step(self.model)
         takes_positions, keep_last = forward_arguments(self.model)
         return DecodeContext(
             model=self.model,

@@ -88,7 +88,7 @@ class BlockLayer(DynamicLayer):
         return _filled(target, store[indices, :, : self.length])
 
 
-class Memory:
+class BatchKVCache:
     """Keys and values of n rows in flight, and the mask that hides from each what is not its own.
 
     The rows' newest tokens stand in one column, the last that is filled; what a row has said and its prompt stand

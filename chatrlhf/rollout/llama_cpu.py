@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from chatrlhf.rollout.kv_cache import Memory, make_cache
+from chatrlhf.rollout.kv_cache import BatchKVCache, make_cache
 
 # The others' frequencies depend on the length so far, and the module keeps what they are now: a step runs in inference
 # mode, and what is made there may not meet autograd again.
@@ -21,7 +21,7 @@ AHEAD = 512  # positions whose rotations are worked out at once
 FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
-def direct_step(model: nn.Module) -> DirectStep | None:
+def llama_step(model: nn.Module) -> LlamaStep | None:
     """A model's step; None where it has to be asked itself.
 
     It has to be where it is not on a CPU, uses dropout, is of another family, or was changed by somebody: with
@@ -32,11 +32,11 @@ def direct_step(model: nn.Module) -> DirectStep | None:
         return None
     if model.model.rotary_emb.rope_type not in FIXED_ROTATIONS or not all(map(_is_plain, model.model.layers)):
         return None
-    step = DirectStep(model)
-    return step if step.agrees() else None
+    step = LlamaStep(model)
+    return step if step.matches_model() else None
 
 
-class DirectStep:
+class LlamaStep:
     """What follows a prompt that the model has read, token by token."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,9 +45,9 @@ class DirectStep:
         self._cos_and_sin: tuple[Tensor, Tensor] | None = None
 
     @property
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether the weights are still where they were put; `MasterWeights`, for instance, may have moved them."""
-        return not self.model.training and all(each.holds for block in self.blocks for each in block.together)
+        return not self.model.training and all(each.is_valid for block in self.blocks for each in block.together)
 
     def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """Next-token logits, [n, V].
@@ -79,13 +79,13 @@ class DirectStep:
         return cos[positions], sin[positions]
 
     @torch.no_grad()
-    def agrees(self) -> bool:
+    def matches_model(self) -> bool:
         """Whether it says what the model says, of a padded row and one that is not, two tokens on."""
         vocab = self.backbone.embed_tokens.num_embeddings
         ids = torch.tensor([[0, 1, 2], [1, 2, 3]]) % vocab
         mask = torch.tensor([[False, True, True], [True, True, True]])
         positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        own, asked = (Memory(make_cache(self.model.config), mask) for _ in range(2))
+        own, asked = (BatchKVCache(make_cache(self.model.config), mask) for _ in range(2))
         for memory in (own, asked):
             self._ask(ids, mask, positions, memory.cache)
         place = positions[:, -1]
@@ -103,7 +103,7 @@ class DirectStep:
         ).logits[:, -1]
 
 
-class _Together:
+class FusedLinear:
     """Linear layers that read the same states, as one product: their weights are moved behind each other in memory.
 
     They stay the layers' own: what an optimizer or anybody else writes into them is what is multiplied by.
@@ -121,7 +121,7 @@ class _Together:
         return linear(states, self.weight, self.bias)
 
     @property
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         return self._places() == self.places
 
     def _places(self) -> list[int]:
@@ -134,8 +134,8 @@ class _Block:
     def __init__(self, layer: nn.Module) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = _Together(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_and_up = _Together(mlp.gate_proj, mlp.up_proj)
+        self.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_and_up = FusedLinear(mlp.gate_proj, mlp.up_proj)
         self.together = (self.qkv, self.gate_and_up)
         self.out, self.down, self.activation = attention.o_proj, mlp.down_proj, mlp.act_fn
         self.norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
-class PairedCache(EncoderDecoderCache):
+class Seq2SeqCache(EncoderDecoderCache):
     """Keys and values of the responses, written in place, those of the prompts, and what the encoder made of these."""
 
     def __init__(self, responses: DynamicCache, states: Tensor, mask: Tensor) -> None:
@@ -39,7 +39,7 @@ class PairedCache(EncoderDecoderCache):
         self.states, self.mask = self.states[indices], self.mask[indices]
 
 
-class PairedDecoding(Decoding):
+class Seq2SeqDecoding(Decoding):
     """`Decoding` where the rows' memory is of the responses alone."""
 
     def _read(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Cache]:
@@ -47,14 +47,14 @@ class PairedDecoding(Decoding):
         ids, mask = moved_left(ids, mask)
         states = model.get_encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         # The decoder's own configuration: T5 counts its layers there.
-        cache = PairedCache(make_cache(model.get_decoder().config), states, mask)
+        cache = Seq2SeqCache(make_cache(model.get_decoder().config), states, mask)
         first = torch.full_like(ids[:, :1], decoder_start(model.config))
         return self._forward(first, torch.ones_like(mask[:, :1]), torch.zeros_like(first), cache), cache
 
     def _begin(self, slots: Slots, mask: Tensor, cache: Cache, of_row: Tensor) -> None:
         super()._begin(slots, torch.ones_like(mask[:, :1]), cache, of_row)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: PairedCache) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Seq2SeqCache) -> Tensor:
         output = self.context.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=cache.states),
             attention_mask=cache.mask.long(),

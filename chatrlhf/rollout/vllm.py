@@ -127,28 +127,30 @@ class VllmSampler:
         if rows is not None:
             prompts = prompts.select(rows)
         lengths = prompts.attention_mask.sum(dim=1)
-        most, fewest = self.limits.per_row(lengths)
+        max_new_tokens, min_new_tokens = self.limits.per_row(lengths)
         given = [ids[mask].tolist() for ids, mask in zip(prompts.input_ids, prompts.attention_mask, strict=True)]
         responses: dict[int, Response] = {}
         with self._one_line(RolloutError, "gave no rollout"):
             self.vllm.sync_weights()
-            for asked, limit, least in self._requests(lengths, most, fewest):
+            for asked, limit, least in self._requests(lengths, max_new_tokens, min_new_tokens):
                 sampled = self._sample([given[row] for row in asked], limit, least)
                 for row, (ids, logprobs) in zip(asked, sampled, strict=True):
-                    responses[row] = self._response(ids, logprobs, int(most[row]), least)
-        return self._rollout(prompts, fewest, [responses[row] for row in range(len(prompts))])
+                    responses[row] = self._response(ids, logprobs, int(max_new_tokens[row]), least)
+        return self._rollout(prompts, min_new_tokens, [responses[row] for row in range(len(prompts))])
 
-    def _requests(self, lengths: Tensor, most: Tensor, fewest: Tensor) -> Iterator[tuple[list[int], int, int]]:
+    def _requests(
+        self, lengths: Tensor, max_new_tokens: Tensor, min_new_tokens: Tensor
+    ) -> Iterator[tuple[list[int], int, int]]:
         """Rows that are sampled together, with the most and the fewest tokens that are asked for.
 
         A request has one pair of limits. Rows that may say less than the longest are cut behind it, which is exact:
         no token's distribution depends on where the response will be cut. But that of EOS depends on the fewest.
         """
-        for least in fewest.unique().tolist():
-            rows = (fewest == least).nonzero().squeeze(-1)
-            rows = rows[most[rows].argsort(descending=True, stable=True)]
+        for least in min_new_tokens.unique().tolist():
+            rows = (min_new_tokens == least).nonzero().squeeze(-1)
+            rows = rows[max_new_tokens[rows].argsort(descending=True, stable=True)]
             while len(rows):
-                limit = int(most[rows[0]])
+                limit = int(max_new_tokens[rows[0]])
                 fits = lengths[rows] + limit <= self.room
                 yield rows[fits].tolist(), limit, least
                 rows = rows[~fits]
@@ -183,9 +185,9 @@ class VllmSampler:
             )
         return list(zip(ids, plain, strict=True))
 
-    def _response(self, ids: list[int], logprobs: list[float], most: int, least: int) -> Response:
+    def _response(self, ids: list[int], logprobs: list[float], max_new_tokens: int, least: int) -> Response:
         """One row, ended where the engine would have ended it."""
-        ids, logprobs = ids[:most], logprobs[:most]
+        ids, logprobs = ids[:max_new_tokens], logprobs[:max_new_tokens]
         ends = [at for at, token in enumerate(ids) if token in self.distribution.eos_token_ids]
         forbidden = self._forbidden.intersection(ids)
         if forbidden or ends and not least <= ends[0] == len(ids) - 1:
@@ -201,10 +203,10 @@ class VllmSampler:
             if found:
                 return Response(ids[:end], logprobs[:end], True, text[: min(found)])
         # vLLM looks for stop strings in a text that it decodes itself, and may see one where `decode` has none.
-        stopped = bool(self.stop) and len(ids) < most
+        stopped = bool(self.stop) and len(ids) < max_new_tokens
         return Response(ids, logprobs, bool(ends) or stopped, self.decode(said))
 
-    def _rollout(self, prompts: PromptBatch, fewest: Tensor, responses: list[Response]) -> Rollout:
+    def _rollout(self, prompts: PromptBatch, min_new_tokens: Tensor, responses: list[Response]) -> Rollout:
         lengths = torch.tensor([len(each.ids) for each in responses])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         ids = torch.full(mask.shape, self.pad_token_id, dtype=torch.long)
@@ -212,7 +214,7 @@ class VllmSampler:
         ids[mask] = torch.tensor([token for each in responses for token in each.ids])
         logprobs[mask] = torch.tensor([value for each in responses for value in each.logprobs])
         finished = torch.tensor([each.finished for each in responses])
-        return Rollout(prompts, ids, mask, logprobs, finished, fewest, [each.text for each in responses])
+        return Rollout(prompts, ids, mask, logprobs, finished, min_new_tokens, [each.text for each in responses])
 
     def _start(self) -> Any:
         from accelerate import Accelerator

@@ -12,7 +12,7 @@ TOP_LEVEL = ("main.py", "config.yaml", "ds_config.json", "templates.json", "arti
 
 def artifacts_root() -> Path:
     """Where they lie: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     bundled = package / "_bundle"
     return bundled if bundled.exists() else package.parent
 

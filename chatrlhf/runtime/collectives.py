@@ -59,7 +59,7 @@ def start() -> None:
         PartialState(cpu=not torch.cuda.is_available())  # so that TRL's trainers and the trackers see this group
 
 
-def start_alone() -> None:
+def init_single_process_group() -> None:
     """Make a group of this process alone, where there is none: DeepSpeed wants one."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -87,7 +87,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def speaks_of_failure() -> bool:
+def claims_failure_report() -> bool:
     """Whether this process is to say why the run ends: the first that fails is. Later ones fail because of it."""
     if world_size() == 1:
         return True
@@ -132,7 +132,7 @@ def gather_results(work: Callable[[], T]) -> list[T]:
     return [each for each, _ in shares]
 
 
-def largest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of the ranks' numbers."""
     if world_size() == 1:
         return number

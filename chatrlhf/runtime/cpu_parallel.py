@@ -20,7 +20,7 @@ A, B = TypeVar("A"), TypeVar("B")
 _one_lane = False
 
 
-def side_by_side(first: Callable[[], A], second: Callable[[], B], device: torch.device) -> tuple[A, B]:
+def run_in_parallel(first: Callable[[], A], second: Callable[[], B], device: torch.device) -> tuple[A, B]:
     """What both give. They must not write to the same memory.
 
     On a GPU, which is busy with either, and on a single core they run one after the other where the caller is.
@@ -44,7 +44,7 @@ def side_by_side(first: Callable[[], A], second: Callable[[], B], device: torch.
 
 
 @contextmanager
-def one_lane() -> Iterator[None]:
+def sequential() -> Iterator[None]:
     """Inside, work is done in one order, the same in every process: where it talks to the others on its way."""
     global _one_lane
     before, _one_lane = _one_lane, True

@@ -16,7 +16,7 @@ NEVER = 2**31 - 1  # bytes; the greatest number that mallopt takes
 
 
 @cache
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Have this process keep what it frees, in one heap, for what it asks for next.
 
     What is given back to the system has to be mapped and zeroed anew, page by page: a twentieth of an update of a small
@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
         _of_glibc("mallopt", parameter, value)
 
 
-def give_freed_memory_back() -> None:
+def trim_malloc() -> None:
     """Once, before work of another kind, which would find holes of the wrong sizes and take new memory beside them."""
     _of_glibc("malloc_trim", 0)
 

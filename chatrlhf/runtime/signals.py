@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from chatrlhf.runtime.collectives import largest
+from chatrlhf.runtime.collectives import all_reduce_max
 
 
 class StopRequest:
@@ -25,9 +25,9 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def agreed(self) -> int | None:
+    def any_rank_stopped(self) -> int | None:
         """The signal that any rank has got; to be asked by all of them, between two steps."""
-        return largest(self.signal_number or 0) or None
+        return all_reduce_max(self.signal_number or 0) or None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():

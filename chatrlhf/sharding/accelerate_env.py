@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chatrlhf.errors import ConfigError
-from chatrlhf.runtime.collectives import start_alone
+from chatrlhf.runtime.collectives import init_single_process_group
 
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by every `accelerate launch`
 DEEPSPEED, FSDP = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"
@@ -47,7 +47,7 @@ class Fsdp2:
 Sharding = DeepSpeed | Fsdp2 | None  # None: every process has all of it
 
 
-def deals_out_weights(sharding: Sharding) -> bool:
+def shards_params(sharding: Sharding) -> bool:
     """Whether no process keeps all weights."""
     return isinstance(sharding, Fsdp2) or (sharding is not None and sharding.stage == 3)
 
@@ -82,7 +82,7 @@ def environment_for(sharding: Sharding) -> Iterator[None]:
     if isinstance(sharding, DeepSpeed):
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        start_alone()
+        init_single_process_group()
         os.environ.setdefault(LOCAL_RANK, "0")
     for name in before:
         if name.startswith(OF_DEEPSPEED):  # what it says is handed over as settings

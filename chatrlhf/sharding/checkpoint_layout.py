@@ -13,7 +13,7 @@ from chatrlhf.sharding.accelerate_env import Sharding
 SHARDING = "sharding.json"  # beside states that lie as they were dealt out
 
 
-def note_sharding(folder: Path, sharding: Sharding) -> None:
+def write_sharding(folder: Path, sharding: Sharding) -> None:
     """Write down how the states in a checkpoint are dealt out, where they are."""
     if sharding is not None:
         (folder / SHARDING).write_text(json.dumps(_described(sharding)) + "\n", encoding="utf-8")

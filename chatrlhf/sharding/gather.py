@@ -11,20 +11,20 @@ from torch import Tensor, nn
 WRAPPER = "_checkpoint_wrapped_module."  # in names, where a wrapper computes activations again
 
 
-def outline(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model that has all but its weights, made before they are dealt out: what is done to it then, hooks
     and all, the copy knows nothing of."""
     bare = {id(each): nn.Parameter(each.detach().to("meta"), each.requires_grad) for each in model.parameters()}
     return copy.deepcopy(model, bare)
 
 
-def put_together(bare: nn.Module, model: nn.Module, keep: bool) -> nn.Module:
+def unshard(bare: nn.Module, model: nn.Module, keep: bool) -> nn.Module:
     """The outline of a model with the weights of the model itself, whole and plain, in the CPU's memory.
 
     Args:
         keep: all ranks call this; one that does not keep them is left with the outline.
     """
-    weights = {name: weight.cpu() for name, weight in whole_weights(model) if keep}
+    weights = {name: weight.cpu() for name, weight in full_params(model) if keep}
     if not keep:
         return bare
     made: dict[int, nn.Parameter] = {}
@@ -40,7 +40,7 @@ def put_together(bare: nn.Module, model: nn.Module, keep: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_params(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by each of its names, whole: in float32 where it is trained, else as it is.
 
     All ranks take all of them, in this order.

@@ -20,10 +20,10 @@ from chatrlhf.sharding.accelerate_env import (
     DeepSpeed,
     Fsdp2,
     Sharding,
-    deals_out_weights,
     is_on,
     launched_by_accelerate,
     require_deepspeed,
+    shards_params,
 )
 from chatrlhf.sharding.deepspeed_config import AUTO, Optimization, completed, filled, read_deepspeed_config
 from chatrlhf.sharding.engine import Engine
@@ -68,7 +68,7 @@ def check_launch(config: Config, stages: list[str]) -> None:
     for stage in stages:
         sharding = sharding_of(config, stage)
         _check_fp16(config, stage, sharding)
-        if getattr(config, SECTION[stage]).is_quantized and deals_out_weights(sharding):
+        if getattr(config, SECTION[stage]).is_quantized and shards_params(sharding):
             raise ConfigError(
                 f"{SECTION[stage]}.load_in_4bit, load_in_8bit: {sharding} would deal out weights that lie in few bits, "
                 'which bitsandbytes cannot read in parts; use DeepSpeed with "stage": 2, which leaves them whole'
@@ -90,7 +90,7 @@ def optimization_of(config: Config, stage: str) -> Optimization:
         precision = resolve_rl_precision(config.trainer_config.precision, device)
     else:
         name, lr_key = "pretrain_config" if stage == "PRETRAIN" else SECTION[stage], "lr"
-        micro, accumulated = rows_a_backward(getattr(config, name), name)
+        micro, accumulated = microbatching(getattr(config, name), name)
         precision = resolve_precision(getattr(config, name).precision, device)
     section = getattr(config, name)
     return Optimization(
@@ -196,7 +196,7 @@ def _settings_of_accelerate() -> dict[str, Any]:
     return settings
 
 
-def rows_a_backward(
+def microbatching(
     config: PretrainConfig | ActorConfig | RewardConfig, section: str, ranks: int | None = None
 ) -> tuple[int, int]:
     """(rows of a backward on each rank, backwards of an optimizer step).

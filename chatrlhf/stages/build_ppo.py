@@ -16,7 +16,7 @@ from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.inputs import Rows
 from chatrlhf.errors import DataError
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import PolicyOnly
+from chatrlhf.models.actor_critic import ActorCritic
 from chatrlhf.models.kernels.activation_checkpointing import recompute_activations
 from chatrlhf.models.loading.lora import has_adapters
 from chatrlhf.models.reference import Reference
@@ -31,7 +31,7 @@ from chatrlhf.rl.prompt_schedule import PromptSchedule
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.rl.scoring import Scorer
-from chatrlhf.rl.sharded_update import ShardedUpdater, deal_out
+from chatrlhf.rl.sharded_update import ShardedUpdater, shard_actor_critic
 from chatrlhf.rl.update import Updater, UpdateSettings
 from chatrlhf.rl.user_functions import load_function
 from chatrlhf.rollout.context import Limits
@@ -43,7 +43,7 @@ from chatrlhf.runtime.collectives import is_main, world_size
 from chatrlhf.runtime.device import DTYPES, resolve_rl_precision
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.seeding import step_seed
-from chatrlhf.sharding.accelerate_env import Sharding, deals_out_weights
+from chatrlhf.sharding.accelerate_env import Sharding, shards_params
 from chatrlhf.sharding.launch import engine_of
 
 DEFAULT_NEW_TOKENS = 128
@@ -52,7 +52,7 @@ NOTHING = Progress()
 
 def assemble_ppo(
     config: Config,
-    topology: PolicyOnly,
+    actor_critic: ActorCritic,
     reference: Reference,
     encoder: Encoder,
     reward: RewardSource,
@@ -82,12 +82,12 @@ def assemble_ppo(
     source = trainer.reads_from("trainer_config", "examples_path")
     prompt_ids, prompts, kept = _encoded_prompts(rows.train, encoder, limits, log, source)
     epochs = rows.epochs.only(kept, source)
-    engine = _sampler(config, topology, encoder, limits, log, sharding)
+    engine = _sampler(config, actor_critic, encoder, limits, log, sharding)
     scaling = RewardScaling(
         trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
     )
     # A forward alone keeps less than half of what the update's forward and backward do.
-    scorer = Scorer(topology, reference, reward, scaling, device, 2 * max(trainer.micro_batch_size, 1))
+    scorer = Scorer(actor_critic, reference, reward, scaling, device, 2 * max(trainer.micro_batch_size, 1))
     frozen = [reference.model]
     if isinstance(reward, ModelReward):
         frozen.append(reward.scorer.model.backbone)
@@ -103,7 +103,7 @@ def assemble_ppo(
         foreign_sampler=isinstance(engine, VllmSampler),
         importance_cap=trainer.importance_cap,
     )
-    updater = _updater(config, topology, frozen, settings, device, sharding, log, done)
+    updater = _updater(config, actor_critic, frozen, settings, device, sharding, log, done)
     held_out = None
     if rows.held_out:
         held_ids, held_prompts, _ = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
@@ -136,7 +136,7 @@ def assemble_ppo(
 
 def _updater(
     config: Config,
-    topology: PolicyOnly,
+    actor_critic: ActorCritic,
     frozen: list[nn.Module],
     settings: UpdateSettings,
     device: torch.device,
@@ -147,26 +147,26 @@ def _updater(
     """What improves the topology, whose models and the frozen ones are made ready for the hot path."""
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
     precision = resolve_rl_precision(trainer.precision, device)
-    groups = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr)
+    groups = actor_critic.parameter_groups(trainer.actor_lr, trainer.critic_lr)
     own_attention = config.actor_config.attn_implementation is None
 
-    def recompute(trained: PolicyOnly) -> None:
+    def recompute(trained: ActorCritic) -> None:
         if trainer.gradient_checkpointing:
             for model in trained.backbones():
                 recompute_activations(model, "trainer_config.gradient_checkpointing")
 
     if sharding is not None:
-        prepare_models(topology.backbones(), frozen, "fp32", device, own_attention)
-        dealt = deal_out(
-            topology,
+        prepare_models(actor_critic.backbones(), frozen, "fp32", device, own_attention)
+        dealt = shard_actor_critic(
+            actor_critic,
             frozen,
             recompute,
             partial(engine_of, sharding, config),
             groups,
-            deals_out_weights(sharding),
+            shards_params(sharding),
             DTYPES[precision],
             device,
-            keep_frozen=is_main() and not has_adapters(topology.policy),
+            keep_frozen=is_main() and not has_adapters(actor_critic.policy),
         )
         kinds = dict.fromkeys(type(engine.model).__name__ for engine in dealt.engines)
         log.note(f"RL: trained by {sharding} in {world_size()} processes ({', '.join(kinds)})")
@@ -175,8 +175,8 @@ def _updater(
         return ShardedUpdater(
             dealt.trained, first, own, algorithm, settings, device, dealt=dealt, schedulers=schedulers
         )
-    masters = prepare_models(topology.backbones(), frozen, precision, device, own_attention)
-    recompute(topology)
+    masters = prepare_models(actor_critic.backbones(), frozen, precision, device, own_attention)
+    recompute(actor_critic)
     if masters is not None:
         groups = masters.groups(groups)
     optimizer = torch.optim.AdamW(
@@ -185,7 +185,7 @@ def _updater(
         weight_decay=trainer.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    return Updater(topology, optimizer, _schedule(optimizer, config, done), algorithm, settings, device, masters)
+    return Updater(actor_critic, optimizer, _schedule(optimizer, config, done), algorithm, settings, device, masters)
 
 
 def sampling_distribution(
@@ -213,14 +213,14 @@ def sampling_distribution(
 
 
 def _sampler(
-    config: Config, topology: PolicyOnly, encoder: Encoder, limits: Limits, log: RunLog, sharding: Sharding
+    config: Config, actor_critic: ActorCritic, encoder: Encoder, limits: Limits, log: RunLog, sharding: Sharding
 ) -> Sampler:
     """What samples the rollouts, from the policy as it is at any time."""
     trainer, tokenizer = config.trainer_config, encoder.tokenizer
-    policy, distribution, stop = topology.policy, topology.distribution, trainer.gen_kwargs.stop
+    policy, distribution, stop = actor_critic.policy, actor_critic.distribution, trainer.gen_kwargs.stop
 
     if trainer.rollout_backend == "chatrlhf":
-        gathered = deals_out_weights(sharding)
+        gathered = shards_params(sharding)
         return RolloutEngine(
             policy,
             distribution,

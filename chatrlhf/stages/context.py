@@ -34,7 +34,7 @@ Read = TypeVar("Read")
 
 
 @dataclass
-class Run:
+class RunContext:
     """What all stages of one run share."""
 
     config: Config
@@ -82,7 +82,7 @@ class Run:
         """Of `start`, for people."""
         return "actor_config.model" if self.start() is self.config.actor_config else "the pretrained model"
 
-    def warn_of_scaling(self, model: str, heeded: bool = True) -> None:
+    def warn_unapplied_scaling(self, model: str, heeded: bool = True) -> None:
         """Where adapters are about to meet other rotary positions than they were trained with."""
         warning = scaling_warning(model, self.config.actor_config.rope_scaling, heeded)
         if warning is not None:
@@ -96,15 +96,15 @@ def encoder_of(config: Config, model: nn.Module, tokenizer: Any, template: Any =
     return encoder_class(model.config).of(tokenizer, template, limit)
 
 
-def policy_encoder(this: Run, stage: str, model: nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
+def policy_encoder(ctx: RunContext, stage: str, model: nn.Module, tokenizer: Any, template: Any = None) -> Encoder:
     """`encoder_of` a policy, whose configurations from now on say what ends its replies, and can be saved."""
     own_eos = tokenizer.eos_token_id  # the encoder may give it another
-    encoder = encoder_of(this.config, model, tokenizer, template)
+    encoder = encoder_of(ctx.config, model, tokenizer, template)
     for change in settle_generation_config(model, encoder, own_eos):
-        this.log.note(f"{stage}: {change}")
+        ctx.log.note(f"{stage}: {change}")
     eos = encoder.tokenizer.eos_token
-    if this.config.actor_config.peft_enable and encoder.tokenizer.eos_token_id not in ids_in_generation_config(model):
-        this.log.warn(
+    if ctx.config.actor_config.peft_enable and encoder.tokenizer.eos_token_id not in ids_in_generation_config(model):
+        ctx.log.warn(
             f"{stage}: with adapters transformers reads the generation_config.json of their base, which does not end "
             f"texts with {eos}; pass generation_config=GenerationConfig.from_pretrained(folder), or merge them first "
             "(chatrlhf export merge)"
@@ -122,30 +122,30 @@ def publish_policy(target: Path, model: nn.Module, encoder: Encoder) -> None:
     publish_folder(target, write)
 
 
-def record(this: Run, stage: str, output: str, model: str | None, rows: Rows) -> dict[str, Any]:
+def record(ctx: RunContext, stage: str, output: str, model: str | None, rows: Rows) -> dict[str, Any]:
     """What the manifest keeps of a finished stage; ``model`` is what it was made from."""
     return {
         "model": model,
         "inputs": rows.files,
         "rows": {"train": rows.epochs.size, "held_out": len(rows.held_out)},
         "output": output,
-        "metrics": this.log.last.get(stage, {}),
+        "metrics": ctx.log.last.get(stage, {}),
     }
 
 
-def given(rows: Read | None) -> Read:
+def require(rows: Read | None) -> Read:
     """A stage's rows, which were read before anything ran."""
     assert rows is not None, "a stage runs only after its inputs were read"
     return rows
 
 
 def with_fresh_adapters(
-    this: Run, model: nn.Module, start: ActorConfig, stage: str, gradient_checkpointing: bool
+    ctx: RunContext, model: nn.Module, start: ActorConfig, stage: str, gradient_checkpointing: bool
 ) -> nn.Module:
     """The model of a stage on others' trainers with fresh adapters, where adapters are to be trained."""
     if not start.peft_enable:
         return model
     model = ready_for_adapters(model, gradient_checkpointing)
-    model = with_adapters(model, load_peft_config(this.config), where(start.model), start.revision)
-    this.log.note(f"{stage}: trains adapters alone, {trained_count(model):,} parameters")
+    model = with_adapters(model, load_peft_config(ctx.config), where(start.model), start.revision)
+    ctx.log.note(f"{stage}: trains adapters alone, {trained_count(model):,} parameters")
     return model

@@ -27,9 +27,9 @@ from chatrlhf.runtime.device import resolve_precision
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.signals import StopRequest
 from chatrlhf.sharding.accelerate_env import DeepSpeed, Sharding, environment_for
-from chatrlhf.sharding.checkpoint_layout import check_sharding, note_sharding
-from chatrlhf.sharding.gather import outline, put_together
-from chatrlhf.sharding.launch import rows_a_backward
+from chatrlhf.sharding.checkpoint_layout import check_sharding, write_sharding
+from chatrlhf.sharding.gather import meta_copy, unshard
+from chatrlhf.sharding.launch import microbatching
 from chatrlhf.stages.resumable_trainer import ORDER
 
 FINGERPRINT = "model_fingerprint.txt"
@@ -65,13 +65,13 @@ def common_arguments(
         held_out: evaluation rows; 0 turns evaluation off.
         sharding: who deals the model out, where that is asked for.
     """
-    micro, accumulated = rows_a_backward(config, section)
+    micro, accumulated = microbatching(config, section)
     steps_an_epoch = -(-rows // config.batch_size)
     return {
         "output_dir": str(scratch),
         "num_train_epochs": config.epochs,
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": rows_judged_at_once(micro, config.max_sequence_length),
+        "per_device_eval_batch_size": eval_batch_size(micro, config.max_sequence_length),
         "gradient_accumulation_steps": accumulated,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.lr_scheduler,
@@ -101,7 +101,7 @@ def common_arguments(
     }
 
 
-def rows_judged_at_once(micro: int, max_sequence_length: int) -> int:
+def eval_batch_size(micro: int, max_sequence_length: int) -> int:
     """Held-out rows of a batch: as many as are quick, and long ones no more than a backward has.
 
     Nothing is kept of them for a backward, but the logits of all positions are there at once.
@@ -140,7 +140,7 @@ class StageCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = True
-        if self.stop.agreed() is not None:
+        if self.stop.any_rank_stopped() is not None:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -152,7 +152,7 @@ class StageCallback(TrainerCallback):
                 shutil.move(str(path), folder / path.name)
             (folder / FINGERPRINT).write_text(self.fingerprint, encoding="utf-8")
             (folder / ORDER).write_text(json.dumps(self.order.state_dict()) + "\n", encoding="utf-8")
-            note_sharding(folder, self.sharding)
+            write_sharding(folder, self.sharding)
 
         self.published = self.store.publish(state.global_step, move)
         if is_main():
@@ -199,7 +199,7 @@ def run_trainer(
         log.note(f"{stage}: no checkpoint was published yet, so it starts at its beginning")
     log.rewind(stage, done if path is not None else -1)
     device = next(model.parameters()).device
-    bare = outline(model) if sharding is not None else None
+    bare = meta_copy(model) if sharding is not None else None
     with environment_for(sharding), StopRequest(log.note) as stop:
         callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate, sharding)
         trainer = make_trainer(callback, path is None)
@@ -220,20 +220,20 @@ def run_trainer(
             log.note(
                 f"{stage}: trained by {sharding} in {world_size()} processes ({type(trainer.model_wrapped).__name__})"
             )
-            model = put_together(bare, model, needed_by_all or is_main())
-            _let_go(trainer)
+            model = unshard(bare, model, needed_by_all or is_main())
+            _release(trainer)
             if needed_by_all:
                 model.to(device)
     barrier()
     if is_main():
         shutil.rmtree(files.scratch, ignore_errors=True)
-    signal_number = stop.agreed()
+    signal_number = stop.any_rank_stopped()
     if signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(signal_number, callback.published)
     return model
 
 
-def _let_go(trainer: Any) -> None:
+def _release(trainer: Any) -> None:
     """Free what a dealt out model has left in memory besides its weights."""
     engine = trainer.model_wrapped
     if hasattr(engine, "destroy"):  # DeepSpeed's

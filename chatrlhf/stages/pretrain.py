@@ -26,7 +26,7 @@ from chatrlhf.runtime.collectives import barrier, gather_results, is_main
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.sharding.accelerate_env import Sharding
 from chatrlhf.sharding.launch import sharding_of
-from chatrlhf.stages.context import Run, given, with_fresh_adapters
+from chatrlhf.stages.context import RunContext, require, with_fresh_adapters
 from chatrlhf.stages.global_batches import GlobalBatches
 from chatrlhf.stages.hf_trainer import StageCallback, common_arguments, run_trainer
 from chatrlhf.stages.resumable_trainer import order_state
@@ -133,29 +133,29 @@ def _rows(
     return Windows(folder / "train", encoder, length), held_out
 
 
-def run_pretrain(this: Run) -> dict[str, Any]:
+def run_pretrain(ctx: RunContext) -> dict[str, Any]:
     """PRETRAIN: language modelling on plain text; leaves ``pretrained/``, from which the actor starts."""
 
-    config, actor, documents = this.config.pretrain_config, this.config.actor_config, given(this.inputs.pretrain)
-    model, tokenizer = load_actor(actor, corpus(this.config), this.device, config.precision)
+    config, actor, documents = ctx.config.pretrain_config, ctx.config.actor_config, require(ctx.inputs.pretrain)
+    model, tokenizer = load_actor(actor, corpus(ctx.config), ctx.device, config.precision)
     encoder = Encoder(tokenizer, FORMATS["raw"], config.max_sequence_length)
     for change in settle_generation_config(model, encoder):
-        this.log.note(f"PRETRAIN: {change}")
-    this.log.note(f"PRETRAIN: {actor.model}, {parameter_count(model):,} parameters, {len(documents.train):,} documents")
-    model = with_fresh_adapters(this, model, actor, "PRETRAIN", config.gradient_checkpointing)
-    files, seed = this.files("PRETRAIN", config.n_checkpoints_to_keep), this.seed("PRETRAIN")
-    sharding = sharding_of(this.config, "PRETRAIN")
-    model = train_on_text(model, encoder, documents, config, files, this.log, this.device, seed, sharding)
+        ctx.log.note(f"PRETRAIN: {change}")
+    ctx.log.note(f"PRETRAIN: {actor.model}, {parameter_count(model):,} parameters, {len(documents.train):,} documents")
+    model = with_fresh_adapters(ctx, model, actor, "PRETRAIN", config.gradient_checkpointing)
+    files, seed = ctx.files("PRETRAIN", config.n_checkpoints_to_keep), ctx.seed("PRETRAIN")
+    sharding = sharding_of(ctx.config, "PRETRAIN")
+    model = train_on_text(model, encoder, documents, config, files, ctx.log, ctx.device, seed, sharding)
 
     def write(folder: Path) -> None:
         save_model(model, folder)
         tokenizer.save_pretrained(folder)  # as it was: no template belongs to plain text
 
-    publish_folder(this.dir / "pretrained", write)
+    publish_folder(ctx.dir / "pretrained", write)
     return {
         "model": actor.model,
         "inputs": documents.files,
         "rows": {"train": len(documents.train), "held_out": len(documents.held_out)},
         "output": "pretrained",
-        "metrics": this.log.last.get("PRETRAIN", {}),
+        "metrics": ctx.log.last.get("PRETRAIN", {}),
     }

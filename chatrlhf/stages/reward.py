@@ -27,7 +27,7 @@ from chatrlhf.runtime.checkpoints import StageFiles
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.sharding.accelerate_env import Sharding
 from chatrlhf.sharding.launch import sharding_of
-from chatrlhf.stages.context import Run, given, record
+from chatrlhf.stages.context import RunContext, record, require
 from chatrlhf.stages.global_batches import GlobalBatches
 from chatrlhf.stages.hf_trainer import StageCallback, common_arguments, run_trainer
 from chatrlhf.stages.row_order import EpochOrder, widths
@@ -140,10 +140,10 @@ def held_out_agreement(scorer: RewardScorer, rows: Judgements) -> dict[str, floa
         accuracy, extra = right / len(rows), {}
     else:
         predicted = scorer.score_ids([scorer.encode(row.prompt, row.completion) for row in rows]).tolist()
-        given = [row.score for row in rows]
-        accuracy = ranking_accuracy(predicted, given)
-        squares = sum((p - g) ** 2 for p, g in zip(predicted, given, strict=True))
-        extra = {"reward/correlation": pearson(predicted, given), "reward/rmse": math.sqrt(squares / len(rows))}
+        require = [row.score for row in rows]
+        accuracy = ranking_accuracy(predicted, require)
+        squares = sum((p - g) ** 2 for p, g in zip(predicted, require, strict=True))
+        extra = {"reward/correlation": pearson(predicted, require), "reward/rmse": math.sqrt(squares / len(rows))}
     low, high = wilson_interval(accuracy, len(rows))
     interval = {"reward/accuracy_low": low, "reward/accuracy_high": high}
     return {"reward/accuracy": accuracy, **interval, **extra, "reward/held_out_rows": len(rows)}
@@ -271,31 +271,31 @@ def _centre_on(scorer: RewardScorer, rows: Sequence[Preference], epochs: Epochs)
     model.shift = -float(scores.mean()) * model.scale
 
 
-def run_reward(this: Run) -> dict[str, Any]:
+def run_reward(ctx: RunContext) -> dict[str, Any]:
     """REWARD: train a model to score completions; leaves ``reward/``."""
 
-    config, rows = this.config.reward_config, given(this.inputs.reward)
-    actor = this.trained("ACTOR", "actor", this.config.actor_config.model)
+    config, rows = ctx.config.reward_config, require(ctx.inputs.reward)
+    actor = ctx.trained("ACTOR", "actor", ctx.config.actor_config.model)
     if config.model == "actor" and actor is None:
-        this.log.warn(f"REWARD: no fine-tuned actor here, so the reward model starts from {this.start_name()} as it is")
+        ctx.log.warn(f"REWARD: no fine-tuned actor here, so the reward model starts from {ctx.start_name()} as it is")
     elif config.model == "actor":
-        this.warn_of_scaling(str(actor), heeded=False)
-    adapters = load_peft_config(this.config, "reward_config") if config.peft_enable else None
-    whole = this.config.model_copy(update={"actor_config": this.start()})
-    scorer = new_reward_model(whole, actor, corpus(this.config), this.device, adapters)
-    this.log.note(
+        ctx.warn_unapplied_scaling(str(actor), heeded=False)
+    adapters = load_peft_config(ctx.config, "reward_config") if config.peft_enable else None
+    whole = ctx.config.model_copy(update={"actor_config": ctx.start()})
+    scorer = new_reward_model(whole, actor, corpus(ctx.config), ctx.device, adapters)
+    ctx.log.note(
         f"REWARD: {config.model}, {parameter_count(scorer.model):,} parameters, {loss_for(rows.train, config)} on "
         f"{rows.epochs.size} rows, {len(rows.held_out)} held out"
     )
-    this.log.note(
+    ctx.log.note(
         "REWARD: starts with a fresh head"
         if scorer.head_from is None
         else f"REWARD: trains the head of {scorer.head_from} further, on its own pooling"
     )
     if adapters is not None:
-        this.log.note(f"REWARD: trains adapters and a head alone, {trained_count(scorer.model):,} parameters")
-    files, seed = this.files("REWARD", config.n_checkpoints_to_keep), this.seed("REWARD")
-    sharding = sharding_of(this.config, "REWARD")
-    train_reward_model(scorer, rows, config, files, this.log, this.device, seed, sharding)
-    publish_folder(this.dir / "reward", scorer.save)
-    return record(this, "REWARD", "reward", config.model, rows)
+        ctx.log.note(f"REWARD: trains adapters and a head alone, {trained_count(scorer.model):,} parameters")
+    files, seed = ctx.files("REWARD", config.n_checkpoints_to_keep), ctx.seed("REWARD")
+    sharding = sharding_of(ctx.config, "REWARD")
+    train_reward_model(scorer, rows, config, files, ctx.log, ctx.device, seed, sharding)
+    publish_folder(ctx.dir / "reward", scorer.save)
+    return record(ctx, "REWARD", "reward", config.model, rows)

@@ -25,43 +25,43 @@ from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.runtime.atomic_files import publish_folder
 from chatrlhf.runtime.collectives import broadcast, rank
 from chatrlhf.runtime.device import resolve_rl_precision
-from chatrlhf.sharding.accelerate_env import Sharding, deals_out_weights, environment_for
+from chatrlhf.sharding.accelerate_env import Sharding, environment_for, shards_params
 from chatrlhf.sharding.launch import sharding_of
 from chatrlhf.stages.build_ppo import assemble_ppo, sampling_distribution
-from chatrlhf.stages.context import Run, given, policy_encoder, publish_policy, record
+from chatrlhf.stages.context import RunContext, policy_encoder, publish_policy, record, require
 
 
-def run_rl(this: Run) -> dict[str, Any]:
+def run_rl(ctx: RunContext) -> dict[str, Any]:
     """RL: improve the actor against the reward; leaves ``actor_rl/`` and ``critic/``."""
-    sharding = sharding_of(this.config, "RL")
+    sharding = sharding_of(ctx.config, "RL")
     with environment_for(sharding):
-        return _run_rl(this, sharding)
+        return _run_rl(ctx, sharding)
 
 
-def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
-    config, trainer_config, rows = this.config, this.config.trainer_config, given(this.inputs.prompts)
-    files = this.files("RL", trainer_config.n_checkpoints_to_keep)
+def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
+    config, trainer_config, rows = ctx.config, ctx.config.trainer_config, require(ctx.inputs.prompts)
+    files = ctx.files("RL", trainer_config.n_checkpoints_to_keep)
     _, checkpoint = files.newest or (0, None)
     done = Progress.of(checkpoint, trainer_config)
     done.num_steps(trainer_config)  # refused, if it is, before models are loaded
-    if this.resume and checkpoint is None:
-        this.log.note("RL: no checkpoint was published yet, so it starts at its beginning")
+    if ctx.resume and checkpoint is None:
+        ctx.log.note("RL: no checkpoint was published yet, so it starts at its beginning")
     # What will be dealt out need not fit on one device first.
-    place = torch.device("cpu") if deals_out_weights(sharding) else this.device
-    policy, encoder, base = _starting_policy(this, place)
+    place = torch.device("cpu") if shards_params(sharding) else ctx.device
+    policy, encoder, base = _starting_policy(ctx, place)
     upon = Base(policy, base) if has_adapters(policy) else None
     reward_scorer = None
-    if this.reward is None:
+    if ctx.reward is None:
         # A critic that is trained by adapters trains those of the reward model further: on the base that is saved.
         apart = config.critic_config.peft_enable
-        reward_scorer = trained_reward_model(this.dir / "reward", config.reward_config, this.device, upon, apart)
-    reward: RewardSource = this.reward or ModelReward(reward_scorer, encoder)
-    distribution = sampling_distribution(config, encoder, policy, this.log.note)
+        reward_scorer = trained_reward_model(ctx.dir / "reward", config.reward_config, ctx.device, upon, apart)
+    reward: RewardSource = ctx.reward or ModelReward(reward_scorer, encoder)
+    distribution = sampling_distribution(config, encoder, policy, ctx.log.note)
     # What gen_kwargs names besides ends the replies of the policy that is left behind, too.
     ends = stop_tokens(policy, encoder.tokenizer).ids
     write_stop_tokens(policy, tuple(dict.fromkeys([*ends, *distribution.eos_token_ids])))
     algorithm = ALGORITHMS[trainer_config.algorithm]
-    topology, critic_line = make_topology(
+    actor_critic, critic_line = make_topology(
         policy,
         encoder.tokenizer,
         reward_scorer,
@@ -73,53 +73,55 @@ def _run_rl(this: Run, sharding: Sharding) -> dict[str, Any]:
         load_peft_config(config, "critic_config") if config.critic_config.peft_enable else None,
         base,
     )
-    topology.to(place)
+    actor_critic.to(place)
     if upon is not None:
         critic_line += "; the policy is trained by adapters, its reference stands upon the same weights"
     if upon is not None and reward_scorer is not None and share_weights(policy, reward_scorer.model):
         critic_line += ", and so does the reward model"
-    broadcast(topology.parameters())
-    reference = topology.reference()
-    this.log.note(f"RL: {trainer_config.algorithm}, {trained_count(topology):,} parameters in training; {critic_line}")
-    trainer = assemble_ppo(
-        config, topology, reference, encoder, reward, rows, this.device, this.log, files.store, sharding, done
+    broadcast(actor_critic.parameters())
+    reference = actor_critic.reference()
+    ctx.log.note(
+        f"RL: {trainer_config.algorithm}, {trained_count(actor_critic):,} parameters in training; {critic_line}"
     )
-    files.begin(topology)
+    trainer = assemble_ppo(
+        config, actor_critic, reference, encoder, reward, rows, ctx.device, ctx.log, files.store, sharding, done
+    )
+    files.begin(actor_critic)
     if rank() > 0:
         from transformers import set_seed
 
         # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
-        set_seed(this.seed("RL") + rank())
+        set_seed(ctx.seed("RL") + rank())
     trainer.train(checkpoint)
     with trainer.updater.full_precision():
-        publish_policy(this.dir / "actor_rl", policy, encoder)
-        if (critic := topology.value_function()) is not None:
+        publish_policy(ctx.dir / "actor_rl", policy, encoder)
+        if (critic := actor_critic.value_function()) is not None:
             # In the reward model's file format: its score of a text is V behind the text's last token.
-            publish_folder(this.dir / "critic", scorer_of_critic(*critic, encoder).save)
+            publish_folder(ctx.dir / "critic", scorer_of_critic(*critic, encoder).save)
     trainer.updater.close()
     if trainer.before is not None and trainer.after is not None:
-        show_comparison(this.log.console, trainer.before, trainer.after, trainer_config.eval_best)
-    return record(this, "RL", "actor_rl", config.actor_config.model, rows)
+        show_comparison(ctx.log.console, trainer.before, trainer.after, trainer_config.eval_best)
+    return record(ctx, "RL", "actor_rl", config.actor_config.model, rows)
 
 
-def _starting_policy(this: Run, device: torch.device) -> tuple[torch.nn.Module, Encoder, str]:
+def _starting_policy(ctx: RunContext, device: torch.device) -> tuple[torch.nn.Module, Encoder, str]:
     """The fine-tuned actor, or the model that the configuration names, where no ACTOR stage has run.
 
     Returns:
         The policy, with the adapters that it is trained by; its encoder; where its weights are, or those that its
         adapters stand upon.
     """
-    settings = this.config.actor_config
-    precision = resolve_rl_precision(this.config.trainer_config.precision, this.device)
-    folder = this.trained("ACTOR", "actor", settings.model)
+    settings = ctx.config.actor_config
+    precision = resolve_rl_precision(ctx.config.trainer_config.precision, ctx.device)
+    folder = ctx.trained("ACTOR", "actor", settings.model)
     apart = settings.peft_enable
     if folder is not None:
-        this.warn_of_scaling(str(folder), heeded=False)
+        ctx.warn_unapplied_scaling(str(folder), heeded=False)
     else:
-        settings = this.start()
-        this.warn_of_scaling(settings.model, heeded=not apart)
-        this.log.warn(f"RL: no fine-tuned actor in this folder, so the policy starts from {this.start_name()} as it is")
-        torch.manual_seed(this.seed("RL"))  # a resumed run's policy and reference start from the same random weights
+        settings = ctx.start()
+        ctx.warn_unapplied_scaling(settings.model, heeded=not apart)
+        ctx.log.warn(f"RL: no fine-tuned actor in this folder, so the policy starts from {ctx.start_name()} as it is")
+        torch.manual_seed(ctx.seed("RL"))  # a resumed run's policy and reference start from the same random weights
         if apart and base_of(settings.model) is not None:
             folder = Path(settings.model)
     template = None
@@ -127,9 +129,9 @@ def _starting_policy(this: Run, device: torch.device) -> tuple[torch.nn.Module, 
         model, tokenizer, template = load_policy(folder, device, apart, settings, precision)
         place = base_of(str(folder)) or where(str(folder))
     else:
-        model, tokenizer = load_actor(settings, corpus(this.config), device, precision)
+        model, tokenizer = load_actor(settings, corpus(ctx.config), device, precision)
         place = where(settings.model)
     if apart and not has_adapters(model):
         model = ready_for_adapters(model)
-        add_adapters(model, load_peft_config(this.config), place, settings.revision if folder is None else None)
-    return model, policy_encoder(this, "RL", model, tokenizer, template), place
+        add_adapters(model, load_peft_config(ctx.config), place, settings.revision if folder is None else None)
+    return model, policy_encoder(ctx, "RL", model, tokenizer, template), place

@@ -24,7 +24,7 @@ from chatrlhf.runtime.checkpoints import StageFiles
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.sharding.accelerate_env import Sharding
 from chatrlhf.sharding.launch import sharding_of
-from chatrlhf.stages.context import Run, given, policy_encoder, publish_policy, record, with_fresh_adapters
+from chatrlhf.stages.context import RunContext, policy_encoder, publish_policy, record, require, with_fresh_adapters
 from chatrlhf.stages.global_batches import GlobalBatches
 from chatrlhf.stages.hf_trainer import StageCallback, common_arguments, run_trainer
 from chatrlhf.stages.row_order import EpochOrder, widths
@@ -94,12 +94,12 @@ def _causal_trainer() -> Any:
 
 
 def _paired_trainer() -> Any:
-    from chatrlhf.stages.sft_seq2seq import PairedTrainer
+    from chatrlhf.stages.sft_seq2seq import Seq2SeqTrainer
 
-    return PairedTrainer
+    return Seq2SeqTrainer
 
 
-def loss_of_a_backward(model: nn.Module, config: ActorConfig) -> Callable[..., torch.Tensor]:
+def microbatch_loss(model: nn.Module, config: ActorConfig) -> Callable[..., torch.Tensor]:
     """What the trainer computes of a microbatch, for a plan; the model is changed as the trainer changes it.
 
     Returns:
@@ -108,7 +108,7 @@ def loss_of_a_backward(model: nn.Module, config: ActorConfig) -> Callable[..., t
     if is_encoder_decoder(model.config):
         from chatrlhf.stages import sft_seq2seq
 
-        return sft_seq2seq.loss_of_a_backward(model, config)
+        return sft_seq2seq.microbatch_loss(model, config)
     from transformers.integrations.neftune import activate_neftune
     from transformers.trainer_pt_utils import LabelSmoother
     from trl.trainer.utils import add_fused_lm_head
@@ -157,29 +157,29 @@ def _dataset(
     return Dataset.from_dict({"input_ids": ids, "labels": labels}), kept
 
 
-def run_actor(this: Run) -> dict[str, Any]:
+def run_actor(ctx: RunContext) -> dict[str, Any]:
     """ACTOR: fine-tune the language model on demonstrations; leaves ``actor/``."""
 
-    config, rows = this.config.actor_config, given(this.inputs.actor)
-    start = this.start()
-    if start is config and this.config.pretrain_config.names_data:
-        this.log.warn("ACTOR: no pretrained model in this folder, so it starts from actor_config.model as it is")
-    this.warn_of_scaling(start.model)
+    config, rows = ctx.config.actor_config, require(ctx.inputs.actor)
+    start = ctx.start()
+    if start is config and ctx.config.pretrain_config.names_data:
+        ctx.log.warn("ACTOR: no pretrained model in this folder, so it starts from actor_config.model as it is")
+    ctx.warn_unapplied_scaling(start.model)
     goes_on = config.peft_enable and start is not config and base_of(start.model) is not None
     load = load_base if goes_on else load_actor
-    model, tokenizer = load(start, corpus(this.config), this.device, config.precision)
-    encoder = policy_encoder(this, "ACTOR", model, tokenizer)
-    this.log.note(
+    model, tokenizer = load(start, corpus(ctx.config), ctx.device, config.precision)
+    encoder = policy_encoder(ctx, "ACTOR", model, tokenizer)
+    ctx.log.note(
         f"ACTOR: {start.model}, {parameter_count(model):,} parameters, {rows.epochs.size} rows, "
         f"{len(rows.held_out)} held out"
     )
     if goes_on:
         model = train_on_adapters(ready_for_adapters(model, config.gradient_checkpointing), start.model)
-        this.log.note(f"ACTOR: goes on with the adapters of PRETRAIN, {trained_count(model):,} parameters")
+        ctx.log.note(f"ACTOR: goes on with the adapters of PRETRAIN, {trained_count(model):,} parameters")
     else:
-        model = with_fresh_adapters(this, model, start, "ACTOR", config.gradient_checkpointing)
-    files, seed = this.files("ACTOR", config.n_checkpoints_to_keep), this.seed("ACTOR")
-    sharding = sharding_of(this.config, "ACTOR")
-    model = train_actor(model, encoder, rows, config, files, this.log, this.device, seed, sharding)
-    publish_policy(this.dir / "actor", model, encoder)
-    return record(this, "ACTOR", "actor", config.model, rows)
+        model = with_fresh_adapters(ctx, model, start, "ACTOR", config.gradient_checkpointing)
+    files, seed = ctx.files("ACTOR", config.n_checkpoints_to_keep), ctx.seed("ACTOR")
+    sharding = sharding_of(ctx.config, "ACTOR")
+    model = train_actor(model, encoder, rows, config, files, ctx.log, ctx.device, seed, sharding)
+    publish_policy(ctx.dir / "actor", model, encoder)
+    return record(ctx, "ACTOR", "actor", config.model, rows)

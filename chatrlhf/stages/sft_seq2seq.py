@@ -22,7 +22,7 @@ from chatrlhf.stages.global_batches import GlobalBatches
 NOISE = "neftune_noise_alpha"
 
 
-class PairedTrainer(GlobalBatches, Trainer):
+class Seq2SeqTrainer(GlobalBatches, Trainer):
     """Prompts to the encoder, and the loss on the decoder's replies."""
 
     def __init__(self, model: nn.Module, arguments: dict[str, Any], processing_class: Any, **rest: Any) -> None:
@@ -89,8 +89,8 @@ def reply_loss(
     return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
-def loss_of_a_backward(model: nn.Module, config: ActorConfig) -> Callable[..., Tensor]:
-    """What `PairedTrainer` computes of a microbatch, for a plan; the model is changed as the trainer changes it.
+def microbatch_loss(model: nn.Module, config: ActorConfig) -> Callable[..., Tensor]:
+    """What `Seq2SeqTrainer` computes of a microbatch, for a plan; the model is changed as the trainer changes it.
 
     Returns:
         From input_ids and attention_mask, [B, P] each, and labels, [B, R], to the loss.

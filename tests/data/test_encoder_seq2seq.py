@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from chatrlhf.conversation import Prompt, Turn
 from chatrlhf.data.encoder import Encoder
-from chatrlhf.data.encoder_seq2seq import PairEncoder
+from chatrlhf.data.encoder_seq2seq import Seq2SeqEncoder
 from chatrlhf.data.stage_rows import Demonstration, PlainText
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.errors import DataError
@@ -15,13 +15,13 @@ from chatrlhf.errors import DataError
 LONG = Prompt((Turn("user", "on the mat " * 5), Turn("assistant", "sat"), Turn("user", "the cat")))
 
 
-def encoder(template: str = "raw", closes: bool = True, max_length: int = 64) -> PairEncoder:
+def encoder(template: str = "raw", closes: bool = True, max_length: int = 64) -> Seq2SeqEncoder:
     """With a tokenizer that closes every text with EOS, as T5's does."""
     tokenizer = tiny.tokenizer()
     if closes:
         eos = (tokenizer.eos_token, tokenizer.eos_token_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {eos[0]}", None, [eos])
-    return PairEncoder.of(tokenizer, FORMATS[template], max_length)
+    return Seq2SeqEncoder.of(tokenizer, FORMATS[template], max_length)
 
 
 @pytest.mark.parametrize("template", ["raw", "hh", "chatllama", "orca"])
@@ -49,7 +49,7 @@ def test_the_saved_template_gives_the_same_ids_and_is_read_again_as_it_was(templ
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     talk = [{"role": turn.role, "content": turn.text} for turn in LONG.turns]
     assert loaded.apply_chat_template(talk, add_generation_prompt=True, return_dict=False) == made.prompt(LONG)
-    again = PairEncoder.of(loaded, Template.load(tmp_path), 64)
+    again = Seq2SeqEncoder.of(loaded, Template.load(tmp_path), 64)
     assert again.prompt(LONG) == made.prompt(LONG) and again.saved_template == made.saved_template
 
 

@@ -9,7 +9,7 @@ from chatrlhf.conversation import Conversation, Prompt, Provenance
 from chatrlhf.data import stage_rows
 from chatrlhf.data.files import open_rows
 from chatrlhf.data.json_row import Row
-from chatrlhf.data.mixture import Ingredient, Mixture, mix
+from chatrlhf.data.mixture import Mixture, MixtureEntry, mix
 from chatrlhf.data.records import from_json, to_json
 from chatrlhf.data.sources import LeftOut
 from chatrlhf.data.stage_rows import Demonstration, PlainText
@@ -24,13 +24,13 @@ def plain(row: Row):
     return [from_json(row)]
 
 
-def talks(name: str, number: int, **options) -> Ingredient:
+def talks(name: str, number: int, **options) -> MixtureEntry:
     records = [Conversation(Prompt.of(f"{name} {i}"), completion="yes") for i in range(number)]
-    return Ingredient(name, rows_of(records), plain, stage_rows.demonstrations, **options)
+    return MixtureEntry(name, rows_of(records), plain, stage_rows.demonstrations, **options)
 
 
-def texts(name: str, written: list[str], **options) -> Ingredient:
-    return Ingredient(
+def texts(name: str, written: list[str], **options) -> MixtureEntry:
+    return MixtureEntry(
         name, rows_of(Conversation(text=text) for text in written), plain, stage_rows.demonstrations, **options
     )
 
@@ -72,7 +72,7 @@ def test_one_seed_is_one_mixture():
     def made(seed: int, backwards: bool = False) -> tuple[list, list]:
         first = talks("a", 40, held_out_share=0.2, fraction=0.5)
         if backwards:
-            first = Ingredient(
+            first = MixtureEntry(
                 "a", first.rows[::-1], plain, stage_rows.demonstrations, held_out_share=0.2, fraction=0.5
             )
         mixture = mix([first, talks("b", 30)], seed)
@@ -158,8 +158,8 @@ def test_what_says_the_same_is_taken_once():
     twice = [
         Conversation(Prompt.of(f"x {i % 5}"), completion="yes", provenance=Provenance(row=str(i))) for i in range(10)
     ]
-    one = Ingredient("one", rows_of(twice), plain, stage_rows.demonstrations)
-    other = Ingredient(
+    one = MixtureEntry("one", rows_of(twice), plain, stage_rows.demonstrations)
+    other = MixtureEntry(
         "other", rows_of([*twice[:2], Conversation(Prompt.of("y"), completion="no")]), plain, stage_rows.demonstrations
     )
     made = mix([one, other], seed=0)
@@ -178,9 +178,9 @@ def test_nothing_that_is_held_out_is_trained_on(seed):
         )
         for i in range(80)
     ]
-    trees = Ingredient("trees", rows_of(records), plain, stage_rows.demonstrations, held_out_share=0.25)
+    trees = MixtureEntry("trees", rows_of(records), plain, stage_rows.demonstrations, held_out_share=0.25)
     again = [replace_answer(record) for record in records[::3]]
-    others = Ingredient("others", rows_of(again), plain, stage_rows.demonstrations)
+    others = MixtureEntry("others", rows_of(again), plain, stage_rows.demonstrations)
     made = mix([trees, others], seed)
     groups = {row.prompt.text: i // 8 for i, row in enumerate(r for x in records for r in stage_rows.demonstrations(x))}
     held, trained = ({groups[row.prompt.text] for row in rows} for rows in (made.held_out, made.train))
@@ -204,7 +204,7 @@ def test_long_texts_are_cut_into_pieces():
 
 def test_pieces_of_a_text_stay_on_one_side():
     story = [Conversation(text=f"{i}" * 30, provenance=Provenance(group=str(i))) for i in range(9)]
-    one = Ingredient("x", rows_of(story), plain, stage_rows.demonstrations, held_out_share=0.4, max_chunk_size=10)
+    one = MixtureEntry("x", rows_of(story), plain, stage_rows.demonstrations, held_out_share=0.4, max_chunk_size=10)
     made = mix([one], seed=1, deduplicate=False)
     held, trained = ({row.text[0] for row in rows} for rows in (made.held_out, made.train))
     assert held and not held & trained
@@ -215,10 +215,10 @@ def test_rows_that_are_left_out_are_counted():
         return [LeftOut("odd rows")] if int(row.place.split()[1]) % 2 else [from_json(row)]
 
     base = talks("a", 10)
-    made = mix([Ingredient("a", base.rows, convert, stage_rows.demonstrations)], seed=0)
+    made = mix([MixtureEntry("a", base.rows, convert, stage_rows.demonstrations)], seed=0)
     assert len(made.train) == 5 and made.shares[0].left_out == {"odd rows": 5}
     with pytest.raises(DataError, match=r"nothing of a is left to train on \(10 records without use for this stage\)"):
-        mix([Ingredient("a", base.rows, plain, stage_rows.preferences)], seed=0)
+        mix([MixtureEntry("a", base.rows, plain, stage_rows.preferences)], seed=0)
 
 
 def test_something_is_always_left_for_training():
@@ -229,14 +229,16 @@ def test_something_is_always_left_for_training():
 def test_few_rows_of_one_prompt():
     """The advice of SHP's card."""
     records = [Conversation(Prompt.of(f"post {i % 2}"), completion=f"reply {i}") for i in range(10)]
-    made = mix([Ingredient("shp", rows_of(records), plain, stage_rows.demonstrations, most_per_prompt=3)], seed=0)
+    made = mix([MixtureEntry("shp", rows_of(records), plain, stage_rows.demonstrations, most_per_prompt=3)], seed=0)
     assert sorted(row.completion for row in made.train) == [f"reply {i}" for i in range(6)]
     assert made.shares[0].left_out == {"more than 3 of one prompt": 4}
 
 
 def test_rows_with_one_key_are_taken_once():
     base = talks("a", 6)
-    keyed = Ingredient("a", base.rows, plain, stage_rows.demonstrations, key=lambda row: int(row.place.split()[1]) // 2)
+    keyed = MixtureEntry(
+        "a", base.rows, plain, stage_rows.demonstrations, key=lambda row: int(row.place.split()[1]) // 2
+    )
     made = mix([keyed], seed=0)
     assert len(made.train) == 4 and made.shares[0].repeated == 2
 
@@ -246,7 +248,7 @@ def test_rows_are_read_from_the_file_when_they_are_asked_for(tmp_path):
     path.write_text(
         "".join(json.dumps({"user_input": f"{i:03}", "completion": "yes"}) + "\n" for i in range(50)), "utf-8"
     )
-    made = mix([Ingredient("file", open_rows(path), plain, stage_rows.demonstrations)], seed=0)
+    made = mix([MixtureEntry("file", open_rows(path), plain, stage_rows.demonstrations)], seed=0)
     before = [row.prompt.text for row in made.train]
     assert sorted(before) == [f"{i:03}" for i in range(50)]
     path.write_text(path.read_text("utf-8").replace('"yes"', '"no!"'), "utf-8")
@@ -258,7 +260,7 @@ def test_some_records_lose_their_narrative():
     """Shurale was trained with 5 % of its narratives left out."""
     scenes = [Conversation(Prompt((), narrative=f"scene {i}", reply_name="Bob"), completion="yes") for i in range(2000)]
     made = mix(
-        [Ingredient("soda", rows_of(scenes), plain, stage_rows.demonstrations, drop_narrative=0.05, loss_on="all")],
+        [MixtureEntry("soda", rows_of(scenes), plain, stage_rows.demonstrations, drop_narrative=0.05, loss_on="all")],
         0,
         False,
     )
@@ -295,13 +297,13 @@ def test_ranks_share_the_mixture_between_them(monkeypatch):
     ],
 )
 def test_what_is_held_out_of_one_dataset_is_not_trained_on_from_another(question, tree):
-    def of(dataset: str, question: str, tree: str) -> Ingredient:
+    def of(dataset: str, question: str, tree: str) -> MixtureEntry:
         records = [
             Conversation(Prompt.of(question.format(i)), dataset, provenance=Provenance(group=tree.format(i)))
             for i in range(20)
         ]
         share = 0.5 if dataset == "first" else 0.0
-        return Ingredient(dataset, rows_of(records), plain, stage_rows.demonstrations, held_out_share=share)
+        return MixtureEntry(dataset, rows_of(records), plain, stage_rows.demonstrations, held_out_share=share)
 
     made = mix([of("first", "question {}", "{}"), of("second", question, tree)], seed=0)
     held = {row.prompt.text.split()[1] for row in made.held_out}

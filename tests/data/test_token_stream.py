@@ -8,7 +8,8 @@ import torch
 from tiny import tokenizer
 from torch.utils.data import BatchSampler
 
-from chatrlhf.data import collate, token_stream
+from chatrlhf.data import encoder as encoder_module
+from chatrlhf.data import token_stream
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.stage_rows import PlainText
 from chatrlhf.data.templates import FORMATS
@@ -61,7 +62,7 @@ def test_what_looks_like_a_special_token_is_text(encoder, tmp_path):
 
 @pytest.mark.parametrize("size", [7, 20, 2**18])
 def test_a_long_document_is_tokenised_a_part_at_a_time(encoder, tmp_path, monkeypatch, size):
-    monkeypatch.setattr(collate, "PART_OF_TEXT", size)
+    monkeypatch.setattr(encoder_module, "PART_OF_TEXT", size)
     sizes = []
     whole = Tokenization.plain_ids
     monkeypatch.setattr(Tokenization, "plain_ids", lambda self, text: sizes.append(len(text)) or whole(self, text))

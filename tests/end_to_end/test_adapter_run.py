@@ -208,7 +208,7 @@ def test_rl_upon_four_bits_is_held_to_what_sft_made_of_them(config, tmp_path, tr
     critic_folder = tmp_path / "run" / "critic"
     assert (critic_folder / "adapter_model.safetensors").exists() == bool(critic)
     scorer = load_reward_model(critic_folder)
-    backbone, head = trainers[-1].updater.topology.value_function()
+    backbone, head = trainers[-1].updater.actor_critic.value_function()
     with torch.no_grad():
         want = backbone.eval()(input_ids=IDS).last_hidden_state
         got = scorer.model.backbone(input_ids=IDS).last_hidden_state
@@ -244,8 +244,13 @@ def test_one_base_carries_policy_reference_critic_and_reward_model(
     assert "stands upon the same weights, and so does the reward model" in out
     trainer, reward = trainers[-1], tmp_path / "run" / "reward"
     scorer = trainer.scorer.reward.scorer
-    topology = trainer.updater.topology
-    models = [policy_of(trainer).base_model, reference_of(trainer).base_model, topology.critic, scorer.model.backbone]
+    actor_critic = trainer.updater.actor_critic
+    models = [
+        policy_of(trainer).base_model,
+        reference_of(trainer).base_model,
+        actor_critic.critic,
+        scorer.model.backbone,
+    ]
     frozen = [{id(w) for name, w in model.named_parameters() if ".lora_" not in name} for model in models]
     assert frozen[0] and all(each == frozen[0] for each in frozen)
     own = [{id(w) for name, w in model.named_parameters() if ".lora_" in name} for model in models]
@@ -260,7 +265,7 @@ def test_one_base_carries_policy_reference_critic_and_reward_model(
     assert alone == pytest.approx(scorer(prompts, replies), abs=1e-4)
     value = load_reward_model(tmp_path / "run" / "critic")
     with torch.no_grad():
-        want = topology.critic.eval()(input_ids=IDS).last_hidden_state
+        want = actor_critic.critic.eval()(input_ids=IDS).last_hidden_state
         got = value.model.backbone(input_ids=IDS).last_hidden_state
         first = scorer.model.backbone(input_ids=IDS).last_hidden_state
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
@@ -269,14 +274,14 @@ def test_one_base_carries_policy_reference_critic_and_reward_model(
 
 def test_a_critic_by_adapters_stands_upon_a_reward_model_in_whole_weights(config, tmp_path, trainers):
     run(config("run", critic_config__peft_enable=True, actor_config__peft_enable=False))
-    scorer, topology = trainers[-1].scorer.reward.scorer, trainers[-1].updater.topology
-    assert {id(w) for n, w in topology.critic.named_parameters() if ".lora_" not in n} == {
+    scorer, actor_critic = trainers[-1].scorer.reward.scorer, trainers[-1].updater.actor_critic
+    assert {id(w) for n, w in actor_critic.critic.named_parameters() if ".lora_" not in n} == {
         id(w) for w in scorer.model.backbone.parameters()
     }
     critic = tmp_path / "run" / "critic"
     assert base_of(str(critic)) == str((tmp_path / "run" / "reward").resolve())
     with torch.no_grad():
-        want = topology.critic.eval()(input_ids=IDS).last_hidden_state
+        want = actor_critic.critic.eval()(input_ids=IDS).last_hidden_state
         got = load_reward_model(critic).model.backbone(input_ids=IDS).last_hidden_state
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 

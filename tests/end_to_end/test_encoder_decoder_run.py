@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.cli import main
-from chatrlhf.data.encoder_seq2seq import PairEncoder
+from chatrlhf.data.encoder_seq2seq import Seq2SeqEncoder
 from chatrlhf.data.records import read_demonstrations
 from chatrlhf.data.templates import FORMATS, Template
 from chatrlhf.errors import OutsideError
@@ -122,8 +122,8 @@ def test_a_shared_critic_is_saved_as_what_it_is_read_as(config, tmp_path, traine
     """V behind a reply's last token, from the folder that the run leaves."""
     run(config("run", critic_config__model="shared"), type="RL", reward_fn=length)
     critic = load_reward_model(tmp_path / "run" / "critic")
-    policy, head, encoder = policy_of(trainers[-1]), trainers[-1].updater.topology.value_head, critic.encoder
-    assert isinstance(encoder, PairEncoder)
+    policy, head, encoder = policy_of(trainers[-1]), trainers[-1].updater.actor_critic.value_head, critic.encoder
+    assert isinstance(encoder, Seq2SeqEncoder)
     prompts, replies = ["hello there", "good day to you"], ["well hello", "no 3"]
     for prompt, reply, score in zip(prompts, replies, critic(prompts, replies), strict=True):
         start = policy.config.decoder_start_token_id
@@ -145,7 +145,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_replies(smoothing, files, confi
     changes = dict(lr=0.0, validation_fraction=0.0, batch_size=60, micro_batch_size=15)
     changes |= dict(model=str(tmp_path / "still"), label_smoothing_factor=smoothing)
     run(config("run", **{f"actor_config__{name}": value for name, value in changes.items()}), type="ACTOR")
-    encoder = PairEncoder.of(tokenizer, FORMATS["raw"], 96)
+    encoder = Seq2SeqEncoder.of(tokenizer, FORMATS["raw"], 96)
     total = count = 0
     for row in read_demonstrations(files / "actor.json"):
         prompt, reply = (torch.tensor([ids]) for ids in encoder.actor_row(row, "completion"))

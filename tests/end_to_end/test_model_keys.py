@@ -25,7 +25,7 @@ def topologies(monkeypatch) -> list:
     seen = []
     train = PPOTrainer.train
     monkeypatch.setattr(
-        PPOTrainer, "train", lambda self, *args: seen.append(self.updater.topology) or train(self, *args)
+        PPOTrainer, "train", lambda self, *args: seen.append(self.updater.actor_critic) or train(self, *args)
     )
     return seen
 

@@ -210,7 +210,7 @@ def test_the_actor_goes_on_with_the_adapters_of_pretrain(files, base, tmp_path, 
         return
     # RL is held to the fine-tuned actor: base, with stretched positions, and adapters as ACTOR left them.
     run(load_config(adapted(files, base, tmp_path)), type="RL", reward_fn=length)
-    policy, reference = trainers[-1].updater.topology.policy, trainers[-1].scorer.reference.model
+    policy, reference = trainers[-1].updater.actor_critic.policy, trainers[-1].scorer.reference.model
     stretched = AutoModelForCausalLM.from_pretrained(actor, config=policy.config, dtype=torch.float32).eval()
     with torch.no_grad():
         held_to = reference(input_ids=IDS).logits

@@ -241,7 +241,7 @@ def of_policy_group(name: str) -> Callable[[Any], Any]:
 
 
 def distribution(name: str) -> Callable[[Any], Any]:
-    return lambda trainer: getattr(trainer.updater.topology.distribution, name)
+    return lambda trainer: getattr(trainer.updater.actor_critic.distribution, name)
 
 
 def forbidden(trainer: Any) -> tuple[int, ...]:
@@ -249,7 +249,7 @@ def forbidden(trainer: Any) -> tuple[int, ...]:
 
 
 def policy(trainer: Any) -> Any:
-    return trainer.updater.topology.policy
+    return trainer.updater.actor_critic.policy
 
 
 def of_vllm(name: str) -> Callable[[Any], Any]:
@@ -257,7 +257,7 @@ def of_vllm(name: str) -> Callable[[Any], Any]:
 
 
 def recomputes(trainer: Any) -> bool:
-    forwards = [vars(each).get("forward") for each in trainer.updater.topology.modules()]
+    forwards = [vars(each).get("forward") for each in trainer.updater.actor_critic.modules()]
     return any(each is not None and each.__code__.co_name == "forward_of_block" for each in forwards)
 
 

@@ -17,7 +17,7 @@ from chatrlhf.cli import main
 from chatrlhf.data.templates import Template
 from chatrlhf.models.frozen_trunk import BranchReference, FrozenTrunk
 from chatrlhf.models.loading.lora import base_of
-from chatrlhf.models.weight_sharing import bare_copy
+from chatrlhf.models.weight_sharing import copy_without_adapters
 from chatrlhf.rl.master_weights import prepare_models
 from chatrlhf.rl.update import Updater
 
@@ -33,7 +33,7 @@ def topologies(monkeypatch) -> list:
     """The topologies that are updated."""
     seen = []
     step = Updater.step
-    monkeypatch.setattr(Updater, "step", lambda self, *args: seen.append(self.topology) or step(self, *args))
+    monkeypatch.setattr(Updater, "step", lambda self, *args: seen.append(self.actor_critic) or step(self, *args))
     return seen
 
 
@@ -141,7 +141,7 @@ def test_adapters_are_trained_upon_the_fine_tuned_actor(files, sft, topologies, 
     prepare_models([], [actor], "bf16" if bf16 else "fp32", torch.device("cpu"))
     with torch.no_grad():
         want = actor(input_ids=ids).logits
-        assert torch.equal(bare_copy(made.policy)(input_ids=ids).logits, want)
+        assert torch.equal(copy_without_adapters(made.policy)(input_ids=ids).logits, want)
         now = made.policy(input_ids=ids).logits
         assert (now - want).abs().max() > 1e-2
         # peft's own format, the fine-tuned actor as its base

@@ -24,7 +24,7 @@ from tiny import flan_t5, gpt2, llama, qwen2, t5, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForSequenceClassification
 
 from chatrlhf.errors import ConfigError, UserError
-from chatrlhf.models.loading.adapter_loading import go_on_with_adapters
+from chatrlhf.models.loading.adapter_loading import continue_adapters
 from chatrlhf.models.loading.backbone import read_by
 from chatrlhf.models.loading.lora import merged_parameters
 from chatrlhf.models.loading.pretrained import load_base_model, load_language_model
@@ -75,7 +75,7 @@ def refusal(load, *arguments) -> str:
 def apart(folder: Path):
     """As RL loads them with peft_enable."""
     model = load_base_model(str(folder), "k")
-    go_on_with_adapters(model, folder)
+    continue_adapters(model, folder)
     return model
 
 

@@ -228,9 +228,9 @@ def test_a_classifier_as_critic_starts_from_its_own_head(kind, adapters, tmp_pat
     words = tokenizer_of("llama")
     config = CriticConfig(model=str(folder), peft_enable=adapters is not None)
     policy = llama(vocab=len(words))
-    topology, line = make_topology(policy, words, None, config, PLAIN, True, adapters=adapters, base="nowhere")
+    actor_critic, line = make_topology(policy, words, None, config, PLAIN, True, adapters=adapters, base="nowhere")
     assert line.startswith(f"critic: {folder}")
-    critic, head = topology.value_function()
+    critic, head = actor_critic.value_function()
     rows = [[5, 6, 7], [9, 10, 11, 12]]
     with torch.no_grad():
         values = [head(critic(input_ids=torch.tensor([row])).last_hidden_state[0, -1]) for row in rows]

@@ -207,7 +207,7 @@ def test_scores_whose_squares_overflow_are_refused():
 )
 def test_an_update_that_diverged_is_not_saved():
     policy = tiny.llama()
-    trainer = SimpleNamespace(sharding=None, updater=SimpleNamespace(topology=policy))
+    trainer = SimpleNamespace(sharding=None, updater=SimpleNamespace(actor_critic=policy))
     PPOTrainer._refuse_diverged(trainer, {"loss/value": 1e30, "ppo/grad_norm": 0.0}, 3)
     with torch.no_grad():
         policy.lm_head.weight[3] = torch.nan

@@ -18,7 +18,7 @@ from tiny import (
     widened,
 )
 
-from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
@@ -30,7 +30,7 @@ def joined(batch: Rollout) -> Sequences:
     return join(batch.prompts.input_ids, batch.prompts.attention_mask, batch.response_ids, batch.response_mask)
 
 
-def alone(policy) -> PolicyOnly:
+def alone(policy) -> ActorCritic:
     return PolicyOnly(policy, PLAIN)
 
 
@@ -48,23 +48,23 @@ BATCH = rollout(prompts([3, 1, 6]), [5, 2, 4])
 @pytest.mark.parametrize("make", [separate, shared])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_value_is_read_at_the_slot_before_its_token(make, family):
-    topology = make(FAMILIES[family]())
-    values = topology.evaluate(joined(BATCH)).values
-    backbone = topology.critic if make is separate else topology.policy.base_model
+    actor_critic = make(FAMILIES[family]())
+    values = actor_critic.evaluate(joined(BATCH)).values
+    backbone = actor_critic.critic if make is separate else actor_critic.policy.base_model
     for i, length in enumerate(BATCH.lengths.tolist()):
         ids = BATCH.prompts.input_ids[i][BATCH.prompts.attention_mask[i]].tolist()
         for t in range(length):
             # Run on the prompt and the tokens *before* t alone; the last state of that is what V may know.
             prefix = torch.tensor([ids + BATCH.response_ids[i, :t].tolist()])
             states = backbone(input_ids=prefix).last_hidden_state
-            torch.testing.assert_close(values[i, t], topology.value_head(states[0, -1]), rtol=0, atol=1e-5)
+            torch.testing.assert_close(values[i, t], actor_critic.value_head(states[0, -1]), rtol=0, atol=1e-5)
     assert (values[~BATCH.response_mask] == 0).all()
 
 
 @pytest.mark.parametrize("make", [separate, shared])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_and_values_do_not_depend_on_padding_or_batch_order(make, family):
-    topology = make(FAMILIES[family]())
+    actor_critic = make(FAMILIES[family]())
     order = torch.tensor([2, 0, 1])
     moved = Rollout(
         widened(BATCH.prompts, 5).select(order),
@@ -74,7 +74,7 @@ def test_logprobs_and_values_do_not_depend_on_padding_or_batch_order(make, famil
         BATCH.completions,
     )
     with torch.no_grad():
-        want, got = topology.evaluate(joined(BATCH)), topology.evaluate(joined(moved))
+        want, got = actor_critic.evaluate(joined(BATCH)), actor_critic.evaluate(joined(moved))
     torch.testing.assert_close(got.logprobs, want.logprobs[order], rtol=0, atol=1e-5)
     torch.testing.assert_close(got.values, want.values[order], rtol=0, atol=1e-5)
 
@@ -87,9 +87,9 @@ def test_shared_and_separate_agree_on_the_policy():
 
 @pytest.mark.parametrize("make", [alone, separate, shared])
 def test_dropout_is_off_in_every_part(make):
-    topology = make(gpt2(dropout=0.5))
-    assert not any(module.training for module in topology.modules())
-    first, second = topology.evaluate(joined(BATCH)), topology.evaluate(joined(BATCH))
+    actor_critic = make(gpt2(dropout=0.5))
+    assert not any(module.training for module in actor_critic.modules())
+    first, second = actor_critic.evaluate(joined(BATCH)), actor_critic.evaluate(joined(BATCH))
     assert torch.equal(first.logprobs, second.logprobs)
     assert make is alone or torch.equal(first.values, second.values)
 
@@ -115,42 +115,45 @@ def test_a_critic_is_apart_where_no_weight_gets_both_gradients(make, unfrozen):
     policy = llama()
     if unfrozen:
         freeze_trunk(policy, unfrozen)
-    topology = make(policy)
-    topology = FrozenTrunk(topology, unfrozen) if unfrozen else topology
-    evaluation, trained = topology.evaluate(joined(BATCH)), [p for p in topology.parameters() if p.requires_grad]
+    actor_critic = make(policy)
+    actor_critic = FrozenTrunk(actor_critic, unfrozen) if unfrozen else actor_critic
+    evaluation, trained = (
+        actor_critic.evaluate(joined(BATCH)),
+        [p for p in actor_critic.parameters() if p.requires_grad],
+    )
     of_policy, of_critic = (
         torch.autograd.grad(each.sum(), trained, retain_graph=True, allow_unused=True)
         for each in (evaluation.logprobs, evaluation.values)
     )
     both = [a is not None and b is not None for a, b in zip(of_policy, of_critic, strict=True)]
-    assert topology.critic_is_apart == (make is separate) == (not any(both))
+    assert actor_critic.critic_is_apart == (make is separate) == (not any(both))
 
 
 def test_a_backward_stops_at_the_seam_and_can_be_taken_up():
     whole, parted = (separate(llama(tie_word_embeddings=False)) for _ in range(2))
     whole.evaluate(joined(BATCH)).logprobs.sum().backward()
-    evaluation = parted.evaluate(joined(BATCH), seam=True)
+    evaluation = parted.evaluate(joined(BATCH), detach_point=True)
     evaluation.logprobs.sum().backward()
     assert gradients(parted.policy).keys() == {"lm_head.weight"}
-    evaluation.seam.backward()
+    evaluation.detach_point.backward()
     assert_same_gradients(gradients(parted), gradients(whole))
 
 
 def test_a_separate_critic_sends_no_gradient_into_the_policy():
-    topology = separate(llama())
-    topology.evaluate(joined(BATCH)).values.sum().backward()
-    assert all(parameter.grad is None for parameter in topology.policy.parameters())
-    assert topology.value_head.out.weight.grad.abs().sum() > 0
+    actor_critic = separate(llama())
+    actor_critic.evaluate(joined(BATCH)).values.sum().backward()
+    assert all(parameter.grad is None for parameter in actor_critic.policy.parameters())
+    assert actor_critic.value_head.out.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("make", [separate, shared])
 def test_every_trainable_parameter_is_in_exactly_one_group_at_its_own_rate(make):
-    topology = make(llama())
-    actor, critic = topology.parameter_groups(actor_lr=1e-3, critic_lr=1e-4)
+    actor_critic = make(llama())
+    actor, critic = actor_critic.parameter_groups(actor_lr=1e-3, critic_lr=1e-4)
     assert (actor["lr"], critic["lr"]) == (1e-3, 1e-4)
-    assert {id(p) for p in actor["params"]} == {id(p) for p in topology.policy.parameters()}
+    assert {id(p) for p in actor["params"]} == {id(p) for p in actor_critic.policy.parameters()}
     grouped = [id(p) for p in actor["params"] + critic["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in topology.parameters())
+    assert sorted(grouped) == sorted(id(p) for p in actor_critic.parameters())
 
 
 def test_frozen_embeddings_are_not_trained():
@@ -161,12 +164,12 @@ def test_frozen_embeddings_are_not_trained():
 
 
 def test_bf16_gives_float32_logprobs_close_to_fp32():
-    topology = shared(llama())
+    actor_critic = shared(llama())
     with torch.no_grad():
-        exact = topology.evaluate(joined(BATCH))
-        for backbone in topology.backbones():
+        exact = actor_critic.evaluate(joined(BATCH))
+        for backbone in actor_critic.backbones():
             backbone.bfloat16()
-        rounded = topology.evaluate(joined(BATCH))
+        rounded = actor_critic.evaluate(joined(BATCH))
     assert rounded.logprobs.dtype == rounded.values.dtype == torch.float32
     assert not torch.equal(rounded.logprobs, exact.logprobs)
     torch.testing.assert_close(rounded.logprobs, exact.logprobs, rtol=0, atol=0.06)  # 0.04 here

@@ -8,7 +8,7 @@ from transformers import AutoModelForSeq2SeqLM
 from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import ActorConfig, Config, CriticConfig, RewardConfig
 from chatrlhf.data.encoder import Encoder
-from chatrlhf.data.encoder_seq2seq import PairEncoder
+from chatrlhf.data.encoder_seq2seq import Seq2SeqEncoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.actor_critic import SeparateCritic, SharedTrunk
@@ -25,7 +25,7 @@ from chatrlhf.models.reward_model import (
     scorer_of_critic,
 )
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.weight_sharing import whole_copy
+from chatrlhf.models.weight_sharing import merged_copy
 
 WORDS = tokenizer()
 BATCH = rollout(prompts([3, 1, 6]), [5, 2, 4])
@@ -38,7 +38,7 @@ def sequences(made):
     )
 
 
-def topology(family: str = "flan_t5", reward=None, model=None, reward_name=None):
+def actor_critic(family: str = "flan_t5", reward=None, model=None, reward_name=None):
     policy = ENCODER_DECODERS[family](vocab_size=len(WORDS))
     return make_topology(policy, WORDS, reward, CriticConfig(model=model), PLAIN, True, reward_name)
 
@@ -54,7 +54,7 @@ def saved(model, folder):
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_a_critic_is_a_copy_of_the_policy_without_its_head(family):
-    made, line = topology(family)
+    made, line = actor_critic(family)
     assert isinstance(made, SeparateCritic) and "a copy of the policy under a zero head" in line
     assert (made.evaluate(sequences(made)).values == 0).all()
     assert not {p.data_ptr() for p in made.critic.parameters()} & {p.data_ptr() for p in made.policy.parameters()}
@@ -69,29 +69,29 @@ def test_a_reward_model_that_reads_otherwise_is_no_critic(kind):
     else:
         model = RewardModel(backbone_of(flan_t5(vocab_size=len(WORDS))), ScalarHead(16), "start")
     scorer = RewardScorer(model, Encoder(WORDS, FORMATS["raw"], 64))
-    line = topology(reward=scorer)[1]
+    line = actor_critic(reward=scorer)[1]
     assert line == (
         "critic: a copy of the policy under a zero head (the reward model does not read a prompt and its reply apart)"
     )
     with pytest.raises(ConfigError, match="cannot be the critic: the reward model does not read"):
-        topology(reward=scorer, model="judge", reward_name="judge")
+        actor_critic(reward=scorer, model="judge", reward_name="judge")
 
 
 def test_a_named_encoder_decoder_gets_a_zero_head_and_any_other_is_refused(tmp_path):
-    made, line = topology(model=saved(t5(vocab_size=len(WORDS)), tmp_path / "t5"))
+    made, line = actor_critic(model=saved(t5(vocab_size=len(WORDS)), tmp_path / "t5"))
     assert line == f"critic: {tmp_path / 't5'}" and (made.evaluate(sequences(made)).values == 0).all()
     with pytest.raises(ConfigError, match="is no encoder-decoder and the actor is one"):
-        topology(model=saved(llama(vocab=len(WORDS)), tmp_path / "llama"))
+        actor_critic(model=saved(llama(vocab=len(WORDS)), tmp_path / "llama"))
     with pytest.raises(ConfigError, match="is an encoder-decoder and the actor is none"):
         make_topology(llama(vocab=len(WORDS)), WORDS, None, CriticConfig(model=str(tmp_path / "t5")), PLAIN, True)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_saved_critic_gives_the_value_behind_a_reply_and_starts_another(family, tmp_path):
-    made, _ = topology(family, model="shared")
+    made, _ = actor_critic(family, model="shared")
     assert isinstance(made, SharedTrunk)
     torch.nn.init.normal_(made.value_head.out.weight)
-    encoder = PairEncoder(WORDS, FORMATS["raw"], 64)
+    encoder = Seq2SeqEncoder(WORDS, FORMATS["raw"], 64)
     critic = scorer_of_critic(*made.value_function(), encoder)
     users, replies = ["the cat", "on the mat and the hat"], ["sat on the mat", "is"]
     scores = critic(users, replies)
@@ -108,7 +108,7 @@ def test_a_saved_critic_gives_the_value_behind_a_reply_and_starts_another(family
     assert loaded.encode("the cat", "sat", finished=False)[1] == encoder.completion("a", "sat")[:-1]
     prompt, reply = loaded.encode("the cat " * 40, "sat on")
     assert reply == encoder.completion("a", "sat on") and len(prompt) + len(reply) == 64
-    again, line = topology(family, model=str(tmp_path))
+    again, line = actor_critic(family, model=str(tmp_path))
     assert line == f"critic: {tmp_path}"
     torch.testing.assert_close(again.evaluate(sequences(again)).values, made.evaluate(sequences(made)).values)
 
@@ -171,7 +171,7 @@ def test_more_embeddings_leave_the_rest_of_a_model_as_it_was(family, tmp_path):
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_adapters_are_trained_put_aside_saved_and_loaded(family, targets, tmp_path):
-    made, _ = topology(family, model="shared")
+    made, _ = actor_critic(family, model="shared")
     policy = made.policy
     base = saved(policy, tmp_path / "base")
     start = made.evaluate(sequences(made)).logprobs.detach()
@@ -197,9 +197,9 @@ def test_adapters_are_trained_put_aside_saved_and_loaded(family, targets, tmp_pa
         torch.testing.assert_close(loaded(**read_by(policy.config, IDS)).logits, want, rtol=0, atol=1e-4)
         # Their sum, for a critic of its own, and as the shared one is saved.
         states = backbone_of(policy)(**read_by(policy.config, IDS)).last_hidden_state
-        copied = whole_copy(backbone_of(policy))(**read_by(policy.config, IDS)).last_hidden_state
+        copied = merged_copy(backbone_of(policy))(**read_by(policy.config, IDS)).last_hidden_state
         torch.testing.assert_close(copied, states, rtol=0, atol=1e-4)
-    scorer_of_critic(*made.value_function(), PairEncoder(WORDS, FORMATS["raw"], 64)).save(tmp_path / "critic")
+    scorer_of_critic(*made.value_function(), Seq2SeqEncoder(WORDS, FORMATS["raw"], 64)).save(tmp_path / "critic")
     with torch.no_grad():
         critic = load_reward_model(tmp_path / "critic").model.backbone
         torch.testing.assert_close(critic(**read_by(policy.config, IDS)).last_hidden_state, states, rtol=0, atol=1e-4)

@@ -30,7 +30,7 @@ from chatrlhf.models.loading.lora import add_adapters, backbone_with_adapters, b
 from chatrlhf.models.reference import Reference, reference_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
-from chatrlhf.models.weight_sharing import bare_copy
+from chatrlhf.models.weight_sharing import copy_without_adapters
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling
@@ -79,7 +79,7 @@ def test_without_adapters_every_logit_is_the_sft_models(family, precision):
     assert torch.equal(logits(policy), want)  # fresh adapters add nothing
     perturb(policy)
     assert (logits(policy) - want).abs().max() > 0.05
-    assert torch.equal(logits(bare_copy(policy)), want)
+    assert torch.equal(logits(copy_without_adapters(policy)), want)
     assert not torch.equal(logits(policy), want)
 
 
@@ -166,7 +166,7 @@ def test_a_trunk_with_adapters_carries_the_value_head():
     with torch.no_grad():
         values = made.evaluate(joined()).values
         assert (values - plain.evaluate(joined()).values).abs().max() > 0.05
-        bare = SharedTrunk(bare_copy(made.policy), made.value_head, PLAIN)
+        bare = SharedTrunk(copy_without_adapters(made.policy), made.value_head, PLAIN)
         torch.testing.assert_close(bare.evaluate(joined()).values, plain.evaluate(joined()).values)
     made.evaluate(joined()).values.sum().backward()
     moved = gradients(made)
@@ -236,7 +236,7 @@ def test_bf16_keeps_float32_of_adapters_and_not_of_the_base():
     policy = adapted()
     masters = MasterWeights(policy)
     assert all(p.dtype == torch.bfloat16 for p in policy.parameters())
-    with masters.exposed():
+    with masters.fp32_weights():
         dtypes = {("lora_" in name): p.dtype for name, p in policy.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
 

@@ -7,8 +7,8 @@ import torch
 from tiny import BRANCHES, FAMILIES, assert_same_gradients, gradients, llama, opt, qwen2, take
 from transformers import BertConfig, BertModel
 
-from chatrlhf.models.kernels.attention import NAME, attention, cudnn_for_decoding, prefer_fast_attention
-from chatrlhf.models.kernels.packing import packs
+from chatrlhf.models.kernels.attention import NAME, attention, cudnn_for_decoding, patch_attention
+from chatrlhf.models.kernels.packing import supports_packing
 from chatrlhf.runtime.device import pick_device
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def test_logits_and_gradients_stay_what_they_were(family):
         logits = model(input_ids=IDS).logits
         logits.log_softmax(-1)[..., 3].sum().backward()
         found.append((logits.detach(), gradients(model)))
-        prefer_fast_attention(model, CPU)
+        patch_attention(model, CPU)
     assert (model.config._attn_implementation == NAME) == (family in OURS)
     (want, want_gradients), (got, got_gradients) = found
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
@@ -47,7 +47,7 @@ def test_left_padding_is_hidden(make, branch, monkeypatch):
     mask[0, :5] = mask[1, :2] = 0
     with torch.no_grad():
         want = model(input_ids=IDS, attention_mask=mask).logits
-        prefer_fast_attention(model, CPU)
+        patch_attention(model, CPU)
         got = model(input_ids=IDS, attention_mask=mask).logits
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
 
@@ -63,7 +63,7 @@ def test_one_token_at_a_time(make, branch, padded, monkeypatch):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         want = model(input_ids=IDS, attention_mask=mask, position_ids=positions).logits
-        prefer_fast_attention(model, CPU)
+        patch_attention(model, CPU)
         cache, steps = None, []
         for t in range(IDS.shape[1]):
             here = dict(attention_mask=mask[:, : t + 1], position_ids=positions[:, t : t + 1])
@@ -84,18 +84,18 @@ def test_a_bidirectional_model_looks_both_ways(padded, branch, monkeypatch):
         mask[0, 8:] = 0
     with torch.no_grad():
         want = model(input_ids=IDS, attention_mask=mask).last_hidden_state
-        prefer_fast_attention(model, CPU)
+        patch_attention(model, CPU)
         got = model(input_ids=IDS, attention_mask=mask).last_hidden_state
     assert model.config._attn_implementation == NAME
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=0, atol=1e-5)
-    assert not packs(model)
+    assert not supports_packing(model)
 
 
 def test_in_bfloat16_it_is_as_close_to_float32_as_the_plain_way():
     exact, plain = (llama(width=64) for _ in range(2))
     plain.bfloat16().set_attn_implementation("eager")
     ours = llama(width=64).bfloat16()
-    prefer_fast_attention(ours, CPU)
+    patch_attention(ours, CPU)
     ids = torch.randint(2, 24, (8, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = exact(input_ids=ids).logits
@@ -106,26 +106,26 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_the_plain_way():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_where_rows_are_packed(device):
     model = opt()
-    prefer_fast_attention(model, torch.device(device))
+    patch_attention(model, torch.device(device))
     assert model.config._attn_implementation == NAME
 
 
 def test_on_another_device_the_kernel_stays():
     model = opt()
-    prefer_fast_attention(model, torch.device("mps"))
+    patch_attention(model, torch.device("mps"))
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_kernel_that_somebody_chose_stays():
     model = llama()
     model.set_attn_implementation("eager")
-    prefer_fast_attention(model, CPU)
+    patch_attention(model, CPU)
     assert model.config._attn_implementation == "eager"
 
 
 def test_the_choice_is_not_saved_with_the_model(tmp_path):
     model = llama()
-    prefer_fast_attention(model, CPU)
+    patch_attention(model, CPU)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
 

@@ -34,7 +34,7 @@ def bert() -> BertModel:
     return BertModel(BertConfig(vocab_size=len(WORDS), **sizes))
 
 
-def topology(reward=None, model=None, needs_critic=True, policy=None):
+def actor_critic(reward=None, model=None, needs_critic=True, policy=None):
     policy = policy or llama(vocab=len(WORDS))
     return make_topology(policy, WORDS, reward, CriticConfig(model=model), PLAIN, needs_critic)
 
@@ -42,7 +42,7 @@ def topology(reward=None, model=None, needs_critic=True, policy=None):
 @pytest.mark.parametrize("mlp_size", [None, 8])
 def test_a_causal_reward_model_of_the_same_kind_becomes_the_critic(mlp_size):
     scorer = reward(mlp_size=mlp_size)
-    made, line = topology(scorer)
+    made, line = actor_critic(scorer)
     assert line == "critic: starts from the reward model"
     with torch.no_grad():
         values = made.evaluate(SEQUENCES).values
@@ -57,7 +57,7 @@ def test_the_critic_is_a_copy_and_the_reward_model_stays_as_it_was():
     scorer = reward()
     scorer.model.requires_grad_(False)
     before = scorer.score(["the cat"], ["sat"])
-    made, _ = topology(scorer)
+    made, _ = actor_critic(scorer)
     assert all(parameter.requires_grad for parameter in made.critic.parameters())
     with torch.no_grad():
         for parameter in made.parameters():
@@ -76,7 +76,7 @@ def test_the_critic_is_a_copy_and_the_reward_model_stays_as_it_was():
     ids=["none", "tokenizer", "bidirectional", "family"],
 )
 def test_otherwise_the_critic_is_a_copy_of_the_policy_that_predicts_0(scorer, reason):
-    made, line = topology(scorer)
+    made, line = actor_critic(scorer)
     assert line == f"critic: a copy of the policy under a zero head ({reason})"
     assert isinstance(made, SeparateCritic)
     assert (made.evaluate(SEQUENCES).values == 0).all()
@@ -86,7 +86,7 @@ def test_otherwise_the_critic_is_a_copy_of_the_policy_that_predicts_0(scorer, re
 
 
 def test_a_shared_critic_is_a_zero_head_on_the_trunk():
-    made, line = topology(model="shared")
+    made, line = actor_critic(model="shared")
     assert isinstance(made, SharedTrunk)
     assert "on the policy's trunk" in line
     assert (made.evaluate(SEQUENCES).values == 0).all()
@@ -95,12 +95,12 @@ def test_a_shared_critic_is_a_zero_head_on_the_trunk():
 @pytest.mark.parametrize("model", [None, "shared"])
 def test_a_policy_whose_states_are_narrower_than_its_layers_gets_a_critic_that_fits(model):
     policy = opt(vocab_size=len(WORDS), word_embed_proj_dim=8, do_layer_norm_before=False)
-    made, _ = topology(model=model, policy=policy)
+    made, _ = actor_critic(model=model, policy=policy)
     assert (made.evaluate(SEQUENCES).values == 0).all()
 
 
 def test_an_algorithm_without_values_has_no_critic():
-    made, line = topology(reward(), model="shared", needs_critic=False)
+    made, line = actor_critic(reward(), model="shared", needs_critic=False)
     assert type(made) is PolicyOnly
     assert made.evaluate(SEQUENCES).values is None
     assert line.startswith("no critic")
@@ -112,8 +112,8 @@ def test_an_algorithm_without_values_has_no_critic():
 def test_a_named_reward_model_becomes_the_critic(tmp_path):
     scorer = reward()
     scorer.save(tmp_path)
-    made, line = topology(reward(OTHER_WORDS), model=str(tmp_path))
-    expected, _ = topology(scorer)
+    made, line = actor_critic(reward(OTHER_WORDS), model=str(tmp_path))
+    expected, _ = actor_critic(scorer)
     assert line == f"critic: {tmp_path}"
     with torch.no_grad():
         torch.testing.assert_close(made.evaluate(SEQUENCES).values, expected.evaluate(SEQUENCES).values)
@@ -122,7 +122,7 @@ def test_a_named_reward_model_becomes_the_critic(tmp_path):
 def test_a_named_language_model_gets_a_zero_head(tmp_path):
     llama(seed=3, vocab=len(WORDS)).save_pretrained(tmp_path)
     WORDS.save_pretrained(tmp_path)
-    made, line = topology(model=str(tmp_path))
+    made, line = actor_critic(model=str(tmp_path))
     assert line == f"critic: {tmp_path}"
     assert (made.evaluate(SEQUENCES).values == 0).all()
 
@@ -130,23 +130,23 @@ def test_a_named_language_model_gets_a_zero_head(tmp_path):
 def test_a_named_reward_model_with_another_tokenizer_is_refused(tmp_path):
     reward(OTHER_WORDS).save(tmp_path)
     with pytest.raises(ConfigError, match="critic_config.model.*another tokenizer"):
-        topology(model=str(tmp_path))
+        actor_critic(model=str(tmp_path))
 
 
 def test_a_named_model_with_another_tokenizer_is_refused(tmp_path):
     llama(vocab=len(OTHER_WORDS)).save_pretrained(tmp_path)
     OTHER_WORDS.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="critic_config.model.*another tokenizer"):
-        topology(model=str(tmp_path))
+        actor_critic(model=str(tmp_path))
 
 
 def test_a_named_model_that_is_not_causal_is_refused(tmp_path):
     bert().save_pretrained(tmp_path)
     WORDS.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="critic_config.model.*not causal"):
-        topology(model=str(tmp_path))
+        actor_critic(model=str(tmp_path))
 
 
 def test_a_name_that_leads_nowhere_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="critic_config.model"):
-        topology(model=str(tmp_path / "nothing"))
+        actor_critic(model=str(tmp_path / "nothing"))

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 from chatrlhf.config.model import PeftConfig
 from chatrlhf.models.loading.lora import add_adapters, merged_parameters
 from chatrlhf.models.loading.pretrained import leave_router_logits, read_model_config
-from chatrlhf.models.weight_sharing import bare_copy, whole_copy
+from chatrlhf.models.weight_sharing import copy_without_adapters, merged_copy
 
 IDS = torch.arange(2, 14).view(2, 6)
 
@@ -38,14 +38,14 @@ def adapted() -> tuple[MixtralForCausalLM, torch.Tensor]:
 
 def test_a_bare_copy_has_none_on_its_experts(adapted):
     model, before = adapted
-    bare = bare_copy(model)
+    bare = copy_without_adapters(model)
     assert not any("lora_" in name or "base_layer" in name for name in bare.state_dict())
     torch.testing.assert_close(logits(bare), before)
 
 
 def test_a_whole_copy_has_what_they_add(adapted):
     model, _ = adapted
-    torch.testing.assert_close(logits(whole_copy(model)), logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged_copy(model)), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_merged_parameters_have_the_names_and_values_of_a_model_without(adapted):

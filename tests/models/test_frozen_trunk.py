@@ -25,11 +25,11 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.models import frozen_trunk
 from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.critic_init import make_topology
-from chatrlhf.models.frozen_trunk import Cut, FrozenTrunk, freeze_trunk
+from chatrlhf.models.frozen_trunk import FrozenTrunk, SplitModel, freeze_trunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join
-from chatrlhf.models.weight_sharing import sharing_copy
+from chatrlhf.models.weight_sharing import copy_sharing_frozen
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling
@@ -62,7 +62,7 @@ def trunk(policy, unfrozen: int, kind: str = "shared") -> FrozenTrunk:
         return FrozenTrunk(PolicyOnly(policy, PLAIN), unfrozen)
     if kind == "shared":
         return FrozenTrunk(SharedTrunk(policy, head(), PLAIN), unfrozen)
-    backbone = sharing_copy(policy.base_model) if kind == "copy" else llama(seed=3).base_model
+    backbone = copy_sharing_frozen(policy.base_model) if kind == "copy" else llama(seed=3).base_model
     return FrozenTrunk(SeparateCritic(policy, backbone, head(), PLAIN), unfrozen)
 
 
@@ -393,7 +393,7 @@ def test_bf16_keeps_frozen_bytes_shares_the_working_copy_and_captures_in_it():
 
 def test_probing_leaves_the_mode_and_no_gradient_behind():
     policy = gpt2(num_hidden_layers=BLOCKS)
-    Cut(policy, 2).freeze()
+    SplitModel(policy, 2).freeze()
     assert policy.training and all(p.grad is None for p in policy.parameters())
 
 
@@ -402,7 +402,7 @@ def test_gemmas_alternation_keeps_its_place():
     policy = gemma2(num_hidden_layers=BLOCKS)
     policy.set_attn_implementation("eager")  # masks are tensors then, whatever they hide
     assert policy.config.layer_types == ["sliding_attention", "full_attention"] * 2
-    cut = Cut(policy, 3)
+    cut = SplitModel(policy, 3)
     seen = []
     for block in blocks_of(policy):
         block.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)

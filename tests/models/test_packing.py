@@ -25,11 +25,11 @@ from chatrlhf.models.actor_critic import SeparateCritic, SharedTrunk
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.kernels import attention as attention_module
 from chatrlhf.models.kernels import packing
-from chatrlhf.models.kernels.attention import prefer_fast_attention
-from chatrlhf.models.kernels.packing import pack, packs
+from chatrlhf.models.kernels.attention import patch_attention
+from chatrlhf.models.kernels.packing import pack, supports_packing
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import Sequences, join, response_logits, response_logprobs
-from chatrlhf.models.weight_sharing import sharing_copy
+from chatrlhf.models.weight_sharing import copy_sharing_frozen
 
 CPU = torch.device("cpu")
 PACKING = ["llama", "gpt2", "gpt_neox", "opt", "qwen2", "qwen3", "gemma"]
@@ -66,7 +66,7 @@ def read(model, sequences: Sequences) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 
 def test_a_stream_by_hand(monkeypatch):
-    monkeypatch.setattr(packing, "QUANTUM", 2)
+    monkeypatch.setattr(packing, "BUCKET", 2)
     monkeypatch.setattr(packing, "BLOCK", 4)
     stream = pack(torch.tensor([[5, 6, 7], [8, 0, 0], [9, 4, 0]]), ragged_mask([3, 1, 2]))
     # Six tokens and the one that every empty slot takes, in whole twos.
@@ -90,15 +90,15 @@ def test_which_families_pack():
     found = []
     for family, make in FAMILIES.items():
         model = make().eval()
-        prefer_fast_attention(model, CPU)
-        found += [family] if packs(model.base_model) else []
+        patch_attention(model, CPU)
+        found += [family] if supports_packing(model.base_model) else []
     assert found == PACKING
 
 
 def test_a_model_that_loses_the_segments_does_not_pack():
     model = AutoModelForCausalLM.from_config(SMALL["StableLM"]).train()
-    prefer_fast_attention(model, CPU)
-    assert not packs(model.base_model) and model.base_model.training
+    patch_attention(model, CPU)
+    assert not supports_packing(model.base_model) and model.base_model.training
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
@@ -108,8 +108,8 @@ def test_packed_is_padded(make, branch, monkeypatch):
     model, sequences = make().eval(), ragged()
     assert sequences.stream.inputs["input_ids"].shape[1] <= sequences.input_ids.numel() / 2
     want, want_gradients = read(model, sequences)
-    prefer_fast_attention(model, CPU)
-    assert packs(model.base_model)
+    patch_attention(model, CPU)
+    assert supports_packing(model.base_model)
     calls = []
     model.base_model.register_forward_pre_hook(lambda _, __, given: calls.append(given), with_kwargs=True)
     got, got_gradients = read(model, sequences)
@@ -125,8 +125,8 @@ def test_packed_is_padded(make, branch, monkeypatch):
 def test_packed_is_padded_on_a_gpu(make):
     model, sequences = make().eval().cuda(), ragged("cuda")
     want, want_gradients = read(model, sequences)
-    prefer_fast_attention(model, torch.device("cuda"))
-    assert packs(model.base_model)
+    patch_attention(model, torch.device("cuda"))
+    assert supports_packing(model.base_model)
     got, got_gradients = read(model, sequences)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     some = [name for name in want_gradients if "k_proj.bias" not in name]  # 0 but for rounding
@@ -139,7 +139,7 @@ def test_a_frozen_trunk_takes_packed_rows(kind):
     policy = llama(num_hidden_layers=3)
     freeze_trunk(policy, 1)
     head = ScalarHead(16)
-    critic = () if kind is SharedTrunk else (sharing_copy(policy.base_model),)
+    critic = () if kind is SharedTrunk else (copy_sharing_frozen(policy.base_model),)
     made = FrozenTrunk(kind(policy, *critic, head, PLAIN), 1)
     reference = made.reference()
     want, want_reference = made.evaluate(ragged()), reference.logprobs(ragged())
@@ -147,8 +147,8 @@ def test_a_frozen_trunk_takes_packed_rows(kind):
     want_gradients = gradients(made.inner)
     made.inner.zero_grad()
     for model in (*made.backbones(), reference.model):
-        prefer_fast_attention(model, CPU)
-    assert made.packs
+        patch_attention(model, CPU)
+    assert made.supports_packing
     sequences = ragged()
     sequences.trunk_states = made.trunk_states(sequences)
     got, got_reference = made.evaluate(sequences), reference.logprobs(sequences)
@@ -161,20 +161,20 @@ def test_a_frozen_trunk_takes_packed_rows(kind):
 
 def test_a_model_that_mixes_rows_does_not_pack(monkeypatch):
     model = llama()
-    prefer_fast_attention(model, CPU)
+    patch_attention(model, CPU)
     usual = attention_module.attention
     monkeypatch.setitem(
         attention_module.AttentionInterface._global_mapping,
         attention_module.NAME,
         lambda *args, segments=None, **kwargs: usual(*args[:4], None, **kwargs),
     )
-    assert not packs(model.base_model)
+    assert not supports_packing(model.base_model)
 
 
 def test_a_model_that_loses_positions_does_not_pack(monkeypatch):
     model = gpt2().eval()
-    prefer_fast_attention(model, CPU)
+    patch_attention(model, CPU)
     table = model.transformer.wpe
     usual = table.forward
     monkeypatch.setattr(table, "forward", lambda positions: usual(torch.arange(positions.shape[1])[None]))
-    assert not packs(model.base_model)
+    assert not supports_packing(model.base_model)

@@ -11,7 +11,7 @@ from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import CheckpointError
 from chatrlhf.models import reward_network
 from chatrlhf.models.for_stages import new_reward_model
-from chatrlhf.models.kernels.attention import prefer_fast_attention
+from chatrlhf.models.kernels.attention import patch_attention
 from chatrlhf.models.kernels.packing import pack
 from chatrlhf.models.reward_model import RewardModel, RewardScorer, load_reward_model
 from chatrlhf.models.scalar_head import ScalarHead
@@ -67,7 +67,7 @@ def test_scores_do_not_depend_on_batch_or_order():
 def test_packed_rows_have_the_scores_of_padded_ones(monkeypatch):
     made, rows = scorer(), [[5, 6, 7, 8, 9, 10, 11, 12] * 3, [5], [6, 7], [8, 9, 10], [7]]
     padded = made.score_ids(rows)
-    prefer_fast_attention(made.model.backbone, torch.device("cpu"))
+    patch_attention(made.model.backbone, torch.device("cpu"))
     packed = []
     monkeypatch.setattr(reward_network, "pack", lambda *rows: packed.append(pack(*rows)) or packed[-1])
     torch.testing.assert_close(made.score_ids(rows), padded, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES, assert_same_gradients, gradients, llama
 
-from chatrlhf.models.kernels.rms_norm import prefer_fast_norms, rms_norm
+from chatrlhf.models.kernels.rms_norm import patch_rms_norms, rms_norm
 
 CPU = torch.device("cpu")
 REPLACED = {"llama": 5, "qwen2": 5, "qwen3": 9}  # qwen3 normalises queries and keys, too
@@ -44,7 +44,7 @@ def test_logits_and_gradients_stay_what_they_were(family):
         logits = model(input_ids=ids).logits
         logits.log_softmax(-1)[..., 3].sum().backward()
         found.append((logits.detach(), gradients(model)))
-        prefer_fast_norms(model, CPU)
+        patch_rms_norms(model, CPU)
     assert sum("forward" in vars(module) for module in model.modules()) == REPLACED.get(family, 0)
     (want, want_gradients), (got, got_gradients) = found
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
@@ -54,7 +54,7 @@ def test_logits_and_gradients_stay_what_they_were(family):
 
 def test_a_copy_has_weights_of_its_own():
     model, ids = llama(), torch.tensor([[3, 4, 5]])
-    prefer_fast_norms(model, CPU)
+    patch_rms_norms(model, CPU)
     before, other = model(input_ids=ids).logits, copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +64,7 @@ def test_a_copy_has_weights_of_its_own():
 
 def test_a_weight_that_is_replaced_is_the_one_that_counts():
     model, ids = llama(), torch.tensor([[3, 4, 5]])
-    prefer_fast_norms(model, CPU)
+    patch_rms_norms(model, CPU)
     before = model(input_ids=ids).logits
     model.model.norm.weight = torch.nn.Parameter(2 * model.model.norm.weight)
     torch.testing.assert_close(model(input_ids=ids).logits, 2 * before)
@@ -72,7 +72,7 @@ def test_a_weight_that_is_replaced_is_the_one_that_counts():
 
 def test_in_bfloat16_it_is_as_close_to_float32_as_the_plain_way():
     exact, plain, ours = llama(width=64), llama(width=64).bfloat16(), llama(width=64).bfloat16()
-    prefer_fast_norms(ours, CPU)
+    patch_rms_norms(ours, CPU)
     ids = torch.randint(2, 24, (8, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = exact(input_ids=ids).logits

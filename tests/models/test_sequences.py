@@ -22,7 +22,7 @@ from tiny import (
 from transformers import BertConfig, BertModel
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.kernels.packing import QUANTUM
+from chatrlhf.models.kernels.packing import BUCKET
 from chatrlhf.models.sequences import (
     Sequences,
     head_is_plain,
@@ -168,7 +168,7 @@ def test_states_given_or_not_the_logits_are_the_same():
 def test_what_fills_a_quantum_has_no_gradient():
     model, sequences = llama(), joined(rollout(prompts([3, 1]), [2, 4]))
     logits = response_logits(model, sequences)
-    assert len(logits) == QUANTUM > len(sequences.tokens)
+    assert len(logits) == BUCKET > len(sequences.tokens)
     logits.retain_grad()
     response_logprobs(logits, sequences, PLAIN)[0].sum().backward()
     assert (logits.grad[6:] == 0).all() and logits.grad[:6].abs().amax(dim=1).min() > 0

@@ -20,19 +20,19 @@ from tiny import (
 )
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
-from chatrlhf.models.kernels.attention import NAME, prefer_fast_attention
+from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.kernels.attention import NAME, patch_attention
 from chatrlhf.models.loading.backbone import backbone_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import head_is_plain, join
-from chatrlhf.models.sequences_seq2seq import Pairs, pair, sequences_for
+from chatrlhf.models.sequences_seq2seq import Seq2SeqSequences, pair, sequences_for
 from chatrlhf.types import Rollout
 
 BATCH = rollout(prompts([3, 1, 6]), [5, 2, 4])
 ODD = SamplingDistribution(temperature=0.8, eos_token_ids=(EOS, 2, 3), forbidden_ids=(PAD,))
 
 
-def alone(policy) -> PolicyOnly:
+def alone(policy) -> ActorCritic:
     return PolicyOnly(policy, ODD)
 
 
@@ -44,10 +44,10 @@ def shared(policy) -> SharedTrunk:
     return SharedTrunk(policy, ScalarHead(16), ODD)
 
 
-def paired(topology: PolicyOnly, batch: Rollout = BATCH) -> Pairs:
+def paired(actor_critic: ActorCritic, batch: Rollout = BATCH) -> Seq2SeqSequences:
     prompt = batch.prompts
     parts = prompt.input_ids, prompt.attention_mask, batch.response_ids, batch.response_mask, batch.min_new_tokens
-    return topology.sequences(*parts)
+    return actor_critic.sequences(*parts)
 
 
 def rows(batch: Rollout):
@@ -84,8 +84,8 @@ def test_a_causal_policy_reads_joined_rows():
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_logprobs_are_those_of_the_models_own_forward_with_labels(family, make):
     policy = ENCODER_DECODERS[family]()  # with dropout, until it is part of a topology
-    topology = make(policy)
-    got = topology.evaluate(paired(topology)).logprobs
+    actor_critic = make(policy)
+    got = actor_critic.evaluate(paired(actor_critic)).logprobs
     for i, (prompt, response) in enumerate(rows(BATCH)):
         logits = policy(input_ids=prompt, labels=response).logits[0] / 0.8
         logits[:, PAD] = -torch.inf
@@ -97,23 +97,23 @@ def test_logprobs_are_those_of_the_models_own_forward_with_labels(family, make):
 @pytest.mark.parametrize("make", [separate, shared])
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_value_is_read_at_the_decoder_input_before_its_token(make, family):
-    topology = make(ENCODER_DECODERS[family]())
-    values = topology.evaluate(paired(topology)).values
-    backbone = topology.critic if make is separate else backbone_of(topology.policy)
-    start = torch.tensor([[topology.policy.config.decoder_start_token_id]])
+    actor_critic = make(ENCODER_DECODERS[family]())
+    values = actor_critic.evaluate(paired(actor_critic)).values
+    backbone = actor_critic.critic if make is separate else backbone_of(actor_critic.policy)
+    start = torch.tensor([[actor_critic.policy.config.decoder_start_token_id]])
     for i, (prompt, response) in enumerate(rows(BATCH)):
         for t in range(response.shape[1]):
             # Given the tokens *before* t alone; its last state is what V may know.
             prefix = torch.cat([start, response[:, :t]], dim=1)
             states = backbone(input_ids=prompt, decoder_input_ids=prefix).last_hidden_state
-            torch.testing.assert_close(values[i, t], topology.value_head(states[0, -1]), rtol=0, atol=1e-5)
+            torch.testing.assert_close(values[i, t], actor_critic.value_head(states[0, -1]), rtol=0, atol=1e-5)
     assert (values[~BATCH.response_mask] == 0).all()
 
 
 @pytest.mark.parametrize("make", [separate, shared])
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_neither_padding_nor_the_order_of_rows_has_a_say(make, family):
-    topology = make(ENCODER_DECODERS[family]())
+    actor_critic = make(ENCODER_DECODERS[family]())
     order = torch.tensor([2, 0, 1])
     moved = Rollout(
         widened(BATCH.prompts, 5).select(order),
@@ -124,20 +124,25 @@ def test_neither_padding_nor_the_order_of_rows_has_a_say(make, family):
         BATCH.min_new_tokens[order],
         [BATCH.completions[i] for i in order],
     )
-    got, want = topology.evaluate(paired(topology, moved), True), topology.evaluate(paired(topology), True)
+    got, want = (
+        actor_critic.evaluate(paired(actor_critic, moved), True),
+        actor_critic.evaluate(paired(actor_critic), True),
+    )
     for name in ("logprobs", "values", "entropy"):
         torch.testing.assert_close(getattr(got, name)[:, :5], getattr(want, name)[order], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_a_fresh_policy_is_its_reference(family):
-    topology = alone(ENCODER_DECODERS[family]())
-    reference = topology.reference()
-    got = topology.evaluate(paired(topology)).logprobs
-    torch.testing.assert_close(reference.logprobs(paired(topology)), got, rtol=0, atol=1e-5)
+    actor_critic = alone(ENCODER_DECODERS[family]())
+    reference = actor_critic.reference()
+    got = actor_critic.evaluate(paired(actor_critic)).logprobs
+    torch.testing.assert_close(reference.logprobs(paired(actor_critic)), got, rtol=0, atol=1e-5)
     with torch.no_grad():
-        topology.policy.get_output_embeddings().weight.mul_(0.5)
-    assert (reference.logprobs(paired(topology)) - topology.evaluate(paired(topology)).logprobs).abs().max() > 1e-2
+        actor_critic.policy.get_output_embeddings().weight.mul_(0.5)
+    assert (
+        reference.logprobs(paired(actor_critic)) - actor_critic.evaluate(paired(actor_critic)).logprobs
+    ).abs().max() > 1e-2
 
 
 def test_only_a_head_that_does_nothing_more_is_plain():
@@ -151,10 +156,10 @@ def test_our_attention_gives_the_same_gradients_down_to_the_bias_of_relative_pos
     ours = copy.deepcopy(usual)
     # T5's stacks have configurations of their own, which transformers leaves alone when the model is told.
     for model in (ours.policy.get_encoder(), ours.policy.get_decoder()):
-        prefer_fast_attention(model, torch.device("cpu"))
+        patch_attention(model, torch.device("cpu"))
         assert model.config._attn_implementation == NAME
-    for topology in (usual, ours):
-        topology.evaluate(paired(topology)).logprobs.sum().backward()
+    for actor_critic in (usual, ours):
+        actor_critic.evaluate(paired(actor_critic)).logprobs.sum().backward()
     # A bias of the keys has no gradient but rounding: it moves all scores of a query alike.
     want, got = ({n: each for n, each in gradients(made).items() if "k_proj.bias" not in n} for made in (usual, ours))
     assert_same_gradients(got, want, tolerance=1e-4)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, assert_same_gradients, gradients, llama
 
 from chatrlhf.models.kernels import swiglu as swiglu_module
-from chatrlhf.models.kernels.swiglu import prefer_lean_gates, swiglu
+from chatrlhf.models.kernels.swiglu import patch_swiglu, swiglu
 
 CPU = torch.device("cpu")
 REPLACED = {"llama": 2, "qwen2": 2, "qwen3": 2}  # Gemma's gates are gelu
@@ -42,7 +42,7 @@ def test_its_gradient_is_that_of_the_formula():
 def test_logits_and_gradients_stay_what_they_were(family):
     model = FAMILIES[family]().eval()
     want, want_gradients = read(model, IDS)
-    prefer_lean_gates(model, CPU)
+    patch_swiglu(model, CPU)
     got, got_gradients = read(model, IDS)
     assert sum("forward" in vars(module) for module in model.modules()) == REPLACED.get(family, 0)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
@@ -55,7 +55,7 @@ def test_the_product_is_made_again_for_its_backward(monkeypatch):
     model, made = llama(), []
     usual = swiglu_module.swiglu
     monkeypatch.setattr(swiglu_module, "swiglu", lambda *args: made.append(True) or usual(*args))
-    prefer_lean_gates(model, CPU)
+    patch_swiglu(model, CPU)
     made.clear()
     logits = model(input_ids=IDS).logits
     assert len(made) == 2  # two layers
@@ -77,7 +77,7 @@ def test_a_part_of_the_product_is_not_taken_for_the_whole():
         odd = Odd(32, 16, bias=False)
         layer.mlp.down_proj = odd
     want, want_gradients = read(model, IDS)
-    prefer_lean_gates(model, CPU)
+    patch_swiglu(model, CPU)
     assert sum("forward" in vars(module) for module in model.modules()) == 2
     got, got_gradients = read(model, IDS)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
@@ -91,7 +91,7 @@ def test_adapters_learn_as_before():
             if "lora_B" in name:  # is made 0
                 torch.nn.init.normal_(parameter, std=0.3)
     want, want_gradients = read(model, IDS)
-    prefer_lean_gates(model, CPU)
+    patch_swiglu(model, CPU)
     assert sum("forward" in vars(module) for module in model.modules()) == 2
     got, got_gradients = read(model, IDS)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
@@ -101,7 +101,7 @@ def test_adapters_learn_as_before():
 
 def test_a_copy_has_weights_of_its_own():
     model = llama()
-    prefer_lean_gates(model, CPU)
+    patch_swiglu(model, CPU)
     (want, _), other = read(model, IDS), copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -111,11 +111,11 @@ def test_a_copy_has_weights_of_its_own():
 
 def test_another_activation_stays():
     model = llama(hidden_act="gelu")
-    prefer_lean_gates(model, CPU)
+    patch_swiglu(model, CPU)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_gpu_keeps_its_own():
     model = llama()
-    prefer_lean_gates(model, torch.device("cuda"))
+    patch_swiglu(model, torch.device("cuda"))
     assert not any("forward" in vars(module) for module in model.modules())

@@ -11,7 +11,7 @@ from chatrlhf.config.model import PeftConfig, RopeScaling
 from chatrlhf.models.loading.lora import add_adapters, backbone_with_adapters, has_adapters, save_model
 from chatrlhf.models.loading.quantization import how_quantized, never_repack, ready_for_adapters
 from chatrlhf.models.loading.rope import stretch_positions
-from chatrlhf.models.weight_sharing import Base, bare_copy, sharing_copy, trained_by_adapters, whole_copy
+from chatrlhf.models.weight_sharing import Base, copy_sharing_frozen, copy_without_adapters, merged_copy, with_lora
 
 IDS = torch.arange(2, 14).view(2, 6)
 LORA = PeftConfig(r=2, lora_alpha=6, lora_dropout=0, target_modules="all")
@@ -52,7 +52,7 @@ def weights(model) -> dict[int, str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_has_the_frozen_weights_and_adapters_of_its_own(family):
     policy = adapted(family)
-    copied = sharing_copy(policy)
+    copied = copy_sharing_frozen(policy)
     both = weights(policy).keys() & weights(copied).keys()
     assert {weights(policy)[each] for each in both} == {n for n, _ in policy.named_parameters() if ".lora_" not in n}
     want = states(policy.base_model)
@@ -65,7 +65,7 @@ def test_a_copy_has_the_frozen_weights_and_adapters_of_its_own(family):
 def test_a_bare_copy_is_the_base_and_a_whole_one_computes_the_same_in_weights_of_its_own(family):
     policy = adapted(family)
     plain, want = FAMILIES[family]().eval(), states(policy.base_model)
-    bare, whole = bare_copy(policy.base_model), whole_copy(policy.base_model)
+    bare, whole = copy_without_adapters(policy.base_model), merged_copy(policy.base_model)
     assert torch.equal(states(bare), states(plain.base_model))
     assert (states(bare) - want).abs().max() > 0.01
     torch.testing.assert_close(states(whole), want, rtol=1e-4, atol=1e-4)
@@ -82,7 +82,7 @@ def test_few_bits_are_shared_and_a_whole_copy_reads_them_back(make, how, tmp_pat
     add_adapters(policy, LORA, "nowhere")
     perturb(policy)
     want = states(policy.base_model)
-    copied, whole = sharing_copy(policy), whole_copy(policy.base_model)
+    copied, whole = copy_sharing_frozen(policy), merged_copy(policy.base_model)
     packed = {id(weight) for weight in policy.parameters() if not weight.is_floating_point()}
     assert packed and packed <= weights(copied).keys()
     torch.testing.assert_close(states(copied.base_model), want)
@@ -97,10 +97,10 @@ def test_few_bits_are_shared_and_a_whole_copy_reads_them_back(make, how, tmp_pat
 
 def test_what_is_trained_by_adapters_goes_on_with_those_it_has_or_is_given_some():
     policy = adapted()
-    critic = trained_by_adapters(backbone_with_adapters(policy), PeftConfig(r=7), "elsewhere")
+    critic = with_lora(backbone_with_adapters(policy), PeftConfig(r=7), "elsewhere")
     torch.testing.assert_close(states(critic), states(policy.base_model))
     assert critic.layers[0].mlp.up_proj.lora_A["default"].weight.shape[0] == 2
-    fresh = trained_by_adapters(llama().base_model, PeftConfig(r=7), "elsewhere")
+    fresh = with_lora(llama().base_model, PeftConfig(r=7), "elsewhere")
     assert fresh.layers[0].self_attn.q_proj.lora_A["default"].weight.shape[0] == 7
     for model in (critic, fresh):
         trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
@@ -110,7 +110,7 @@ def test_what_is_trained_by_adapters_goes_on_with_those_it_has_or_is_given_some(
 def test_adapters_that_nobody_trains_are_copied_too():
     """Of a reward model, from which a critic starts."""
     reward = backbone_with_adapters(adapted()).requires_grad_(False)
-    critic = trained_by_adapters(reward, LORA, "elsewhere")
+    critic = with_lora(reward, LORA, "elsewhere")
     want = states(reward)
     perturb(critic)
     assert torch.equal(states(reward), want) and not torch.equal(states(critic), want)
@@ -123,11 +123,11 @@ def test_a_base_carries_what_was_trained_upon_the_same_weights_only(tmp_path):
     reward = backbone_with_adapters(adapted(base=str(place)))
     save_model(reward, folder)
     base, settings = Base(policy, str(place)), reward.config
-    assert base.carries(folder, settings, None)
+    assert base.matches(folder, settings, None)
     torch.testing.assert_close(states(base.backbone(folder)), states(reward))
-    assert not base.carries(folder, settings, {"load_in_4bit": True})
-    assert not base.carries(place, settings, None)  # no adapters
-    assert not Base(policy, "another").carries(folder, settings, None)
+    assert not base.matches(folder, settings, {"load_in_4bit": True})
+    assert not base.matches(place, settings, None)  # no adapters
+    assert not Base(policy, "another").matches(folder, settings, None)
     stretched = llama().config
     stretch_positions(stretched, RopeScaling(type="linear", factor=2.0), "key")
-    assert not base.carries(folder, stretched, None)
+    assert not base.matches(folder, stretched, None)

@@ -23,14 +23,14 @@ def on_each(monkeypatch, ranks: int, function, *args) -> list:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_groups_stay_whole_and_every_row_is_sampled_once(monkeypatch, ranks):
     group_ids = torch.arange(5).repeat_interleave(4)
-    shares = on_each(monkeypatch, ranks, data_parallel.sampled_rows, group_ids)
+    shares = on_each(monkeypatch, ranks, data_parallel.rollout_rows, group_ids)
     assert torch.cat(shares).tolist() == list(range(20))
     for rows in shares:
         assert len(rows) % 4 == 0 and 4 * (5 // ranks) <= len(rows) <= 4 * -(-5 // ranks)
 
 
 def test_with_fewer_groups_than_ranks_none_is_without_rows(monkeypatch):
-    shares = on_each(monkeypatch, 5, data_parallel.sampled_rows, torch.tensor([0, 0, 1, 1]))
+    shares = on_each(monkeypatch, 5, data_parallel.rollout_rows, torch.tensor([0, 0, 1, 1]))
     assert all(len(rows) == 2 for rows in shares)
     assert set(torch.cat(shares).tolist()) == {0, 1, 2, 3}
 
@@ -46,7 +46,7 @@ class Share:
 def test_shares_become_the_batch_again_narrower_ones_padded():
     first = Share(torch.tensor([2.0, 3.0]), torch.tensor([[True], [True]]), ["c", "d"])
     second = Share(torch.tensor([0.0, 1.0]), torch.tensor([[True, True], [True, False]]), ["a", "b"])
-    whole = data_parallel.stitched([first, second], [torch.tensor([2, 3]), torch.tensor([0, 1])])
+    whole = data_parallel.merge_shards([first, second], [torch.tensor([2, 3]), torch.tensor([0, 1])])
     assert whole.numbers.tolist() == [0, 1, 2, 3]
     assert whole.table.tolist() == [[True, True], [True, False], [True, False], [True, False]]
     assert whole.texts == ["a", "b", "c", "d"] and whole.nothing is None
@@ -54,12 +54,12 @@ def test_shares_become_the_batch_again_narrower_ones_padded():
 
 def test_in_one_process_a_share_is_the_batch():
     share = Share(torch.zeros(1), torch.zeros(1, 1), ["a"])
-    assert data_parallel.stitched([share], [None]) is share
+    assert data_parallel.merge_shards([share], [None]) is share
 
 
 def test_a_row_that_several_ranks_have_sampled_is_held_by_one(monkeypatch):
     rows = [torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([2, 3])]
-    held = on_each(monkeypatch, 3, data_parallel.held_rows, rows)
+    held = on_each(monkeypatch, 3, data_parallel.local_rows, rows)
     assert [each.tolist() for each in held] == [[-1, -1, -1, -1], [0, 1, -1, -1], [-1, -1, 0, 1]]
 
 
@@ -67,7 +67,7 @@ def test_a_row_that_several_ranks_have_sampled_is_held_by_one(monkeypatch):
 def test_a_minibatch_is_dealt_out_evenly_by_length(monkeypatch, ranks):
     torch.manual_seed(0)
     lengths = torch.randint(1, 200, (7 * ranks,))
-    shares = on_each(monkeypatch, ranks, data_parallel.learned_rows, lengths, None)
+    shares = on_each(monkeypatch, ranks, data_parallel.update_rows, lengths, None)
     assert sorted(torch.cat(shares).tolist()) == list(range(7 * ranks))
     tokens = [int(lengths[rows].sum()) for rows in shares]
     assert max(tokens) - min(tokens) <= int(lengths.max())
@@ -76,7 +76,7 @@ def test_a_minibatch_is_dealt_out_evenly_by_length(monkeypatch, ranks):
 
 def test_rows_stay_where_their_states_are(monkeypatch):
     trunk_rows = torch.tensor([1, -1, 0, -1])
-    assert on_each(monkeypatch, 2, data_parallel.learned_rows, torch.tensor([5, 6, 7, 8]), trunk_rows)[0].tolist() == [
+    assert on_each(monkeypatch, 2, data_parallel.update_rows, torch.tensor([5, 6, 7, 8]), trunk_rows)[0].tolist() == [
         0,
         2,
     ]

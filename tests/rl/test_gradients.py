@@ -38,15 +38,15 @@ def test_microbatches_add_up_and_a_new_minibatch_starts_from_nothing():
 
 
 def test_what_bfloat16_would_lose_is_kept():
-    masters, working = parameters(1), [nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))]
-    sums = Gradients([masters], working)
+    masters, working_params = parameters(1), [nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))]
+    sums = Gradients([masters], working_params)
     sums.forget()
     for gradient in (256.0, 1.0):  # 257 is no number of bfloat16's
-        left_with(working, [gradient])
+        left_with(working_params, [gradient])
         sums.collect()
     sums.finish()
     assert masters[0].grad.tolist() == [257.0]
-    assert masters[0].grad.dtype == torch.float32 and working[0].grad is None
+    assert masters[0].grad.dtype == torch.float32 and working_params[0].grad is None
 
 
 def test_a_parameter_out_of_reach_has_no_gradient_and_counts_in_no_norm():

@@ -46,15 +46,15 @@ def both(made) -> tuple:
 @pytest.mark.parametrize("family", [llama, gpt2, opt])  # gpt2 and opt tie their embeddings: one weight, one master
 def test_the_working_copy_is_the_masters_rounded(family):
     _, mixed = both(SharedTrunk(family(), ScalarHead(16), PLAIN))
-    assert all(weight.dtype == torch.bfloat16 for weight in mixed.topology.policy.parameters())
-    assert all(weight.dtype == torch.float32 for weight in mixed.topology.value_head.parameters())
+    assert all(weight.dtype == torch.bfloat16 for weight in mixed.actor_critic.policy.parameters())
+    assert all(weight.dtype == torch.float32 for weight in mixed.actor_critic.value_head.parameters())
     mixed.step(experience(), kl_coef=0.0)
-    rounded = {name: weight.detach().clone() for name, weight in mixed.topology.policy.named_parameters()}
+    rounded = {name: weight.detach().clone() for name, weight in mixed.actor_critic.policy.named_parameters()}
     with mixed.full_precision():
-        for name, weight in mixed.topology.policy.named_parameters():
+        for name, weight in mixed.actor_critic.policy.named_parameters():
             assert weight.dtype == torch.float32
             assert torch.equal(weight.bfloat16(), rounded[name]), name
-    assert all(torch.equal(weight, rounded[name]) for name, weight in mixed.topology.policy.named_parameters())
+    assert all(torch.equal(weight, rounded[name]) for name, weight in mixed.actor_critic.policy.named_parameters())
 
 
 def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
@@ -78,7 +78,7 @@ def test_gradients_of_microbatches_are_summed_in_float32():
         _, mixed = both(made)
         mixed.settings = type(mixed.settings)(epochs=1, batch_size=8, micro_batch_size=size)
         mixed.backward(experience(), kl_coef=0.0)
-        assert all(weight.grad is None for part in mixed.topology.backbones() for weight in part.parameters())
+        assert all(weight.grad is None for part in mixed.actor_critic.backbones() for weight in part.parameters())
         masters = [weight for group in mixed.optimizer.param_groups for weight in group["params"]]
         assert all(weight.grad.dtype == torch.float32 for weight in masters if weight.grad is not None)
         found.append(torch.cat([weight.grad.flatten() for weight in masters if weight.grad is not None]))
@@ -103,7 +103,7 @@ def test_frozen_weights_come_out_as_they_went_in():
     _, mixed = both(PolicyOnly(policy, PLAIN))
     mixed.step(experience(), kl_coef=0.0)
     with mixed.full_precision():
-        after = mixed.topology.policy.state_dict()
+        after = mixed.actor_critic.policy.state_dict()
         assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
         assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
 
@@ -116,9 +116,9 @@ def test_what_is_loaded_at_full_precision_is_computed_with():
     _, mixed = both(PolicyOnly(llama(), PLAIN))
     _, other = both(PolicyOnly(llama(seed=9), PLAIN))
     with other.full_precision(), mixed.full_precision():
-        mixed.topology.load_state_dict(other.topology.state_dict())
+        mixed.actor_critic.load_state_dict(other.actor_critic.state_dict())
     with torch.no_grad():
-        first, second = (each.topology.evaluate(sequences).logprobs for each in (mixed, other))
+        first, second = (each.actor_critic.evaluate(sequences).logprobs for each in (mixed, other))
     assert torch.equal(first, second)
 
 
@@ -127,7 +127,7 @@ def test_what_is_loaded_at_full_precision_is_computed_with():
 
 def test_in_float32_a_model_keeps_its_weights_and_gets_its_kernels(monkeypatch):
     kept = []
-    monkeypatch.setattr("chatrlhf.rl.master_weights.keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr("chatrlhf.rl.master_weights.tune_malloc", lambda: kept.append(True))
     trained, frozen = llama(), llama(seed=1)
     assert prepare_models([trained], [frozen], "fp32", torch.device("cpu")) is None
     for model in (trained, frozen):
@@ -144,7 +144,7 @@ def test_weights_shared_with_a_frozen_model_have_masters_of_their_own_bytes():
     before = trained.model.embed_tokens.weight.detach().clone()
     masters = prepare_models([trained], [frozen], "bf16", torch.device("cpu"))
     assert all(weight.dtype == torch.bfloat16 for model in (trained, frozen) for weight in model.parameters())
-    with masters.exposed():
+    with masters.fp32_weights():
         assert torch.equal(trained.model.embed_tokens.weight, before)
 
 
@@ -155,7 +155,7 @@ def test_frozen_weights_have_masters_only_where_they_are_saved(wanted):
         add_adapters(trained, PeftConfig(), "nowhere")
     trained.model.embed_tokens.weight.requires_grad_(False)
     masters = prepare_models([trained], [], "bf16", torch.device("cpu"))
-    with masters.exposed():
+    with masters.fp32_weights():
         assert (trained.model.embed_tokens.weight.dtype == torch.float32) == wanted
         own = [weight for weight in trained.parameters() if weight.requires_grad]
         assert own and all(weight.dtype == torch.float32 for weight in own)

@@ -29,13 +29,13 @@ def letters(users: list[str], replies: list[str]) -> list[float]:
 def scorer(policy, reference=None, distribution=ODD, kind=SeparateCritic, **options) -> Scorer:
     reference = Reference(copy.deepcopy(reference or policy), distribution)
     if kind is SeparateCritic:
-        topology = SeparateCritic(policy, copy.deepcopy(policy.base_model), ScalarHead(16), distribution)
+        actor_critic = SeparateCritic(policy, copy.deepcopy(policy.base_model), ScalarHead(16), distribution)
     elif kind is SharedTrunk:
-        topology = SharedTrunk(policy, ScalarHead(16), distribution)
+        actor_critic = SharedTrunk(policy, ScalarHead(16), distribution)
     else:
-        topology = PolicyOnly(policy, distribution)
+        actor_critic = PolicyOnly(policy, distribution)
     reward = FunctionReward(letters, "letters")
-    return Scorer(topology, reference, reward, RewardScaling(), torch.device("cpu"), **options)
+    return Scorer(actor_critic, reference, reward, RewardScaling(), torch.device("cpu"), **options)
 
 
 def sampled(policy, batch=None, pad: int = PAD, **limits) -> Rollout:

@@ -16,7 +16,7 @@ from tiny import (
 )
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.loading.backbone import backbone_of
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
@@ -31,14 +31,14 @@ CPU = torch.device("cpu")
 CASES = [("ppo", "separate"), ("ppo", "shared"), ("rloo", "none"), ("grpo", "none")]
 
 
-def topology(family: str, kind: str) -> PolicyOnly:
+def actor_critic(family: str, kind: str) -> ActorCritic:
     policy = ENCODER_DECODERS[family]()
     if kind == "separate":
         return SeparateCritic(policy, copy.deepcopy(backbone_of(policy)), ScalarHead(16), ODD)
     return SharedTrunk(policy, ScalarHead(16), ODD) if kind == "shared" else PolicyOnly(policy, ODD)
 
 
-def scored(made: PolicyOnly, precision: str = "fp32", at_once: int = 64) -> ScoredRollout:
+def scored(made: ActorCritic, precision: str = "fp32", at_once: int = 64) -> ScoredRollout:
     reference = made.reference()
     prepare_models([], [*made.backbones(), reference.model], precision, CPU)
     rollout = engine(made.policy, ODD, min_new_tokens=2).generate(prompts([3, 1, 6, 4], samples=2), seed=4)
@@ -46,14 +46,14 @@ def scored(made: PolicyOnly, precision: str = "fp32", at_once: int = 64) -> Scor
     return Scorer(made, reference, reward, RewardScaling(), CPU, at_once).score(rollout)
 
 
-def experience(made: PolicyOnly, algorithm: str, precision: str = "fp32") -> Experience:
+def experience(made: ActorCritic, algorithm: str, precision: str = "fp32") -> Experience:
     return make_experience(scored(made, precision), ALGORITHMS[algorithm], Estimation(0.1, 1.0, 0.95, True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_a_fresh_policy_is_its_reference_and_its_own_sampler(family, precision):
-    found = scored(topology(family, "shared"), precision)
+    found = scored(actor_critic(family, "shared"), precision)
     assert abs(found.kl_to_reference) < 1e-5
     torch.testing.assert_close(found.old_logprobs, found.ref_logprobs, rtol=0, atol=1e-5)
     sampled, real = found.rollout.sampling_logprobs, found.rollout.response_mask
@@ -65,7 +65,7 @@ def test_a_fresh_policy_is_its_reference_and_its_own_sampler(family, precision):
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_rows_are_scored_alike_in_chunks_of_any_size(family):
-    whole, parts = (scored(topology(family, "separate"), at_once=each) for each in (64, 3))
+    whole, parts = (scored(actor_critic(family, "separate"), at_once=each) for each in (64, 3))
     for name in ("old_logprobs", "ref_logprobs", "values"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0, atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_rows_are_scored_alike_in_chunks_of_any_size(family):
 @pytest.mark.parametrize("algorithm, kind", CASES)
 @pytest.mark.parametrize("family", ["t5", "flan_t5", "bart"])
 def test_microbatches_do_not_change_the_gradient_and_the_first_ratio_is_1(family, algorithm, kind):
-    made = topology(family, kind)
+    made = actor_critic(family, kind)
     batch = experience(made, algorithm)
     found = []
     for rows in (8, 1):
@@ -90,7 +90,7 @@ def test_microbatches_do_not_change_the_gradient_and_the_first_ratio_is_1(family
 
 
 def test_a_step_moves_a_policy_in_bfloat16_and_its_critic():
-    made = topology("flan_t5", "separate")
+    made = actor_critic("flan_t5", "separate")
     batch = experience(made, "ppo", "bf16")
     masters = prepare_models(made.backbones(), [], "bf16", CPU)
     before = made.evaluate(made.sequences(*parts(batch)))

@@ -9,8 +9,8 @@ from tiny import llama
 
 from chatrlhf.models.actor_critic import SeparateCritic
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.weight_sharing import sharing_copy
-from chatrlhf.rl.sharded_update import ShardedUpdater, deal_out
+from chatrlhf.models.weight_sharing import copy_sharing_frozen
+from chatrlhf.rl.sharded_update import ShardedUpdater, shard_actor_critic
 from chatrlhf.sharding.engine import Root
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ class Dealer:
         def engine(modules, share):
             return Engine(modules, share, self.clip)
 
-        self.dealt = dealt = deal_out(
+        self.dealt = dealt = shard_actor_critic(
             made, [reference.model], lambda _: None, engine, groups, self.with_weights, dtype, CPU, keep_frozen=True
         )
         constant = [torch.optim.lr_scheduler.ConstantLR(each.optimizer, factor=1.0) for each in dealt.engines]
@@ -58,7 +58,7 @@ class Dealer:
 def test_it_is_the_plain_update(one_thread, case, clip, with_weights):
     dealer = Dealer(with_weights, clip)
     got, want = (ranks.ppo_steps(*ranks.CASES[case], clip=clip, deal=deal) for deal in (dealer, None))
-    start = ranks.topology(ranks.CASES[case][0]).state_dict()
+    start = ranks.actor_critic(ranks.CASES[case][0]).state_dict()
     for name, weight in want["weights"].items():
         assert (got["weights"][name] - weight).abs().max() <= 1e-4 * (weight - start[name]).abs().max(), name
     # Each part of its own has an engine; steps are taken at the last backward of a minibatch alone.
@@ -73,7 +73,7 @@ def test_weights_are_there_for_a_rollout_and_gone_for_the_update(one_thread):
     whole, trained = dealer.dealt.whole, dict(dealer.dealt.trained.named_parameters())
     sizes = {each.requires_grad: each.numel() for each in whole.parameters()}
     assert sizes[True] == 0 < sizes[False]
-    with dealer.dealt.brought_together(CPU):
+    with dealer.dealt.gathered_params(CPU):
         assert all(torch.equal(each, trained[name]) for name, each in whole.named_parameters())
     assert all(each.numel() == 0 for each in whole.parameters() if each.requires_grad)
 
@@ -82,7 +82,7 @@ def test_weights_are_there_for_a_rollout_and_gone_for_the_update(one_thread):
 def test_a_weight_in_two_parts_is_dealt_out_once(with_weights, engines):
     policy = llama()
     policy.model.embed_tokens.requires_grad_(False)
-    made = SeparateCritic(policy, sharing_copy(policy).base_model, ScalarHead(16), ranks.DISTRIBUTION)
+    made = SeparateCritic(policy, copy_sharing_frozen(policy).base_model, ScalarHead(16), ranks.DISTRIBUTION)
     dealer = Dealer(with_weights, None)
     dealer(made, made.reference(), made.parameter_groups(0.1, 0.1), torch.float32, *[None] * 3)
     assert len(dealer.dealt.engines) == engines

@@ -24,7 +24,7 @@ from tiny import (
 
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join
@@ -40,7 +40,7 @@ ODD = SamplingDistribution(temperature=0.8, eos_token_ids=(EOS,), forbidden_ids=
 LENGTHS = [5, 2, 7, 1, 3, 6, 4, 2]
 
 
-def topology(kind: str, distribution: SamplingDistribution = ODD) -> PolicyOnly:
+def actor_critic(kind: str, distribution: SamplingDistribution = ODD) -> ActorCritic:
     policy = llama()
     torch.manual_seed(5)
     if kind == "separate":
@@ -51,13 +51,13 @@ def topology(kind: str, distribution: SamplingDistribution = ODD) -> PolicyOnly:
 
 
 @torch.no_grad()
-def evaluate(made: PolicyOnly, experience: Experience):
+def evaluate(made: ActorCritic, experience: Experience):
     e = experience
     sequences = join(e.prompt_ids, e.prompt_mask, e.response_ids, e.response_mask, e.min_new_tokens)
     return made.evaluate(sequences, with_entropy=True)
 
 
-def experience(made: PolicyOnly, spread: float = 0.3, seed: int = 3) -> Experience:
+def experience(made: ActorCritic, spread: float = 0.3, seed: int = 3) -> Experience:
     """Random responses whose old log-probabilities and values lie around today's: some inside the clips, some not."""
     batch = rollout(prompts([3, 1, 6, 4, 2, 5, 3, 3]), LENGTHS)
     mask = batch.response_mask
@@ -91,7 +91,7 @@ CASES = [("ppo", "separate"), ("ppo", "shared"), ("rloo", "none"), ("grpo", "non
 # ----- the gradient of the whole loss
 
 
-def twin_loss(made: PolicyOnly, batch: Experience, algorithm: str, beta: float, vf: float, ent: float):
+def twin_loss(made: ActorCritic, batch: Experience, algorithm: str, beta: float, vf: float, ent: float):
     """(loss, policy part, value part) in float64, row by row and token by token."""
     critic = getattr(made, "critic", made.policy.base_model)
     head = getattr(made, "value_head", None)
@@ -121,7 +121,7 @@ def twin_loss(made: PolicyOnly, batch: Experience, algorithm: str, beta: float, 
 
 @pytest.mark.parametrize("algorithm, kind", CASES)
 def test_gradient_and_loss_agree_with_the_twin(algorithm, kind):
-    made = topology(kind)
+    made = actor_critic(kind)
     batch = experience(made)
     exact = copy.deepcopy(made).double()
     loss, policy, value = twin_loss(exact, batch, algorithm, beta=0.3, vf=0.7, ent=0.05)
@@ -137,7 +137,7 @@ def test_gradient_and_loss_agree_with_the_twin(algorithm, kind):
 
 @pytest.mark.parametrize("algorithm, kind", CASES)
 def test_microbatches_do_not_change_the_gradient(algorithm, kind):
-    made, results = topology(kind), []
+    made, results = actor_critic(kind), []
     batch = experience(made)
     for size in (8, 2, 3):
         made.zero_grad()
@@ -153,7 +153,7 @@ def test_microbatches_do_not_change_the_gradient(algorithm, kind):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_policy_and_critic_side_by_side_learn_as_one_after_the_other(precision, one_thread):
-    start, found = topology("separate"), []
+    start, found = actor_critic("separate"), []
     batch = experience(start)
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -192,7 +192,7 @@ def test_a_minibatchs_gradient_is_that_of_its_rows_one_at_a_time(family):
 
 @pytest.mark.parametrize("algorithm, kind", CASES)
 def test_a_step_in_microbatches_is_a_step_in_one(algorithm, kind):
-    start, after = topology(kind), []
+    start, after = actor_critic(kind), []
     batch = experience(start)
     for size in (8, 2):
         made = copy.deepcopy(start)
@@ -204,7 +204,7 @@ def test_a_step_in_microbatches_is_a_step_in_one(algorithm, kind):
 
 
 def test_padding_of_the_experience_changes_nothing():
-    made = topology("separate")
+    made = actor_critic("separate")
     batch = experience(made)
     wide = Experience(
         **{
@@ -231,7 +231,7 @@ def quiet(batch: Experience, **changes) -> Experience:
 
 
 def test_the_policy_term_makes_good_tokens_likelier_and_bad_ones_rarer():
-    made = topology("none")
+    made = actor_critic("none")
     batch = experience(made, spread=0.0)
     before = evaluate(made, batch).logprobs
     updater(made, "rloo", lr=1e-3, max_grad_norm=None).step(batch, kl_coef=0.0)
@@ -240,7 +240,7 @@ def test_the_policy_term_makes_good_tokens_likelier_and_bad_ones_rarer():
 
 
 def test_the_entropy_bonus_raises_entropy():
-    made = topology("none", PLAIN)
+    made = actor_critic("none", PLAIN)
     batch = quiet(experience(made))
     before = evaluate(made, batch).entropy.sum()
     updater(made, lr=1e-2, entropy_coef=1.0).step(batch, kl_coef=0.0)
@@ -248,13 +248,13 @@ def test_the_entropy_bonus_raises_entropy():
 
 
 def test_without_advantages_bonus_and_kl_the_policy_stays():
-    made = topology("none")
+    made = actor_critic("none")
     updater(made, "grpo").backward(quiet(experience(made)), kl_coef=0.0)
     assert all((gradient == 0).all() for gradient in gradients(made).values())
 
 
 def test_grpos_kl_term_pulls_the_policy_to_its_reference():
-    made = topology("none")
+    made = actor_critic("none")
     batch = quiet(experience(made))
 
     def mean_k3() -> float:
@@ -272,13 +272,13 @@ def test_grpos_kl_term_pulls_the_policy_to_its_reference():
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
 def test_kl_in_the_reward_is_not_in_the_loss_too(algorithm):
-    made = topology("none")
+    made = actor_critic("none")
     updater(made, algorithm).backward(quiet(experience(made)), kl_coef=100.0)
     assert all((gradient == 0).all() for gradient in gradients(made).values())
 
 
 def test_the_value_term_moves_values_towards_returns():
-    made = topology("separate")
+    made = actor_critic("separate")
     batch = quiet(experience(made, spread=0.0))
 
     def error() -> float:
@@ -290,14 +290,14 @@ def test_the_value_term_moves_values_towards_returns():
 
 
 def test_every_step_starts_from_gradient_0():
-    made = topology("none")
+    made = actor_critic("none")
     batch, still = experience(made), updater(made, "rloo", lr=0.0)
     first, again = (still.step(batch, kl_coef=0.0)["ppo/grad_norm"] for _ in range(2))
     assert first == pytest.approx(again, rel=1e-6)
 
 
 def test_every_step_is_one_step_of_the_schedule():
-    made = topology("none")
+    made = actor_critic("none")
     update = updater(made, "rloo", lr=1.0, epochs=2, batch_size=4)
     update.scheduler = torch.optim.lr_scheduler.LinearLR(update.optimizer, 1.0, end_factor=0.0, total_iters=8)
     update.update(experience(made), 0.0, torch.Generator())
@@ -305,7 +305,7 @@ def test_every_step_is_one_step_of_the_schedule():
     assert update.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
 
 
-def distances(made: PolicyOnly, start: PolicyOnly) -> list[float]:
+def distances(made: ActorCritic, start: ActorCritic) -> list[float]:
     """How far the policy and the critic have moved."""
     groups = zip(made.parameter_groups(0, 0), start.parameter_groups(0, 0), strict=True)
     moves = [[a - b for a, b in zip(new["params"], old["params"], strict=True)] for new, old in groups]
@@ -314,7 +314,7 @@ def distances(made: PolicyOnly, start: PolicyOnly) -> list[float]:
 
 def test_the_policys_step_does_not_depend_on_a_separate_critics_error():
     # Policy and critic are clipped by norms of their own.
-    start, after = topology("separate"), []
+    start, after = actor_critic("separate"), []
     batch = experience(start)
     for scale in (1.0, 100.0):
         made = copy.deepcopy(start)
@@ -333,7 +333,7 @@ def test_the_policys_step_does_not_depend_on_a_separate_critics_error():
 @pytest.mark.parametrize("cap", [None, 1.2])
 def test_each_tokens_policy_loss_is_weighed_and_nothing_else(algorithm, kind, cap):
     """Weights are positive, so a weighed token is one with another advantage; value and KL terms stay as they are."""
-    made = topology(kind)
+    made = actor_critic(kind)
     batch = experience(made)
     torch.manual_seed(7)
     batch.sampling_logprobs = batch.old_logprobs + 0.5 * torch.randn(batch.old_logprobs.shape) * batch.response_mask
@@ -354,7 +354,7 @@ def test_each_tokens_policy_loss_is_weighed_and_nothing_else(algorithm, kind, ca
 
 
 def test_the_own_engines_rollouts_are_not_weighed():
-    made = topology("none")
+    made = actor_critic("none")
     batch = experience(made)
     updater(made, "rloo").backward(batch, kl_coef=0.0)
     want = gradients(made)
@@ -369,7 +369,7 @@ def test_the_own_engines_rollouts_are_not_weighed():
 
 
 def test_clipfrac_and_approx_kl_by_hand():
-    made = topology("none")
+    made = actor_critic("none")
     batch = experience(made, spread=0.0)
     mask = ragged_mask(LENGTHS)
     # 30 real tokens. Rows 0 and 1 (7 tokens): ratio 1.5 with a good advantage, so clipped. The rest: ratio 1.
@@ -430,7 +430,7 @@ class Recorder(Updater):
 
 
 def recorded(seed: int, epochs: int = 3):
-    made = topology("none")
+    made = actor_critic("none")
     plain = updater(made, epochs=epochs, batch_size=4)
     recorder = Recorder(**vars(plain))
     stats = recorder.update(experience(made), 0.0, torch.Generator().manual_seed(seed))

@@ -8,26 +8,26 @@ from tiny import llama
 from torch import nn
 from vllm_standin import EOS, PAD, TOKENIZER, VOCAB, installed
 
-from chatrlhf.rollout.llama_cpu import DirectStep
+from chatrlhf.rollout.llama_cpu import LlamaStep
 
 
 @pytest.fixture
 def untried(monkeypatch) -> None:
     """Direct steps are taken without a trial, which would be among what is counted."""
-    monkeypatch.setattr(DirectStep, "agrees", lambda self: True)
+    monkeypatch.setattr(LlamaStep, "matches_model", lambda self: True)
 
 
 @pytest.fixture
 def forwards(untried, monkeypatch):
     """Of a model: rows and columns of every forward from now on, its direct steps among them."""
     seen: list[tuple[int, int]] = []
-    step = DirectStep.__call__
+    step = LlamaStep.__call__
 
     def watched(self, ids, *args):
         seen.append((len(ids), 1))
         return step(self, ids, *args)
 
-    monkeypatch.setattr(DirectStep, "__call__", watched)
+    monkeypatch.setattr(LlamaStep, "__call__", watched)
 
     def watch(model: nn.Module) -> list[tuple[int, int]]:
         model.register_forward_pre_hook(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.kernels.attention import prefer_fast_attention
+from chatrlhf.models.kernels.attention import patch_attention
 from chatrlhf.rl.master_weights import MasterWeights
 from chatrlhf.rollout import cuda_graphs
 
@@ -66,7 +66,7 @@ class Taped(cuda_graphs.Graphs):
 def small(monkeypatch):
     """Several widths and numbers of slots, small as the models are."""
     monkeypatch.setattr(cuda_graphs, "WIDTH", 16)
-    monkeypatch.setattr(cuda_graphs.StaticMemory, "block", 16)
+    monkeypatch.setattr(cuda_graphs.StaticBatchKVCache, "block", 16)
     monkeypatch.setattr(cuda_graphs, "FEWEST_SLOTS", 2)
 
 
@@ -99,7 +99,7 @@ def test_without_a_tape_too(family, size, small):
     """Groups, stop strings and limits of all kinds."""
     model = FAMILIES[family.split()[0]]()
     if "our attention" in family:
-        prefer_fast_attention(model, torch.device("cpu"))
+        patch_attention(model, torch.device("cpu"))
     options = dict(max_new_tokens=30, max_length=24, min_new_tokens=2, stop=["f", "kk"], chunk_size=size)
     batch = prompts([4, 1, 6, 3], samples=3).select(torch.tensor([8, 0, 3, 4, 11, 1, 6, 2, 7, 5, 9, 10]))
     static, dynamic = (engine(model, ENDS, static=each, **options) for each in (True, False))
@@ -109,7 +109,7 @@ def test_without_a_tape_too(family, size, small):
 
 def test_weights_that_are_updated_in_place_are_those_that_are_played(taped, monkeypatch):
     """Steps of the first rollout are on tape: all later ones see the weights as an update has left them."""
-    monkeypatch.setattr("chatrlhf.rollout.engine.direct_step", lambda model: None)  # it rounds otherwise
+    monkeypatch.setattr("chatrlhf.rollout.engine.llama_step", lambda model: None)  # it rounds otherwise
     torch.set_num_threads(1)
     model = llama()
     masters = MasterWeights(model)
@@ -122,7 +122,7 @@ def test_weights_that_are_updated_in_place_are_those_that_are_played(taped, monk
             for master in masters._masters:
                 master.mul_(1.0 + 0.2 * torch.rand_like(master))
         if seed == 2:
-            with masters.exposed():  # as a checkpoint does
+            with masters.fp32_weights():  # as a checkpoint does
                 pass
         masters.publish()
         got, want = static.generate(batch, seed), make(static=False).generate(batch, seed)
@@ -156,7 +156,7 @@ def test_what_was_remembered_of_another_rollout_cannot_spoil_one(taped):
     model, batch = llama(), prompts(RAGGED)
     static = engine(model, ENDS, static=True)
     want = static.generate(batch, seed=0)
-    for layer in static.graphs.held.memory.cache.layers:
+    for layer in static.graphs.held.kv_cache.cache.layers:
         for each in layer.held:
             each.fill_(torch.nan)
     assert same_responses(static.generate(batch, seed=0), want)

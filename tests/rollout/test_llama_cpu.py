@@ -11,11 +11,11 @@ from tiny import FAMILIES, engine, llama, prompts, qwen2, qwen3, same_responses
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.kernels.attention import prefer_fast_attention
-from chatrlhf.models.kernels.rms_norm import prefer_fast_norms
+from chatrlhf.models.kernels.attention import patch_attention
+from chatrlhf.models.kernels.rms_norm import patch_rms_norms
 from chatrlhf.rl.master_weights import MasterWeights
-from chatrlhf.rollout.kv_cache import Memory, make_cache
-from chatrlhf.rollout.llama_cpu import DirectStep, direct_step
+from chatrlhf.rollout.kv_cache import BatchKVCache, make_cache
+from chatrlhf.rollout.llama_cpu import LlamaStep, llama_step
 
 
 def mistral() -> MistralForCausalLM:
@@ -55,7 +55,7 @@ def told(model, step, tokens: int = 40) -> list[torch.Tensor]:
     """Logits behind three left-padded prompts and behind each of so many tokens, by a step or by the model itself."""
     batch, vocab = prompts([3, 1, 6]), model.config.vocab_size
     ids, mask = batch.input_ids % vocab, batch.attention_mask
-    memory = Memory(make_cache(model.config), mask)
+    memory = BatchKVCache(make_cache(model.config), mask)
     positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     asked = dict(past_key_values=memory.cache, use_cache=True)
     found = [model(ids, mask.long(), positions, **asked).logits[:, -1]]
@@ -78,7 +78,7 @@ def test_a_step_gives_the_models_logits(kind, precision):
         if "norm" in name:  # are made 1
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
     want = torch.stack(told(copy.deepcopy(model), None)).float()  # over two blocks of the memory
-    step = direct_step(model)
+    step = llama_step(model)
     assert step is not None
     got = torch.stack(told(model, step)).float()
     off, size = (got - want).abs(), want.abs().max()
@@ -89,28 +89,28 @@ def test_a_step_gives_the_models_logits(kind, precision):
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama", "qwen2", "qwen3"}))
 def test_other_families_are_asked_themselves(family):
-    assert direct_step(FAMILIES[family]().eval()) is None
+    assert llama_step(FAMILIES[family]().eval()) is None
 
 
 def test_a_model_that_was_changed_is_asked_itself():
     adapted = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "down_proj"]))
-    assert direct_step(adapted) is None
-    assert direct_step(adapted.base_model.model) is None
-    assert direct_step(llama().train()) is None  # dropout
+    assert llama_step(adapted) is None
+    assert llama_step(adapted.base_model.model) is None
+    assert llama_step(llama().train()) is None  # dropout
     odd = llama()
     mlp = odd.model.layers[1].mlp
     mlp.forward = lambda states, usual=mlp.forward: 1.2 * usual(states)
-    assert direct_step(odd) is None
+    assert llama_step(odd) is None
     half = with_biases()
     half.model.layers[0].self_attn.k_proj.bias = None
-    assert direct_step(half) is None
+    assert llama_step(half) is None
 
 
 def test_weights_stay_the_models_own(tmp_path):
     """Moved behind each other, they are trained, copied and saved as before."""
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    step = direct_step(model)
+    step = llama_step(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
@@ -140,7 +140,7 @@ def test_weights_that_lie_elsewhere_are_noticed(untried):
 def test_a_working_copy_is_followed():
     """bfloat16 weights, written anew behind each optimizer step and put aside while a checkpoint is saved."""
     model, batch = llama(), prompts([3, 1, 6])
-    for prefer in (prefer_fast_attention, prefer_fast_norms):
+    for prefer in (patch_attention, patch_rms_norms):
         prefer(model, torch.device("cpu"))
     masters = MasterWeights(model)
     sampler = engine(model)
@@ -149,7 +149,7 @@ def test_a_working_copy_is_followed():
     with torch.no_grad():
         for master in masters._masters:
             master.mul_(1.0 + torch.rand_like(master))
-    with masters.exposed():
+    with masters.fp32_weights():
         pass
     masters.publish()
     got = sampler.generate(batch, seed=1)
@@ -171,13 +171,13 @@ def test_only_direct_steps_run_in_inference_mode(family, monkeypatch, untried):
     """Prompts that are read later on do not, though they come in between."""
     model, asked, stepped = FAMILIES[family]().eval(), [], []
     model.register_forward_pre_hook(lambda *_: asked.append(torch.is_inference_mode_enabled()))
-    step = DirectStep.__call__
+    step = LlamaStep.__call__
 
     def watched(self, *args):
         stepped.append(torch.is_inference_mode_enabled())
         return step(self, *args)
 
-    monkeypatch.setattr(DirectStep, "__call__", watched)
+    monkeypatch.setattr(LlamaStep, "__call__", watched)
     engine(model, SamplingDistribution(), chunk_size=2).generate(prompts([3, 2, 6, 2, 5]), seed=0)
     assert len(asked) >= 3 and not any(asked)
     assert all(stepped) and bool(stepped) == (family == "llama")
@@ -188,7 +188,7 @@ def test_what_a_rollout_makes_can_be_trained_on():
     model, batch = llama(), prompts([3, 1, 6])
     sampler = engine(model, chunk_size=2)
     rollout = sampler.generate(batch, seed=0)
-    assert isinstance(sampler.direct, DirectStep)
+    assert isinstance(sampler.direct, LlamaStep)
     made = (rollout.response_ids, rollout.sampling_logprobs, rollout.response_mask, rollout.finished)
     assert not any(each.is_inference() for each in made)
     model(rollout.response_ids).logits.sum().backward()

@@ -33,12 +33,12 @@ DISTRIBUTIONS = {
 
 
 def scored(model, distribution: SamplingDistribution, batch: Rollout) -> torch.Tensor:
-    topology, prompt = PolicyOnly(model, distribution), batch.prompts
-    sequences = topology.sequences(
+    actor_critic, prompt = PolicyOnly(model, distribution), batch.prompts
+    sequences = actor_critic.sequences(
         prompt.input_ids, prompt.attention_mask, batch.response_ids, batch.response_mask, batch.min_new_tokens
     )
     with torch.no_grad():
-        return topology.evaluate(sequences).logprobs
+        return actor_critic.evaluate(sequences).logprobs
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)

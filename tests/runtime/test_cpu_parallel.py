@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chatrlhf.runtime import cpu_parallel
-from chatrlhf.runtime.cpu_parallel import side_by_side
+from chatrlhf.runtime.cpu_parallel import run_in_parallel
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_both_run_at_once_each_with_its_share_of_the_cores(two_threads):
         meeting.wait()
         return where()
 
-    (first, cores), (second, others) = side_by_side(meet, meet, CPU)
+    (first, cores), (second, others) = run_in_parallel(meet, meet, CPU)
     assert first != second
     assert cores == others == 1
     assert torch.get_num_threads() == 2
@@ -41,7 +41,7 @@ def test_both_run_at_once_each_with_its_share_of_the_cores(two_threads):
 
 def test_threads_that_others_start_have_all_cores(two_threads):
     cpu_parallel._pool.cache_clear()
-    side_by_side(where, where, CPU)
+    run_in_parallel(where, where, CPU)
     found = []
     other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     other.start()
@@ -55,13 +55,13 @@ def test_one_core_or_a_gpu_takes_them_one_after_the_other(one_thread, device):
     if device == "cuda":
         torch.set_num_threads(2)
         here = where()
-    assert side_by_side(where, where, torch.device(device)) == (here, here)
+    assert run_in_parallel(where, where, torch.device(device)) == (here, here)
 
 
 def test_gradients_are_wanted_where_the_caller_wants_them(two_threads):
-    assert side_by_side(torch.is_grad_enabled, torch.is_grad_enabled, CPU) == (True, True)
+    assert run_in_parallel(torch.is_grad_enabled, torch.is_grad_enabled, CPU) == (True, True)
     with torch.no_grad():
-        assert side_by_side(torch.is_grad_enabled, torch.is_grad_enabled, CPU) == (False, False)
+        assert run_in_parallel(torch.is_grad_enabled, torch.is_grad_enabled, CPU) == (False, False)
 
 
 def test_an_error_is_raised_once_both_have_ended(two_threads):
@@ -77,8 +77,8 @@ def test_an_error_is_raised_once_both_have_ended(two_threads):
         ended.append(True)
 
     with pytest.raises(ValueError, match="of the first"):
-        side_by_side(fail, end, CPU)
+        run_in_parallel(fail, end, CPU)
     assert ended
     with pytest.raises(ValueError, match="of the first"):
-        side_by_side(end, fail, CPU)
-    assert side_by_side(lambda: 1, lambda: 2, CPU) == (1, 2)  # and there is a next time
+        run_in_parallel(end, fail, CPU)
+    assert run_in_parallel(lambda: 1, lambda: 2, CPU) == (1, 2)  # and there is a next time

@@ -53,7 +53,7 @@ def test_two_ranks_sample_estimate_and_learn_as_one_process(by_two, one_thread, 
         close(got[f"scores {step}"], want[f"scores {step}"], 1e-5)
         near = dict(rel=1e-3, abs=1e-5) if exact else dict(rel=2e-3, abs=2e-3)
         assert got[f"numbers {step}"] == pytest.approx(want[f"numbers {step}"], **near)
-    start = ranks.topology(ranks.CASES[case][0]).state_dict()
+    start = ranks.actor_critic(ranks.CASES[case][0]).state_dict()
     for name, weight in want["weights"].items():
         moved, apart = weight - start[name], got["weights"][name] - weight
         if exact:

@@ -12,7 +12,7 @@ from chatrlhf.config import load_config
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.sharding import launch
 from chatrlhf.sharding.accelerate_env import DeepSpeed, Fsdp2, environment_for
-from chatrlhf.sharding.checkpoint_layout import check_sharding, note_sharding
+from chatrlhf.sharding.checkpoint_layout import check_sharding, write_sharding
 from chatrlhf.sharding.deepspeed_config import filled, read_deepspeed_config
 from chatrlhf.sharding.launch import check_launch, optimization_of, sharding_of
 
@@ -262,12 +262,12 @@ def test_a_stage_finds_only_what_it_asked_for(monkeypatch):
 
 def test_states_are_read_only_as_they_were_dealt_out(tmp_path):
     zero = DeepSpeed({"zero_optimization": {"stage": 3}}, "ds.json")
-    note_sharding(tmp_path, zero)
+    write_sharding(tmp_path, zero)
     check_sharding(tmp_path, zero)
     with pytest.raises(CheckpointError, match="written DeepSpeed ZeRO-3 in 1 processes, and this run has them whole"):
         check_sharding(tmp_path, None)
     (tmp_path / "plain").mkdir()
-    note_sharding(tmp_path / "plain", None)
+    write_sharding(tmp_path / "plain", None)
     check_sharding(tmp_path / "plain", None)
     with pytest.raises(CheckpointError, match="written whole, and this run has them FSDP2"):
         check_sharding(tmp_path / "plain", Fsdp2())

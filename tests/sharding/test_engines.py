@@ -31,7 +31,7 @@ def test_two_ranks_sample_and_learn_as_one_process(by_two, one_thread, engine, c
             ours.pop("ppo/grad_norm"), theirs.pop("ppo/grad_norm")
         near = dict(rel=1e-4, abs=1e-6) if exact else dict(rel=2e-3, abs=2e-3)
         assert ours == pytest.approx(theirs, **near)
-    start = ranks.topology(ranks.CASES[case][0]).state_dict()
+    start = ranks.actor_critic(ranks.CASES[case][0]).state_dict()
     for name, weight in want["weights"].items():
         moved, apart = weight - start[name], got["weights"][name] - weight
         if exact:

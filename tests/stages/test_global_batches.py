@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler
 from chatrlhf.config.schema import ActorConfig
 from chatrlhf.data.epochs import Epochs
 from chatrlhf.errors import ConfigError
-from chatrlhf.sharding.launch import rows_a_backward
+from chatrlhf.sharding.launch import microbatching
 from chatrlhf.stages import global_batches
 from chatrlhf.stages.global_batches import RankBatches, _Collator
 from chatrlhf.stages.row_order import EpochOrder
@@ -60,12 +60,12 @@ def test_a_microbatch_without_rows_has_no_weight():
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused_by_its_key(monkeypatch):
-    monkeypatch.setattr(global_batches, "world_size", lambda: 3)
-    assert rows_a_backward(ActorConfig(batch_size=12, micro_batch_size=2), "actor_config") == (2, 2)
-    assert rows_a_backward(ActorConfig(batch_size=12), "actor_config") == (4, 1)
+    monkeypatch.setattr("chatrlhf.sharding.launch.world_size", lambda: 3)
+    assert microbatching(ActorConfig(batch_size=12, micro_batch_size=2), "actor_config") == (2, 2)
+    assert microbatching(ActorConfig(batch_size=12), "actor_config") == (4, 1)
     with pytest.raises(ConfigError, match=r"actor_config.batch_size: 8 .* the 3 processes.* set it to 6 or 9"):
-        rows_a_backward(ActorConfig(batch_size=8), "actor_config")
+        microbatching(ActorConfig(batch_size=8), "actor_config")
     with pytest.raises(ConfigError, match="set it to 3"):
-        rows_a_backward(ActorConfig(batch_size=2), "actor_config")
+        microbatching(ActorConfig(batch_size=2), "actor_config")
     with pytest.raises(ConfigError, match=r"actor_config.micro_batch_size: 3 does not divide the 4 rows"):
-        rows_a_backward(ActorConfig(batch_size=12, micro_batch_size=3), "actor_config")
+        microbatching(ActorConfig(batch_size=12, micro_batch_size=3), "actor_config")

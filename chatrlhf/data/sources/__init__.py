@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from chatrlhf.conversation import Conversation, Prompt, Provenance, Turn
-from chatrlhf.data.json_row import HalfCharacter, Row
+from chatrlhf.data.json_row import LoneSurrogate, Row
 from chatrlhf.errors import DataError
 
 
@@ -53,7 +53,7 @@ class Source:
             if lang is not None and self.language(row) != lang:
                 return [LeftOut("rows in another language")]
             return [self._usable(record) for record in self.convert(row)]
-        except HalfCharacter:
+        except LoneSurrogate:
             return [LeftOut("texts with half a character (a lone surrogate)")]
         except DataError as error:
             raise DataError(f"{error}; check that this is the dataset you asked for") from None

@@ -21,7 +21,7 @@ NAME = "chatrlhf"
 # in float32. Longer ones were not measured.
 SHORT = 256
 # And on which devices: a GPU's fused attention is made for short sequences, too.
-BY_PRODUCTS = {"cpu"}
+MATMUL_DEVICES = {"cpu"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def attention(
         if key.shape[1] < query.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         # Heads first: the rows of a head lie side by side already.
-        q, k, v = (_Take.apply(x, segments.slots, segments.tokens) for x in (query, key, value))
+        q, k, v = (_Gather.apply(x, segments.slots, segments.tokens) for x in (query, key, value))
         q, k, v = (x.reshape(-1, segments.rows, segments.width, x.shape[-1]) for x in (q, k, v))
         if _by_products(q, dropout):
             mixed = _plain(q, k, v, _causal(segments.width, sliding_window, q.dtype, q.device), scaling)
@@ -76,7 +76,7 @@ def attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling
             )
         mixed = mixed.reshape(1, mixed.shape[0], -1, mixed.shape[-1])
-        return _Take.apply(mixed, segments.tokens, segments.slots).transpose(1, 2), None
+        return _Gather.apply(mixed, segments.tokens, segments.slots).transpose(1, 2), None
     if position_bias is not None or not _by_products(query, dropout):
         batch, heads, length, size = query.shape
         if position_bias is None and length == 1 and key.shape[1] < heads:
@@ -110,7 +110,7 @@ def attention(
 def additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
     """transformers' mask as a number to add, and none where plain causality says it all; as it is for a GPU."""
     allowed = sdpa_mask(*args, **kwargs)
-    if allowed is None or allowed.device.type not in BY_PRODUCTS:
+    if allowed is None or allowed.device.type not in MATMUL_DEVICES:
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
@@ -119,7 +119,7 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, additive_mask)
 
 
-def prefer_fast_attention(model: nn.Module, device: torch.device) -> None:
+def patch_attention(model: nn.Module, device: torch.device) -> None:
     """Have a model use `attention`, which takes packed rows and, on a CPU, is fast on short ones.
 
     Only a model that would use PyTorch's fused kernel is changed: another choice was somebody's own. And none that
@@ -148,15 +148,15 @@ def cudnn_for_decoding(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def by_products_on(device_types: set[str]) -> Iterator[None]:
+def use_matmul_on(device_types: set[str]) -> Iterator[None]:
     """Inside, attention is by products on these devices: a plan for a GPU is made on a CPU."""
-    own = set(BY_PRODUCTS)
+    own = set(MATMUL_DEVICES)
     try:
-        _set_to(BY_PRODUCTS, device_types)
+        _set_to(MATMUL_DEVICES, device_types)
         _causal.cache_clear()  # tensors of a plan and those of a run are of no use to each other
         yield
     finally:
-        _set_to(BY_PRODUCTS, own)
+        _set_to(MATMUL_DEVICES, own)
         _causal.cache_clear()
 
 
@@ -167,7 +167,7 @@ def _set_to(names: set[str], others: set[str]) -> None:
 
 def _by_products(query: Tensor, dropout: float) -> bool:
     """Whether queries [., h, T, e] are few enough for plain products."""
-    return query.device.type in BY_PRODUCTS and query.shape[2] <= SHORT and not dropout
+    return query.device.type in MATMUL_DEVICES and query.shape[2] <= SHORT and not dropout
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
@@ -220,7 +220,7 @@ class _PlainAttention(torch.autograd.Function):
         return of_query, of_key, torch.bmm(shares.transpose(1, 2), of_mixed), None, None
 
 
-class _Take(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     """[1, h, X, e] to [1, h, len(index), e]: one of the two directions of `Segments`, whose gradient is the other.
 
     A general selection would have to add up.

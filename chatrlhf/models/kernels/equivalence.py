@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def gives_the_same(
+def outputs_match(
     usual: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], width: int, like: Tensor
 ) -> bool:
     """Whether two functions of states [3, width] agree, up to rounding in the precision (and place) of ``like``."""

@@ -13,7 +13,7 @@ from chatrlhf.models.kernels.attention import NAME, Segments
 
 # Matrix products are compiled for their shape when it is first seen: on the CPU measured that took ten times as long
 # as the product. So shapes are made of whole quanta (rows of a product) and blocks (positions of a row).
-QUANTUM, BLOCK = 64, 32
+BUCKET, BLOCK = 64, 32
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> Stream | None:
 
 
 @torch.no_grad()
-def packs(backbone: nn.Module) -> bool:
+def supports_packing(backbone: nn.Module) -> bool:
     """Whether a model gives packed rows the states that it gives padded ones.
 
     It has to use `attention` and to take positions; whether all that it needs to know arrives is tried once, on
@@ -72,7 +72,7 @@ def packs(backbone: nn.Module) -> bool:
     return known
 
 
-def whole_quanta(slots: Tensor) -> Tensor:
+def pad_to_multiple(slots: Tensor) -> Tensor:
     """[N] indices with zeros behind them, up to a whole number of quanta."""
     return nn.functional.pad(slots, (0, _whole(len(slots)) - len(slots)))
 
@@ -97,7 +97,7 @@ def _packed_is_padded(backbone: nn.Module) -> bool:
 
 def _whole(length: int) -> int:
     """In quanta that grow with the length: eight lengths from each power of two to the next."""
-    return _up(length, max(QUANTUM, 2 ** (length.bit_length() - 1) // 8))
+    return _up(length, max(BUCKET, 2 ** (length.bit_length() - 1) // 8))
 
 
 def _up(value: int, to: int) -> int:

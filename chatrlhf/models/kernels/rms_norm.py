@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from chatrlhf.models.kernels.equivalence import gives_the_same
+from chatrlhf.models.kernels.equivalence import outputs_match
 
 
 @torch.no_grad()
-def prefer_fast_norms(model: nn.Module, device: torch.device) -> None:
+def patch_rms_norms(model: nn.Module, device: torch.device) -> None:
     """Replace the forward of a CPU model's norms by `rms_norm`, wherever that gives the same numbers.
 
     Families write theirs as some twenty passes, there and back, through float32 copies; next to products in bfloat16
@@ -23,7 +23,7 @@ def prefer_fast_norms(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         fast = _recognised(module)
         # Not the same where 1 is added to the weight (Gemma), for instance.
-        if fast is not None and gives_the_same(module.forward, fast, len(module.weight), module.weight):
+        if fast is not None and outputs_match(module.forward, fast, len(module.weight), module.weight):
             module.forward = fast
 
 

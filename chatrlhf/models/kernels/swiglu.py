@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
-from chatrlhf.models.kernels.equivalence import gives_the_same
+from chatrlhf.models.kernels.equivalence import outputs_match
 
 
 @torch.no_grad()
-def prefer_lean_gates(model: nn.Module, device: torch.device) -> None:
+def patch_swiglu(model: nn.Module, device: torch.device) -> None:
     """Replace the forward of a CPU model's SwiGLU networks by one that keeps less; the numbers stay what they are.
 
     A Llama keeps gate, silu(gate), up and their product, each 2.7 times as wide as the model: half of all it keeps.
@@ -25,9 +25,9 @@ def prefer_lean_gates(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             continue
-        lean, width = _LeanForward(module), getattr(module.up_proj, "in_features", None)
+        lean, width = _MemoryEfficientForward(module), getattr(module.up_proj, "in_features", None)
         # Not the same with another activation, for instance.
-        if width is not None and gives_the_same(module.forward, lean, width, _states_like(module)):
+        if width is not None and outputs_match(module.forward, lean, width, _states_like(module)):
             module.forward = lean
 
 
@@ -44,7 +44,7 @@ def _states_like(module: nn.Module) -> Tensor:
     return torch.empty(0, device=module.up_proj.weight.device)
 
 
-class _LeanForward:
+class _MemoryEfficientForward:
     """down_proj(swiglu(gate_proj(x), up_proj(x))); the three are called as they are, adapters and all."""
 
     def __init__(self, module: nn.Module) -> None:

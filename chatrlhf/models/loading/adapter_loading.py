@@ -73,7 +73,7 @@ def attach(model: nn.Module, folder: str | Path) -> None:
     _check_restored(model, folder)
 
 
-def go_on_with_adapters(model: nn.Module, folder: Path) -> None:
+def continue_adapters(model: nn.Module, folder: Path) -> None:
     """Give a model the adapters of a folder, to be trained on. Raises WeightsError as `attach`."""
     attach(model, folder)
     for name, weight in model.named_parameters():

@@ -119,18 +119,18 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def head_names(settings: Any, trust_remote_code: bool = False) -> tuple[str, ...]:
     """How the names of a classifier's head begin."""
-    return tuple(f"{module}." for module in head_modules(_outline(settings, trust_remote_code)))
+    return tuple(f"{module}." for module in head_modules(_meta_classifier(settings, trust_remote_code)))
 
 
 def leave_head_whole(settings: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """How a classifier is to be loaded, its head not quantized where the rest is."""
     if "quantization_config" in kwargs:
-        outline = _outline(settings, kwargs.get("trust_remote_code", False))
+        outline = _meta_classifier(settings, kwargs.get("trust_remote_code", False))
         kwargs["quantization_config"].llm_int8_skip_modules = list(head_modules(outline))
     return kwargs
 
 
-def _outline(settings: Any, trust_remote_code: bool) -> nn.Module:
+def _meta_classifier(settings: Any, trust_remote_code: bool) -> nn.Module:
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(settings, trust_remote_code=trust_remote_code)
 
@@ -177,14 +177,14 @@ def _add_adapters(model: nn.Module, name: str, key: str, keep: bool) -> set[str]
         )
     adapted = wrapped(model, name, is_trainable=keep)
     if keep:
-        _lay_bare(model, adapted, str(base_of(name)))
+        _strip_head(model, adapted, str(base_of(name)))
     else:
         adapted.merge_and_unload()
         model.requires_grad_(True)
     return {weight.removeprefix(PREFIX) for weight in _saved_head(name)}
 
 
-def _lay_bare(model: nn.Module, adapted: Any, base: str) -> None:
+def _strip_head(model: nn.Module, adapted: Any, base: str) -> None:
     """Leave adapters in a classifier's backbone, and of its head the copy that was trained."""
     from peft.utils import ModulesToSaveWrapper
 

@@ -15,7 +15,7 @@ from chatrlhf.tools.arguments import whole_number
 if TYPE_CHECKING:  # with torch behind it: what is asked for help needs none
     from rich.console import Console
 
-    from chatrlhf.tools.evaluate.perplexity import Ladder
+    from chatrlhf.tools.evaluate.perplexity import PerplexityCurve
 
 DEFAULT_CONTEXTS = (64, 128, 256, 512, 1024, 2048)
 
@@ -31,31 +31,31 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from chatrlhf.runtime.run_log import quiet_libraries
-    from chatrlhf.tools.evaluate.report import show_ladders
+    from chatrlhf.tools.evaluate.report import show_curves
 
     quiet_libraries()
     console = Console(highlight=False, soft_wrap=True)
-    ladders, targets = _climb_all(options, console)
-    show_ladders(console, ladders, f"perplexity of {options.text.name}")
+    curves, targets = _curves(options, console)
+    show_curves(console, curves, f"perplexity of {options.text.name}")
     console.print(
         f"the same {targets:,} tokens in every row, each predicted from at most context - 1 and at least context - "
         f"{options.stride} tokens; * beyond the positions of the model's configuration, - it has none there",
         markup=False,
     )
     if options.json is not None:
-        rows = [{"name": each.name, "positions": each.positions, "perplexity": each.perplexity} for each in ladders]
+        rows = [{"name": each.name, "positions": each.positions, "perplexity": each.perplexity} for each in curves]
         about = {"text": str(options.text), "stride": options.stride, "targets": targets, "models": rows}
         with doing("--json: writing", options.json):
             options.json.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     if options.picture is not None:
-        from chatrlhf.tools.evaluate.report import save_ladders
+        from chatrlhf.tools.evaluate.report import save_curves
 
         with doing("--picture: writing", options.picture, untrusted=True):
-            save_ladders(ladders, options.picture)
+            save_curves(curves, options.picture)
     return 0
 
 
-def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladder], int]:
+def _curves(options: argparse.Namespace, console: Console) -> tuple[list[PerplexityCurve], int]:
     import torch
     from pydantic import ValidationError
 
@@ -67,10 +67,10 @@ def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladd
     from chatrlhf.models.loading.rope_mismatch import scaling_warning
     from chatrlhf.models.loading.tokenizer import same_tokenizer
     from chatrlhf.runtime.device import pick_device
-    from chatrlhf.tools.evaluate.perplexity import climb, window_ends
+    from chatrlhf.tools.evaluate.perplexity import perplexity_curve, window_ends
 
     text = "\n\n".join(row.text("text") for row in read_rows(options.text))
-    ladders, first, ids, ends = [], None, None, []
+    curves, first, ids, ends = [], None, None, []
     for spec in options.models:
         name, scaling = _scaled(spec)
         try:
@@ -92,8 +92,8 @@ def _climb_all(options: argparse.Namespace, console: Console) -> tuple[list[Ladd
                 "cannot be compared"
             )
         with console.status(f"{spec}"):
-            ladders.append(climb(model, ids, sorted(options.contexts), options.stride, ends, spec))
-    return ladders, len(ends) * options.stride
+            curves.append(perplexity_curve(model, ids, sorted(options.contexts), options.stride, ends, spec))
+    return curves, len(ends) * options.stride
 
 
 def _scaled(spec: str) -> tuple[str, dict[str, str] | None]:
@@ -108,8 +108,8 @@ def _scaled(spec: str) -> tuple[str, dict[str, str] | None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chatrlhf eval", description="What a model can do.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    ladder = commands.add_parser("perplexity", help="how well models predict a text from contexts of several lengths")
-    add = ladder.add_argument
+    curve = commands.add_parser("perplexity", help="how well models predict a text from contexts of several lengths")
+    add = curve.add_argument
     add("text", type=Path, help="a text file, or rows with a field 'text'")
     add("--models", nargs="+", required=True, metavar="DIR", help="side by side; DIR@linear:8 stretches positions")
     add("--contexts", type=_numbers, default=DEFAULT_CONTEXTS, metavar="N,N,...", help="tokens (64,128,...,2048)")

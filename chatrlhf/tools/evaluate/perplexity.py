@@ -23,7 +23,7 @@ TOKENS_AT_ONCE = 8192  # of a batch of windows
 
 
 @dataclass(frozen=True)
-class Ladder:
+class PerplexityCurve:
     """Perplexities of one model, by context; None where the model has no positions for it."""
 
     name: str
@@ -50,7 +50,7 @@ def window_ends(tokens: int, longest: int, stride: int, most: int) -> list[int]:
 
 
 @torch.no_grad()
-def climb(
+def perplexity_curve(
     model: nn.Module,
     ids: Tensor,
     contexts: Sequence[int],
@@ -58,7 +58,7 @@ def climb(
     ends: Sequence[int],
     name: str = "",
     done: Callable[[], None] = lambda: None,
-) -> Ladder:
+) -> PerplexityCurve:
     """Perplexity, exp of the mean of -log p over all targets, at each context.
 
     Args:
@@ -72,7 +72,7 @@ def climb(
     for context in contexts:
         found[context] = _perplexity(model, ids, context, stride, ends) if _can_take(model.config, context) else None
         done()
-    return Ladder(name, positions(model.config), found)
+    return PerplexityCurve(name, positions(model.config), found)
 
 
 def _perplexity(model: nn.Module, ids: Tensor, context: int, stride: int, ends: Sequence[int]) -> float:

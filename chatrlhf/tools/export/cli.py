@@ -73,7 +73,7 @@ def _quantize(options: argparse.Namespace) -> Path:
     import torch
     from rich.console import Console
 
-    from chatrlhf.tools.evaluate.report import show_ladders
+    from chatrlhf.tools.evaluate.report import show_curves
     from chatrlhf.tools.export.quantize import Asked, quantize
 
     given = {name: value for name, value in vars(options).items() if name in Asked.__dataclass_fields__}
@@ -82,7 +82,7 @@ def _quantize(options: argparse.Namespace) -> Path:
         found = quantize(asked, _warn)
     on = (asked.text or asked.calibration).name
     title = f"perplexity of {on}" + ("" if asked.text else ", its last tokens, which were not calibrated upon")
-    show_ladders(Console(highlight=False, soft_wrap=True), [found.before, found.after], title)
+    show_curves(Console(highlight=False, soft_wrap=True), [found.before, found.after], title)
     print(
         f"wrote {options.output}: {found.bytes_after / 1e6:,.1f} MB of weights, before {found.bytes_before / 1e6:,.1f}"
         f"; both predicted the same {found.targets:,} tokens"

@@ -26,7 +26,7 @@ from chatrlhf.models.loading.rope import positions
 from chatrlhf.models.loading.tokenizer import load_tokenizer
 from chatrlhf.runtime.atomic_files import publish_folder
 from chatrlhf.runtime.device import pick_device
-from chatrlhf.tools.evaluate.perplexity import Ladder, climb, window_ends
+from chatrlhf.tools.evaluate.perplexity import PerplexityCurve, perplexity_curve, window_ends
 from chatrlhf.tools.export.calibration import pieces, tokens_of
 from chatrlhf.tools.export.delta import refuse_existing
 from chatrlhf.tools.export.gptq import bars_on_a_terminal_only, quantize_gptq, refuse_groups, save_gptq
@@ -60,8 +60,8 @@ class Asked:
 class Compared:
     """The model before and after."""
 
-    before: Ladder
-    after: Ladder
+    before: PerplexityCurve
+    after: PerplexityCurve
     targets: int  # tokens that both predicted
     bytes_before: int  # of weights, in the type that is asked for
     bytes_after: int
@@ -88,8 +88,8 @@ def quantize(asked: Asked, warn: Callable[[str], None] = print) -> Compared:
     stride = min(STRIDE, context - 1)
     ends = window_ends(len(targets), context, stride, asked.windows)
 
-    def measure(model: nn.Module, name: str) -> Ladder:
-        return climb(model, targets, [context], stride, ends, name)
+    def measure(model: nn.Module, name: str) -> PerplexityCurve:
+        return perplexity_curve(model, targets, [context], stride, ends, name)
 
     model = load_pretrained(AutoModelForCausalLM, str(asked.model), "--model", config=config, dtype=asked.dtype)
     for change in make_savable(model):

@@ -9,7 +9,7 @@ from typing import Any
 from chatrlhf.config.load import load_config
 from chatrlhf.config.schema import Config
 from chatrlhf.errors import ConfigError, UserError
-from chatrlhf.tools.plan.fake_run import Paper, can_be_laid_out
+from chatrlhf.tools.plan.fake_run import FakeDevice, raises_if_unplannable
 from chatrlhf.tools.plan.hardware import GB, Hardware
 from chatrlhf.tools.plan.meta_models import Models
 from chatrlhf.tools.plan.rl_memory import rollout_batch
@@ -72,7 +72,7 @@ def compare(
     """
     for name in names:
         for way in ways:
-            with can_be_laid_out(f"{name}, {way.name}"):
+            with raises_if_unplannable(f"{name}, {way.name}"):
                 found = _compared(name, way, hardware, tokens, sharding or usual(hardware))
             yield found
 
@@ -97,7 +97,7 @@ def memory_of(
     name: str, way: Way, hardware: Hardware, tokens: int, sharding: Sharding, rows: int
 ) -> tuple[int, int, int]:
     """(parameters, bytes of a device, bytes of its host) with so many rows in a backward."""
-    models = Models(configuration(name, way, tokens, rows), Paper(hardware.device.type, hardware.device.bf16))
+    models = Models(configuration(name, way, tokens, rows), FakeDevice(hardware.device.type, hardware.device.bf16))
     # Several backwards an optimizer step: gradients are there while the next one is computed.
     batch = Batch(rows, tokens, backwards=2)
     if way.stage == "ACTOR" and models.actor_is_paired():

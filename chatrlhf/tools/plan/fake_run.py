@@ -26,7 +26,7 @@ from transformers.integrations import moe
 from chatrlhf.errors import ConfigError, UserError
 from chatrlhf.functional import logprobs
 from chatrlhf.models.kernels import attention
-from chatrlhf.runtime.cpu_parallel import one_lane
+from chatrlhf.runtime.cpu_parallel import sequential
 from chatrlhf.tools.plan.glibc_heap import Heap
 
 ACTIVATIONS, GRADIENTS, IDLE = "activations", "gradients", "holes in the heap"
@@ -34,7 +34,7 @@ ACTIVATIONS, GRADIENTS, IDLE = "activations", "gradients", "holes in the heap"
 COMPARED = {torch.ops.aten.lt.Scalar, torch.ops.aten.lt.Tensor}
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Bytes that are alive, by what they are; and what they were when they were most.
 
     A model may ask what its tensors hold: whether anything is padded, whether a batch is packed. It is answered yes to
@@ -69,7 +69,7 @@ class Ledger(TorchDispatchMode):
             self._coin = out
         return out
 
-    def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
+    def track(self, tensors: Iterable[Tensor], kind: str) -> None:
         """These are there, as ``kind``; what is entered already stays what it is."""
         for each in tensors:
             self._enter(each, kind)
@@ -116,7 +116,7 @@ class Ledger(TorchDispatchMode):
 
 
 @contextmanager
-def can_be_laid_out(what: str) -> Iterator[None]:
+def raises_if_unplannable(what: str) -> Iterator[None]:
     """A model's own code runs inside, on tensors without content, and not every model's can.
 
     Raises:
@@ -134,7 +134,7 @@ def can_be_laid_out(what: str) -> Iterator[None]:
         ) from error
 
 
-class Paper:
+class FakeDevice:
     """Where models are drawn and computed with, as on a device of one kind.
 
     Args:
@@ -147,15 +147,15 @@ class Paper:
         self.device, self.has_bf16 = torch.device(device_type), has_bf16
         self.fake = _One()
 
-    def ledger(self, keeps_freed: bool = False) -> Ledger:
+    def tracker(self, keeps_freed: bool = False) -> MemoryTracker:
         """An empty one.
 
         Args:
             keeps_freed: as RL has it on a CPU.
         """
-        return Ledger(Heap(keeps_freed) if self.device.type == "cpu" else None)
+        return MemoryTracker(Heap(keeps_freed) if self.device.type == "cpu" else None)
 
-    def taken_up(self, model: nn.Module) -> nn.Module:
+    def materialize(self, model: nn.Module) -> nn.Module:
         """A model that was made on the meta device, in place; weights that are one stay one."""
         made: dict[int, Tensor] = {}
         with self.fake:
@@ -172,7 +172,7 @@ class Paper:
         return model
 
     @contextmanager
-    def computing(self, ledger: Ledger, bf16: bool = False, padded: bool = False) -> Iterator[None]:
+    def tracking(self, tracker: MemoryTracker, bf16: bool = False, padded: bool = False) -> Iterator[None]:
         """Inside, what is computed is entered in the ledger.
 
         Args:
@@ -180,8 +180,8 @@ class Paper:
             padded: rows are of many lengths, so that attention is given a mask.
         """
         with ExitStack() as stack:
-            stack.enter_context(one_lane())  # other threads would compute in earnest
-            stack.enter_context(attention.by_products_on({"cpu"} if self.device.type == "cpu" else set()))
+            stack.enter_context(sequential())  # other threads would compute in earnest
+            stack.enter_context(attention.use_matmul_on({"cpu"} if self.device.type == "cpu" else set()))
             if not padded:
                 stack.enter_context(_masks_may_look())
             stack.enter_context(_two_pieces())
@@ -189,7 +189,7 @@ class Paper:
             logprobs.id_tensor.cache_clear()
             stack.callback(logprobs.id_tensor.cache_clear)  # a run has no use for ids without content
             stack.enter_context(self.fake)
-            stack.enter_context(ledger)
+            stack.enter_context(tracker)
             if self.device.type != "cpu":
                 stack.enter_context(_modes_stay_on())
                 stack.enter_context(FusedAttention())

@@ -17,7 +17,7 @@ class Heap:
     """Addresses of tensors, and where the heap ends.
 
     Args:
-        keeps: nothing lies apart and nothing goes back, as `chatrlhf.runtime.malloc.keep_freed_memory` has it.
+        keeps: nothing lies apart and nothing goes back, as `chatrlhf.runtime.malloc.tune_malloc` has it.
     """
 
     def __init__(self, keeps: bool) -> None:

@@ -23,9 +23,9 @@ from chatrlhf.models.loading.tokenizer import train_tokenizer
 from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.runtime.device import resolve_precision, resolve_rl_precision
-from chatrlhf.tools.plan.fake_run import Paper
+from chatrlhf.tools.plan.fake_run import FakeDevice
 from chatrlhf.tools.plan.published_shapes import FOLDER, has_shape, shape_settings
-from chatrlhf.tools.plan.quantized_linear import in_few_bits
+from chatrlhf.tools.plan.quantized_linear import quantize_linears
 
 META = torch.device("meta")
 CAPPED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # a head that is more than one product
@@ -38,7 +38,7 @@ class Models:
     """Draws the models of one configuration; what it had to take for granted is noted once."""
 
     config: Config
-    paper: Paper
+    paper: FakeDevice
     notes: list[str] = field(default_factory=list)
 
     def settings(self, name: str, key: str, section: Any = None) -> Any:
@@ -67,7 +67,7 @@ class Models:
             self._compress(model, actor, self.in_bf16(actor.precision))
             with META:
                 model = with_adapters(model, load_peft_config(self.config), actor.model)
-        return self.paper.taken_up(model)
+        return self.paper.materialize(model)
 
     def policy(self) -> nn.Module:
         """As RL trains it: whole or by adapters."""
@@ -76,7 +76,7 @@ class Models:
             self._compress(model, actor, self.rl_in_bf16())
             with META:
                 add_adapters(model, load_peft_config(self.config), actor.model)
-        return self.paper.taken_up(model).eval()
+        return self.paper.materialize(model).eval()
 
     def actor_is_paired(self) -> bool:
         """Whether the actor is an encoder–decoder."""
@@ -98,15 +98,15 @@ class Models:
         elif reward.froze_embeddings:
             backbone.get_input_embeddings().requires_grad_(False)
         head = self.head(backbone, reward.model_head_hidden_size)
-        return RewardModel(self.paper.taken_up(backbone), head, pooling_of(backbone.config))
+        return RewardModel(self.paper.materialize(backbone), head, pooling_of(backbone.config))
 
     def backbone(self, name: str, key: str) -> nn.Module:
         """A model without a head, whole."""
-        return self.paper.taken_up(self._drawn(AutoModel, self.settings(name, key), None))
+        return self.paper.materialize(self._drawn(AutoModel, self.settings(name, key), None))
 
     def like(self, backbone: nn.Module) -> nn.Module:
         """Another of the same build, with whole weights of its own."""
-        return self.paper.taken_up(self._drawn(AutoModel, backbone.config, None))
+        return self.paper.materialize(self._drawn(AutoModel, backbone.config, None))
 
     def upon(self, backbone: nn.Module, adapters: PeftConfig, keys: QuantizationKeys) -> nn.Module:
         """Another upon the same weights, trained by adapters of its own.
@@ -118,7 +118,7 @@ class Models:
         self._compress(model, keys, self.rl_in_bf16())
         with META:
             add_adapters(model, adapters, "")
-        model = self.paper.taken_up(model)
+        model = self.paper.materialize(model)
         shared = {bare_name(name): each for name, each in backbone.named_parameters()}
         for name, module in model.named_modules():
             for own, each in module._parameters.items():
@@ -131,7 +131,7 @@ class Models:
         """What makes one number of a model's states."""
         with META:
             head = ScalarHead(state_size(backbone), mlp_size)
-        return self.paper.taken_up(head)
+        return self.paper.materialize(head)
 
     def in_bf16(self, precision: str) -> bool:
         """Whether a stage on TRL's trainers computes in bfloat16 there."""
@@ -182,7 +182,7 @@ class Models:
             named = keys.bnb_4bit_compute_dtype
             computes = getattr(torch, named) if named else torch.bfloat16 if bf16 else torch.float32
             with META:
-                in_few_bits(model, keys, computes)
+                quantize_linears(model, keys, computes)
 
 
 def pooling_of(settings: Any) -> str:

@@ -9,18 +9,18 @@ from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.model import QuantizationKeys
 from chatrlhf.config.schema import Config
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
+from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.critic_init import ALL_BLOCKS
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
 from chatrlhf.models.kernels.activation_checkpointing import recompute_activations
-from chatrlhf.models.kernels.attention import prefer_fast_attention
-from chatrlhf.models.kernels.rms_norm import prefer_fast_norms
-from chatrlhf.models.kernels.swiglu import prefer_lean_gates
+from chatrlhf.models.kernels.attention import patch_attention
+from chatrlhf.models.kernels.rms_norm import patch_rms_norms
+from chatrlhf.models.kernels.swiglu import patch_swiglu
 from chatrlhf.models.loading.backbone import backbone_of
 from chatrlhf.models.loading.lora import has_adapters
 from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.models.weight_sharing import sharing_copy
+from chatrlhf.models.weight_sharing import copy_sharing_frozen
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.tools.plan.meta_models import Models, pooling_of
@@ -28,7 +28,7 @@ from chatrlhf.tools.plan.rl_memory import PREPARATION
 from chatrlhf.tools.plan.sft_reward_memory import Phase
 
 
-def topology_of(config: Config, policy: nn.Module, critic: tuple[nn.Module | None, ScalarHead] | None) -> PolicyOnly:
+def topology_of(config: Config, policy: nn.Module, critic: tuple[nn.Module | None, ScalarHead] | None) -> ActorCritic:
     """What `make_topology` gives, without tokenizers.
 
     Args:
@@ -45,7 +45,7 @@ def topology_of(config: Config, policy: nn.Module, critic: tuple[nn.Module | Non
         made = SharedTrunk(policy, critic[1], distribution)
     else:
         backbone, head = critic
-        made = SeparateCritic(policy, backbone or sharing_copy(backbone_of(policy)), head, distribution)
+        made = SeparateCritic(policy, backbone or copy_sharing_frozen(backbone_of(policy)), head, distribution)
     return made if unfrozen == ALL_BLOCKS else FrozenTrunk(made, unfrozen)
 
 
@@ -91,25 +91,25 @@ def _alike(backbone: nn.Module, policy: nn.Module) -> bool:
     return first.model_type == second.model_type and first.vocab_size == second.vocab_size
 
 
-def made_ready(topology: PolicyOnly, frozen: list[nn.Module], models: Models) -> MasterWeights | None:
+def made_ready(actor_critic: ActorCritic, frozen: list[nn.Module], models: Models) -> MasterWeights | None:
     """As `prepare_models` does, which tries out what it changes; an activation can be tried out here, too."""
-    for model in (*topology.backbones(), *frozen):
+    for model in (*actor_critic.backbones(), *frozen):
         if models.config.actor_config.attn_implementation is None:
-            prefer_fast_attention(model, models.paper.device)
-        prefer_fast_norms(model, models.paper.device)
+            patch_attention(model, models.paper.device)
+        patch_rms_norms(model, models.paper.device)
         if _is_swiglu(model):
-            prefer_lean_gates(model, models.paper.device)
+            patch_swiglu(model, models.paper.device)
     masters = None
     if models.rl_in_bf16():
-        masters = MasterWeights(*topology.backbones())
+        masters = MasterWeights(*actor_critic.backbones())
         to_bfloat16(*frozen)
     if models.config.trainer_config.gradient_checkpointing:
-        for model in topology.backbones():
+        for model in actor_critic.backbones():
             recompute_activations(model, "trainer_config.gradient_checkpointing")
     return masters
 
 
-def preparation(topology: PolicyOnly, frozen: list[nn.Module], models: Models) -> list[Phase]:
+def preparation(actor_critic: ActorCritic, frozen: list[nn.Module], models: Models) -> list[Phase]:
     """Where RL computes in bfloat16: models come in float32, and a copy of each is made.
 
     On a GPU they all lie there by then. On a CPU their files are read when they are copied, one after the other.
@@ -118,10 +118,10 @@ def preparation(topology: PolicyOnly, frozen: list[nn.Module], models: Models) -
         return []
     seen: set[int] = set()
     sizes = []  # of each model what is its own: in float32, and what of it stays in float32
-    for model in (*topology.backbones(), *frozen):
+    for model in (*actor_critic.backbones(), *frozen):
         own = [each for each in model.parameters() if id(each) not in seen and each.dtype == torch.float32]
         seen.update(map(id, own))
-        stays = model in topology.backbones()
+        stays = model in actor_critic.backbones()
         kept = sum(each.nbytes for each in own if stays and (each.requires_grad or not has_adapters(model)))
         sizes.append((sum(each.nbytes for each in own), kept))
     if models.paper.device.type == "cpu":

@@ -13,7 +13,7 @@ from chatrlhf.config.model import QuantizationKeys
 BLOCK, BLOCK_OF_SCALES = 64, 256  # weights with a scale of their own, and scales with one (Dettmers et al. 2023)
 
 
-def in_few_bits(model: nn.Module, keys: QuantizationKeys, computes: torch.dtype) -> None:
+def quantize_linears(model: nn.Module, keys: QuantizationKeys, computes: torch.dtype) -> None:
     """Replace a model's linear layers, but for its output head and those that transformers keeps in float32 (T5's).
 
     It is done in place, and nothing of the model is trained then.
@@ -23,7 +23,7 @@ def in_few_bits(model: nn.Module, keys: QuantizationKeys, computes: torch.dtype)
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head and child not in whole:
-            setattr(model.get_submodule(parent), child, FewBits(module, stored_bytes(module, keys), computes))
+            setattr(model.get_submodule(parent), child, QuantizedLinear(module, stored_bytes(module, keys), computes))
     model.requires_grad_(False)
 
 
@@ -37,7 +37,7 @@ def stored_bytes(module: nn.Module, keys: QuantizationKeys) -> int:
     return -(-inner * outer // 2) + of_scales
 
 
-class FewBits(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """Its weight is a row of bytes; each product, forwards and backwards, has it whole for as long as it takes."""
 
     def __init__(self, whole: nn.Module, size: int, computes: torch.dtype) -> None:

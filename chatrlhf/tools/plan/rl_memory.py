@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from chatrlhf.config.schema import Config
 from chatrlhf.functional.logprobs import sample_by_inversion
 from chatrlhf.functional.losses import policy_loss, value_loss
-from chatrlhf.models.actor_critic import PolicyOnly
+from chatrlhf.models.actor_critic import ActorCritic
 from chatrlhf.models.loading.backbone import is_encoder_decoder
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.reward_model import RewardModel
@@ -24,10 +24,10 @@ from chatrlhf.models.sequences_seq2seq import sequences_for
 from chatrlhf.rl.gradients import Gradients
 from chatrlhf.rl.master_weights import MasterWeights
 from chatrlhf.rollout.kv_cache import make_cache, width_for
-from chatrlhf.rollout.seq2seq import PairedCache
-from chatrlhf.runtime.cpu_parallel import side_by_side
+from chatrlhf.rollout.seq2seq import Seq2SeqCache
+from chatrlhf.runtime.cpu_parallel import run_in_parallel
 from chatrlhf.stages.build_ppo import DEFAULT_NEW_TOKENS
-from chatrlhf.tools.plan.fake_run import ACTIVATIONS, GRADIENTS, Ledger, Paper
+from chatrlhf.tools.plan.fake_run import ACTIVATIONS, GRADIENTS, FakeDevice, MemoryTracker
 from chatrlhf.tools.plan.sft_reward_memory import OPTIMIZER, Phase, scores_of
 from chatrlhf.tools.plan.zero_memory import Sharding
 
@@ -75,11 +75,11 @@ def rollout_batch(config: Config, ranks: int, context: int, prompt: int | None) 
     return RolloutBatch(rollouts, slots, own, response, scored, micro, -(-minibatch // micro))
 
 
-def sequences_of(rows: int, topology: PolicyOnly, batch: RolloutBatch, paper: Paper) -> Sequences:
+def sequences_of(rows: int, actor_critic: ActorCritic, batch: RolloutBatch, paper: FakeDevice) -> Sequences:
     """Rows of one length as the policy reads them, on paper."""
     prompt = torch.zeros(rows, batch.prompt, dtype=torch.long)
     response = torch.zeros(rows, batch.response, dtype=torch.long)
-    real = sequences_for(topology.policy.config)(prompt, prompt == 0, response, response == 0)
+    real = sequences_for(actor_critic.policy.config)(prompt, prompt == 0, response, response == 0)
     tokens, slots = real.tokens, real.padded_slots
 
     def drawn(tensor: Tensor) -> Tensor:
@@ -91,33 +91,33 @@ def sequences_of(rows: int, topology: PolicyOnly, batch: RolloutBatch, paper: Pa
     return made
 
 
-def _opened(resident: list[tuple[str, list[Tensor]]], paper: Paper) -> Ledger:
-    ledger = paper.ledger(keeps_freed=True)
+def _opened(resident: list[tuple[str, list[Tensor]]], paper: FakeDevice) -> MemoryTracker:
+    tracker = paper.tracker(keeps_freed=True)
     for name, tensors in resident:
-        ledger.hold(tensors, name)
-    return ledger
+        tracker.track(tensors, name)
+    return tracker
 
 
 @torch.no_grad()
-def rollout(topology: PolicyOnly, resident: list, batch: RolloutBatch, paper: Paper) -> Phase:
+def rollout(actor_critic: ActorCritic, resident: list, batch: RolloutBatch, paper: FakeDevice) -> Phase:
     """Prompts are read, room is made for the longest response, and its last token is drawn, which nobody reads."""
-    policy, ledger = topology.policy, _opened(resident, paper)
+    policy, tracker = actor_critic.policy, _opened(resident, paper)
     read = _read_by_encoder if is_encoder_decoder(policy.config) else _read_as_one
-    with paper.computing(ledger, padded=True):
+    with paper.tracking(tracker, padded=True):
         ids = torch.zeros(batch.slots, batch.prompt, dtype=torch.long)
         logits, caches, one_more = read(policy, ids, batch)
-        _draw(topology, logits)
+        _draw(actor_critic, logits)
         del logits
         for layer in chain(*(cache.layers for cache in caches)):
-            _rename(layer, ledger)
+            _rename(layer, tracker)
         for layer in caches[0].layers if batch.response > 2 else ():
             rows, heads, _, size = layer.keys.shape
             more = layer.keys.new_zeros(rows, heads, batch.response - 2, size)
             layer.update(more, more)
             del more
-            _rename(layer, ledger)
-        _draw(topology, one_more())
-    return Phase(ROLLOUT, ledger.peak)
+            _rename(layer, tracker)
+        _draw(actor_critic, one_more())
+    return Phase(ROLLOUT, tracker.peak)
 
 
 def _read_as_one(
@@ -141,10 +141,10 @@ def _read_as_one(
 def _read_by_encoder(
     policy: nn.Module, ids: Tensor, batch: RolloutBatch
 ) -> tuple[Tensor, list[Cache], Callable[[], Tensor]]:
-    """The same, the prompts in a cache of their own, as `PairedDecoding` has it."""
+    """The same, the prompts in a cache of their own, as `Seq2SeqDecoding` has it."""
     mask = torch.ones_like(ids)
     states = policy.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    cache = PairedCache(make_cache(policy.get_decoder().config), states, mask.bool())
+    cache = Seq2SeqCache(make_cache(policy.get_decoder().config), states, mask.bool())
 
     def one_more() -> Tensor:
         width, _ = cache.self_attention_cache.layers[0].get_mask_sizes(1)
@@ -160,103 +160,103 @@ def _read_by_encoder(
     return one_more(), [cache.self_attention_cache, cache.cross_attention_cache], one_more
 
 
-def _rename(layer: Any, ledger: Ledger) -> None:
+def _rename(layer: Any, tracker: MemoryTracker) -> None:
     for each in (layer.keys, layer.values):
-        ledger.rename(each, CACHE)
+        tracker.rename(each, CACHE)
 
 
-def _draw(topology: PolicyOnly, logits: Tensor) -> None:
+def _draw(actor_critic: ActorCritic, logits: Tensor) -> None:
     places = torch.zeros(len(logits), dtype=torch.long)
-    adjusted = topology.distribution.adjust(logits, places, places)
+    adjusted = actor_critic.distribution.adjust(logits, places, places)
     sample_by_inversion(adjusted, torch.zeros(len(logits)))
 
 
 @torch.no_grad()
 def scoring(
-    topology: PolicyOnly,
+    actor_critic: ActorCritic,
     reference: Reference,
     reward: RewardModel | None,
     resident: list,
     batch: RolloutBatch,
-    paper: Paper,
+    paper: FakeDevice,
 ) -> Phase:
-    sequences = sequences_of(batch.scored, topology, batch, paper)
-    ledger = _opened(resident, paper)
-    with paper.computing(ledger):
-        sequences = replace_states(sequences, topology.trunk_states(sequences))
+    sequences = sequences_of(batch.scored, actor_critic, batch, paper)
+    tracker = _opened(resident, paper)
+    with paper.tracking(tracker):
+        sequences = replace_states(sequences, actor_critic.trunk_states(sequences))
         if sequences.trunk_states is not None:
             states = sequences.trunk_states
             kept = states.new_zeros(batch.rollouts, *states.shape[1:])
-            ledger.rename(kept, TRUNK)
-        topology.evaluate(sequences, with_entropy=True)
+            tracker.rename(kept, TRUNK)
+        actor_critic.evaluate(sequences, with_entropy=True)
         reference.logprobs(sequences)
         if reward is not None:
             scores_of(reward, torch.zeros(min(ROWS_SCORED, batch.rollouts), batch.tokens, dtype=torch.long))
-    return Phase("RL scoring", ledger.peak)
+    return Phase("RL scoring", tracker.peak)
 
 
 def update(
-    topology: PolicyOnly,
+    actor_critic: ActorCritic,
     groups: list[dict],
     masters: MasterWeights | None,
     resident: list,
     batch: RolloutBatch,
-    paper: Paper,
+    paper: FakeDevice,
     config: Config,
 ) -> Phase:
     """Two backwards, where a minibatch has as many: behind the first there is room for the sums of gradients."""
-    ledger = _opened(resident, paper)
-    sequences = sequences_of(batch.learned, topology, batch, paper)
+    tracker = _opened(resident, paper)
+    sequences = sequences_of(batch.learned, actor_critic, batch, paper)
     improved = [each for group in groups for each in group["params"]]
-    weights = masters.working(improved) if masters is not None else improved
+    weights = masters.working_params(improved) if masters is not None else improved
     gradients = Gradients([group["params"] for group in groups], weights)
     hooks = [
-        each.register_post_accumulate_grad_hook(lambda weight: ledger.rename(weight.grad, GRADIENTS))
+        each.register_post_accumulate_grad_hook(lambda weight: tracker.rename(weight.grad, GRADIENTS))
         for each in weights
     ]
     gradients.forget()
-    with paper.computing(ledger):
+    with paper.tracking(tracker):
         with torch.no_grad():
-            states = topology.trunk_states(sequences)
+            states = actor_critic.trunk_states(sequences)
             sequences = replace_states(sequences, states)
             if states is not None:
                 kept = states.new_zeros(batch.rollouts, *states.shape[1:])
-                ledger.rename(kept, TRUNK)
+                tracker.rename(kept, TRUNK)
         # A second minibatch finds the optimizer's states in between what the first has left.
         states = []
-        for _ in range(1 if ledger.heap is None else 2):
+        for _ in range(1 if tracker.heap is None else 2):
             for _ in range(min(batch.backwards, 2)):
-                _backward(topology, sequences, config, paper)
-                ledger.kind = GRADIENTS
+                _backward(actor_critic, sequences, config, paper)
+                tracker.kind = GRADIENTS
                 gradients.collect()
-                ledger.kind = ACTIVATIONS
-            if ledger.heap is not None:
-                ledger.kind = OPTIMIZER
+                tracker.kind = ACTIVATIONS
+            if tracker.heap is not None:
+                tracker.kind = OPTIMIZER
                 states = states or [torch.zeros_like(each) for each in improved for _ in range(2)]
-                ledger.kind = ACTIVATIONS
+                tracker.kind = ACTIVATIONS
             gradients.forget()
         del states
     for each in hooks:
         each.remove()
     gradients.forget()
-    return Phase("RL update", ledger.peak)
+    return Phase("RL update", tracker.peak)
 
 
-def _backward(topology: PolicyOnly, sequences: Sequences, config: Config, paper: Paper) -> None:
+def _backward(actor_critic: ActorCritic, sequences: Sequences, config: Config, paper: FakeDevice) -> None:
     """As `Updater.backward` has it for a microbatch."""
     trainer = config.trainer_config
-    evaluation = topology.evaluate(sequences, with_entropy=trainer.entropy_coef > 0, seam=True)
+    evaluation = actor_critic.evaluate(sequences, with_entropy=trainer.entropy_coef > 0, detach_point=True)
     zeros = torch.zeros_like(evaluation.logprobs)
     losses = [policy_loss(evaluation.logprobs, zeros, zeros, trainer.cliprange).sum()]
     if evaluation.entropy is not None:
         losses[0] = losses[0] - trainer.entropy_coef * evaluation.entropy.sum()
     if evaluation.values is not None:
         losses.append(value_loss(evaluation.values, zeros, zeros, trainer.cliprange_value).sum())
-    if evaluation.seam is not None:
+    if evaluation.detach_point is not None:
         losses[0].backward()
-        side_by_side(evaluation.seam.backward, losses[1].backward, torch.device("meta"))
-    elif topology.critic_is_apart:
-        side_by_side(losses[0].backward, losses[1].backward, torch.device("meta"))
+        run_in_parallel(evaluation.detach_point.backward, losses[1].backward, torch.device("meta"))
+    elif actor_critic.critic_is_apart:
+        run_in_parallel(losses[0].backward, losses[1].backward, torch.device("meta"))
     else:
         sum(losses).backward()
 

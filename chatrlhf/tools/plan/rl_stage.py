@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from chatrlhf.models.loading.backbone import backbone_of
-from chatrlhf.tools.plan.fake_run import Ledger
+from chatrlhf.tools.plan.fake_run import MemoryTracker
 from chatrlhf.tools.plan.meta_models import Models
 from chatrlhf.tools.plan.meta_rl_models import critic_of, made_ready, preparation, reward_of, topology_of
 from chatrlhf.tools.plan.rl_memory import (
@@ -35,39 +35,39 @@ def rl_stage(models: Models, batch: RolloutBatch, sharding: Sharding, has_functi
     policy = models.policy()
     reward = None if has_function else reward_of(models, policy)
     critic = critic_of(models, policy, reward)
-    with paper.computing(Ledger()), warnings.catch_warnings():
+    with paper.tracking(MemoryTracker()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch itself, where it copies
-        topology = topology_of(config, policy, critic)
-        reference = topology.reference()
-        for each in (*topology.backbones(), reference.model):
+        actor_critic = topology_of(config, policy, critic)
+        reference = actor_critic.reference()
+        for each in (*actor_critic.backbones(), reference.model):
             backbone_of(each)._chatrlhf_packs = False  # rows of one length go side by side
         frozen = [reference.model] + ([reward.backbone] if reward else [])
         # Where weights are dealt out, models lie in the CPU's memory by then.
-        prepared = [] if sharding.stage == 3 else preparation(topology, frozen, models)
-        masters = made_ready(topology, frozen, models)
-    named = [(POLICY, topology.policy), (CRITIC, topology), (REFERENCE, reference.model)]
+        prepared = [] if sharding.stage == 3 else preparation(actor_critic, frozen, models)
+        masters = made_ready(actor_critic, frozen, models)
+    named = [(POLICY, actor_critic.policy), (CRITIC, actor_critic), (REFERENCE, reference.model)]
     named += [(REWARD, reward)] if reward else []
     resident = [(name, list(module.parameters())) for name, module in named]
     resident += [(MASTERS, list(masters))] if masters else []
-    groups = topology.parameter_groups(trainer.actor_lr, trainer.critic_lr)
+    groups = actor_critic.parameter_groups(trainer.actor_lr, trainer.critic_lr)
     if masters is not None:
         groups = masters.groups(groups)
     improved = [each for group in groups for each in group["params"]]
     phases = [
         *prepared,
-        rollout(topology, resident, batch, paper),
-        scoring(topology, reference, reward, resident, batch, paper),
-        update(topology, groups, masters, resident, batch, paper, config),
+        rollout(actor_critic, resident, batch, paper),
+        scoring(actor_critic, reference, reward, resident, batch, paper),
+        update(actor_critic, groups, masters, resident, batch, paper, config),
     ]
     trained = sum(each.numel() for each in improved)
     beside = {REWARD: dimensions(reward)} if reward else {}
-    if topology.critic_is_apart:
-        beside[CRITIC] = dimensions(topology.value_function()[0])
+    if actor_critic.critic_is_apart:
+        beside[CRITIC] = dimensions(actor_critic.value_function()[0])
     return StagePlan(
-        parameters=numbers(topology.policy)[0],
+        parameters=numbers(actor_critic.policy)[0],
         trained=trained,
         phases=[dealt_out(each, sharding, trained) for each in phases],
-        dimensions=dimensions(topology.policy),
+        dimensions=dimensions(actor_critic.policy),
         beside=beside,
         in_bf16=masters is not None,
     )

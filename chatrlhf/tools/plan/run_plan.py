@@ -13,10 +13,10 @@ from chatrlhf.models.classifier import is_used_as_it_is
 from chatrlhf.models.loading.rope import positions
 from chatrlhf.preflight import check_rows, check_settings
 from chatrlhf.runtime.collectives import world_size
-from chatrlhf.sharding.launch import rows_a_backward
-from chatrlhf.stages.hf_trainer import rows_judged_at_once
+from chatrlhf.sharding.launch import microbatching
+from chatrlhf.stages.hf_trainer import eval_batch_size
 from chatrlhf.tools.plan.data_counts import Assumed, Counted, Sides, count, encoder_if_there, read_what_is_there
-from chatrlhf.tools.plan.fake_run import Paper, can_be_laid_out
+from chatrlhf.tools.plan.fake_run import FakeDevice, raises_if_unplannable
 from chatrlhf.tools.plan.flops import decoding_seconds, seconds, training_forwards
 from chatrlhf.tools.plan.hardware import Hardware, this_machine
 from chatrlhf.tools.plan.meta_models import Models
@@ -90,7 +90,7 @@ def plan_run(
     has_function = config.reward_config.reward_fn is not None
     given = has_function or _is_used_as_it_is(config, stages, (run_dir or config.run_dir) / "reward")
     inputs, missing = read_what_is_there(config, stages, needs_judgements=not given)
-    models = Models(config, Paper(where.device.type, where.device.bf16))
+    models = Models(config, FakeDevice(where.device.type, where.device.bf16))
     check_settings(
         config, stages, given, run_dir or config.run_dir, models.settings, hardware.count if hardware else None
     )
@@ -105,7 +105,7 @@ def plan_run(
         if stage == "REWARD" and given:
             continue
         if stage == "PRETRAIN":
-            with can_be_laid_out(stage):
+            with raises_if_unplannable(stage):
                 planned.append(_pretrain(models, where))
             continue
         rows = {"ACTOR": inputs.actor, "REWARD": inputs.reward, "RL": inputs.prompts}[stage]
@@ -114,7 +114,7 @@ def plan_run(
             return count(stage, rows, encoder, limit, assumed, _holds_out(config, stage), config)
 
         sharding = sharding_of(config, SECTION[stage], where.count)
-        with can_be_laid_out(stage):
+        with raises_if_unplannable(stage):
             planned.append(_stage(stage, models, rows, counted, sharding, where, has_function))
     for each in planned:
         each.made.phases = [_with_process(phase, where.device.type) for phase in each.phases]
@@ -127,8 +127,8 @@ def _stage(stage, models, rows, counted, sharding, where, has_function) -> Plann
     config = models.config
     section = getattr(config, SECTION[stage])
     counts = counted(min(section.max_sequence_length, _context(models, stage)))
-    micro, backwards = rows_a_backward(section, SECTION[stage], where.count)
-    held_out = min(rows_judged_at_once(micro, section.max_sequence_length), counts.held_out)
+    micro, backwards = microbatching(section, SECTION[stage], where.count)
+    held_out = min(eval_batch_size(micro, section.max_sequence_length), counts.held_out)
     batch = Batch(micro, counts.longest, backwards, held_out)
     if stage == "ACTOR" and models.actor_is_paired():
         batch = replace(batch, tokens=counts.sides.prompt, reply=counts.sides.reply)
@@ -151,7 +151,7 @@ def _pretrain(models: Models, where: Hardware) -> Planned:
     alone = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "epochs": 1, "batch_size": keys.batch_size}
     actor = config.actor_config.model_copy(update=shared | alone)
     models = Models(config.model_copy(update={"actor_config": actor}), models.paper)
-    micro, backwards = rows_a_backward(keys, "pretrain_config", where.count)
+    micro, backwards = microbatching(keys, "pretrain_config", where.count)
     length, rows = keys.max_sequence_length, keys.steps * keys.batch_size
     held_out = micro if keys.validation_fraction or keys.validation_dataset_path else 0
     batch = Batch(micro, length, backwards, held_out)

@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.models.loading.backbone import is_encoder_decoder
 from chatrlhf.models.loading.lora import is_adapter
-from chatrlhf.tools.plan.fake_run import ACTIVATIONS, GRADIENTS, IDLE, Ledger
+from chatrlhf.tools.plan.fake_run import ACTIVATIONS, GRADIENTS, IDLE, MemoryTracker
 from chatrlhf.tools.plan.flops import Dimensions
 from chatrlhf.tools.plan.meta_models import Models
-from chatrlhf.tools.plan.quantized_linear import FewBits
+from chatrlhf.tools.plan.quantized_linear import QuantizedLinear
 from chatrlhf.tools.plan.zero_memory import Sharding
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
@@ -64,13 +64,13 @@ class StagePlan:
 
 def actor_stage(models: Models, batch: Batch, sharding: Sharding, name: str = "ACTOR") -> StagePlan:
     """Supervised fine-tuning, or training on plain text."""
-    from chatrlhf.stages.sft import loss_of_a_backward
+    from chatrlhf.stages.sft import microbatch_loss
 
     config = models.config.actor_config
     model = models.actor()
     counts = numbers(model)
     model.train()
-    loss = loss_of_a_backward(model, config)
+    loss = microbatch_loss(model, config)
 
     def of_rows(rows: int) -> Tensor:
         ids = torch.zeros(rows, batch.tokens, dtype=torch.long)
@@ -133,42 +133,42 @@ def _phases(
                     each.data = each.data.bfloat16()
         autocast = False
     trained = [each for each in model.parameters() if each.requires_grad]
-    ledger = paper.ledger()
-    ledger.hold(model.parameters(), WEIGHTS)
-    ledger.hold(model.buffers(), WEIGHTS)
-    _file_gradients(ledger, trained, sharding)
-    with paper.computing(ledger, autocast, batch.padded):
+    tracker = paper.tracker()
+    tracker.track(model.parameters(), WEIGHTS)
+    tracker.track(model.buffers(), WEIGHTS)
+    _file_gradients(tracker, trained, sharding)
+    with paper.tracking(tracker, autocast, batch.padded):
         # A second step finds the optimizer's states in between what the first has left.
         states = []
-        for _ in range(1 if ledger.heap is None else 2):
+        for _ in range(1 if tracker.heap is None else 2):
             for _ in range(min(batch.backwards, 2)):
                 loss(batch.rows).backward()
-            if ledger.heap is not None:
-                ledger.kind = OPTIMIZER
+            if tracker.heap is not None:
+                tracker.kind = OPTIMIZER
                 states = states or [torch.zeros_like(each) for each in trained for _ in range(2)]
-                ledger.kind = ACTIVATIONS
+                tracker.kind = ACTIVATIONS
                 for each in trained:
                     each.grad = None
         del states
-    phases = [_dealt_out(f"{stage} step", ledger.peak, model, trained, sharding)]
+    phases = [_dealt_out(f"{stage} step", tracker.peak, model, trained, sharding)]
     if batch.held_out:
-        ledger = paper.ledger()
-        ledger.hold(model.parameters(), WEIGHTS)
-        ledger.hold(model.buffers(), WEIGHTS)
+        tracker = paper.tracker()
+        tracker.track(model.parameters(), WEIGHTS)
+        tracker.track(model.buffers(), WEIGHTS)
         model.eval()
-        with torch.no_grad(), paper.computing(ledger, autocast, batch.padded):
+        with torch.no_grad(), paper.tracking(tracker, autocast, batch.padded):
             loss(batch.held_out)
-        phases.append(_dealt_out(f"{stage} held-out rows", ledger.peak, model, trained, sharding))
+        phases.append(_dealt_out(f"{stage} held-out rows", tracker.peak, model, trained, sharding))
     return phases
 
 
-def _file_gradients(ledger: Ledger, trained: list[nn.Parameter], sharding: Sharding) -> None:
+def _file_gradients(tracker: MemoryTracker, trained: list[nn.Parameter], sharding: Sharding) -> None:
     """Have each gradient named as one; where they are dealt out, only its part stays."""
 
     def arrived(parameter: nn.Parameter) -> None:
-        ledger.rename(parameter.grad, GRADIENTS)
+        tracker.rename(parameter.grad, GRADIENTS)
         if sharding.stage >= 2:
-            ledger.add(sharding.gradient(parameter.grad.nbytes), GRADIENTS)
+            tracker.add(sharding.gradient(parameter.grad.nbytes), GRADIENTS)
             parameter.grad = None
 
     for each in trained:
@@ -193,7 +193,7 @@ def numbers(model: nn.Module) -> tuple[int, int]:
     """(parameters, those that are trained); of layers in few bits the weights they stand for."""
     total = sum(each.numel() for each in model.parameters())
     for module in model.modules():
-        if isinstance(module, FewBits):
+        if isinstance(module, QuantizedLinear):
             total += module.in_features * module.out_features - module.weight.numel()
     return total, sum(each.numel() for each in model.parameters() if each.requires_grad)
 
@@ -215,7 +215,7 @@ def products(model: nn.Module) -> int:
     for name, module in model.named_modules():
         if module is head or is_adapter(name):
             continue
-        if isinstance(module, FewBits):
+        if isinstance(module, QuantizedLinear):
             total += module.in_features * module.out_features
         elif isinstance(module, (nn.Linear, Conv1D)):
             total += module.weight.numel()

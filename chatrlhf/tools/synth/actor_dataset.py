@@ -11,7 +11,7 @@ from chatrlhf.data.records import actor_rows, read_records, to_json
 from chatrlhf.data.stage_rows import Demonstration
 from chatrlhf.errors import DataError
 from chatrlhf.tools.synth import dialogues, prompts
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.instructions import read_templates
 from chatrlhf.tools.synth.output import Output
 from chatrlhf.tools.synth.replies import LEAST_EXAMPLES, SHOWN, Example, in_the_manner_of
@@ -36,12 +36,12 @@ def _from_scratch(options: argparse.Namespace, output: Output, template: str, to
     tokens = dialogues.tokens_of(wanted, template)
     plan = Plan("conversations", len(wanted), sum(each.requests for each in wanted), *tokens)
 
-    async def work(asker: Asker, done: Callable[[], None]) -> Result:
+    async def work(client: LLMClient, done: Callable[[], None]) -> Result:
         makers = [
             dialogues.dialogue(i, each, template, options.temperature, options.max_tokens)
             for i, each in enumerate(wanted)
         ]
-        made = await make_rows(makers, asker, done)
+        made = await make_rows(makers, client, done)
         rows = [to_json(record) for record in made.there]
         repeats = len(rows) - len({str(row.get("turns", row["user_input"])) + row["completion"] for row in rows})
         lines = [f"{repeats:,} conversations repeat another; a higher --temperature or more --topics help"]
@@ -58,15 +58,15 @@ def _from_examples(options: argparse.Namespace, output: Output, template: str, t
     length = sum(len(each.prompt) + len(each.completion) for each in examples) // len(examples) // 4
     plan = Plan("conversations", number, 2 * number, asked + number * (SHOWN + 1) * length, said + number * length)
 
-    async def work(asker: Asker, done: Callable[[], None]) -> Result:
+    async def work(client: LLMClient, done: Callable[[], None]) -> Result:
         new, dropped = await prompts.more_prompts(
-            asker, template, shown, number, topics, options.seed, options.temperature, options.max_tokens
+            client, template, shown, number, topics, options.seed, options.temperature, options.max_tokens
         )
         makers = [
             in_the_manner_of(i, prompt, examples, options.seed, options.temperature, options.max_tokens)
             for i, prompt in enumerate(new.there)
         ]
-        made = await make_rows(makers, asker, done)
+        made = await make_rows(makers, client, done)
         rows = [to_json(record) for record in [*records, *made.there]]
         lines = [f"{len(records):,} rows of {options.examples}, {len(made.there):,} new ones behind them"]
         lines += prompts.shortage(number, new, dropped)

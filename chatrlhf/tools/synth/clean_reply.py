@@ -7,7 +7,7 @@ import re
 from chatrlhf.conversation import Provenance
 from chatrlhf.tools.synth.llm import Reply
 from chatrlhf.tools.synth.parse_judgement import STILL_THINKING, after_thinking
-from chatrlhf.tools.synth.row_makers import PutAside
+from chatrlhf.tools.synth.row_makers import RejectedReply
 
 SENTENCE_END = re.compile(r".*[.!?。！？…][\"'”’)\]]*", re.DOTALL)
 # What models put before a message although they were asked for the message alone.
@@ -26,21 +26,21 @@ def message(reply: Reply, what: str, whole: bool = True) -> str:
         PutAside: the model declined, said nothing, or did not come to the end of a sentence.
     """
     if reply.refusal is not None:
-        raise PutAside(f"{what}: declined ({reply.refusal})")
+        raise RejectedReply(f"{what}: declined ({reply.refusal})")
     text = after_thinking(reply.text)
     if text is None:
-        raise PutAside(f"{what}: {STILL_THINKING}")
+        raise RejectedReply(f"{what}: {STILL_THINKING}")
     text = LABEL.sub("", text).strip()
     if text[:1] + text[-1:] in QUOTES and len(text) > 1 and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     if not text:
         cut = "" if reply.finished else ", cut at --max_tokens"
-        raise PutAside(f"{what}: it is empty{cut}")
+        raise RejectedReply(f"{what}: it is empty{cut}")
     if reply.finished or not whole:
         return text
     sentences = SENTENCE_END.match(text)
     if sentences is None:
-        raise PutAside(f"{what}: it was cut at --max_tokens before the end of a sentence", reply=reply.text)
+        raise RejectedReply(f"{what}: it was cut at --max_tokens before the end of a sentence", reply=reply.text)
     return sentences[0]
 
 

@@ -44,7 +44,7 @@ class Limits:
 
 
 @dataclass
-class Spent:
+class Usage:
     """What this run has sent and got; an answer without a count of tokens is counted by its length."""
 
     sent: int = 0
@@ -59,7 +59,7 @@ class LimitReached(Exception):
     """This run may not ask any more; what it has is kept."""
 
 
-class Asker:
+class LLMClient:
     """Asks a generator, each question once.
 
     An answer that the journal holds is taken from there; the same question asked twice at a time is sent once. What
@@ -80,8 +80,8 @@ class Asker:
             tell: is given a line about each wait.
         """
         self.generator, self.journal, self.limits, self.price, self.tell = generator, journal, limits, price, tell
-        self.spent = Spent()
-        self._lanes = asyncio.Semaphore(limits.concurrency)
+        self.spent = Usage()
+        self._semaphore = asyncio.Semaphore(limits.concurrency)
         self._in_flight: dict[str, asyncio.Future[Reply]] = {}
         self._flying, self._reserved = 0, 0.0
         self._settled = asyncio.Condition()
@@ -124,7 +124,7 @@ class Asker:
         reason, answered = "", 0
         for attempt in range(self.limits.retries + 1):
             try:
-                async with self._lanes:
+                async with self._semaphore:
                     reply = await self._send(request)
             except TryAgain as error:
                 reason = str(error)

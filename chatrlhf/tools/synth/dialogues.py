@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from chatrlhf.conversation import Conversation, Prompt, Turn
 from chatrlhf.tools.synth.clean_reply import message, written_by
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.instructions import fill
 from chatrlhf.tools.synth.llm import Message, Request
 from chatrlhf.tools.synth.row_makers import RowMaker
@@ -58,17 +58,17 @@ def tokens_of(wanted: Sequence[Wanted], template: str) -> tuple[int, int]:
 def dialogue(number: int, wanted: Wanted, template: str, temperature: float, max_tokens: int) -> RowMaker[Conversation]:
     """How a dialogue is written: message by message, by turns."""
 
-    async def make(asker: Asker) -> Conversation:
+    async def make(client: LLMClient) -> Conversation:
         turns: list[Turn] = []
         for i in range(wanted.requests):
             is_person = i % 2 == 0
             told = _person(turns, wanted, template) if is_person else _assistant(turns, template)
             # The number: dialogues on the same subject begin with the same question to the model.
-            reply = await asker.ask(Request(tuple(told), temperature, max_tokens, nth=number))
+            reply = await client.ask(Request(tuple(told), temperature, max_tokens, nth=number))
             what = f"{'the person' if is_person else 'the assistant'}'s message {i // 2 + 1}"
             turns.append(Turn("user" if is_person else "assistant", message(reply, what, whole=not is_person)))
         prompt = Prompt(tuple(turns[:-1]))
-        return Conversation(prompt, completion=turns[-1].text, provenance=written_by(asker.generator.model))
+        return Conversation(prompt, completion=turns[-1].text, provenance=written_by(client.generator.model))
 
     return make
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 from chatrlhf.functional.agreement import pearson
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.instructions import fill
 from chatrlhf.tools.synth.llm import Message, Reply, Request
 from chatrlhf.tools.synth.parse_judgement import NoVerdict, read_letter, read_score
-from chatrlhf.tools.synth.row_makers import PutAside, ask_all
+from chatrlhf.tools.synth.row_makers import RejectedReply, ask_all
 
 LETTERS = ("A", "B")
 
@@ -58,13 +58,13 @@ class Judge:
         choices = tuple(f"{step / 2:g}" for step in steps) if self.is_bound else ()
         return [self._request(told, nth, choices) for nth in range(self.judgements)]
 
-    async def score(self, asker: Asker, prompt: str, completion: str) -> Judgement:
+    async def score(self, client: LLMClient, prompt: str, completion: str) -> Judgement:
         """The scores of a completion.
 
         Raises:
             PutAside: no reply holds a number on the scale.
         """
-        replies = await ask_all(asker, self.requests(prompt, completion))
+        replies = await ask_all(client, self.requests(prompt, completion))
         scores, without = [], []
         for reply in replies:
             try:
@@ -72,7 +72,7 @@ class Judge:
             except NoVerdict as error:
                 without.append(str(error))
         if not scores:
-            raise PutAside(
+            raise RejectedReply(
                 f"the judge's reply is no score: {without[0]}",
                 user_input=prompt,
                 completion=completion,
@@ -90,22 +90,22 @@ class Judge:
             requests += [self._request(told, nth, choices) for nth in range(self.judgements)]
         return requests
 
-    async def compare(self, asker: Asker, prompt: str, first: str, second: str) -> bool:
+    async def compare(self, client: LLMClient, prompt: str, first: str, second: str) -> bool:
         """Whether the first of two completions is preferred.
 
         Raises:
             PutAside: a reply names neither, or what is preferred depends on the order.
         """
-        replies = await ask_all(asker, self.pair_requests(prompt, first, second))
+        replies = await ask_all(client, self.pair_requests(prompt, first, second))
         details = {"user_input": prompt, "completions": [first, second], "replies": [reply.text for reply in replies]}
         try:
             letters = [read_letter(_words(reply)) for reply in replies]
         except NoVerdict as error:
-            raise PutAside(f"the judge's reply is no choice: {error}", **details) from None
+            raise RejectedReply(f"the judge's reply is no choice: {error}", **details) from None
         half = len(letters) // 2
         for_first = letters[:half].count("A") + letters[half:].count("B")
         if for_first == half:
-            raise PutAside("the judge prefers neither: the two orders contradict each other", **details)
+            raise RejectedReply("the judge prefers neither: the two orders contradict each other", **details)
         return for_first > half
 
     def _request(self, told: str, nth: int, choices: tuple[str, ...]) -> Request:

@@ -11,26 +11,26 @@ from chatrlhf.conversation import Conversation, Pair, Prompt, Provenance
 from chatrlhf.data import stage_rows
 from chatrlhf.data.json_row import Row
 from chatrlhf.data.records import to_json
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.judge import Judge
 from chatrlhf.tools.synth.row_makers import Made, RowMaker, make_rows
 
 
 @dataclass
-class Ballot:
+class Vote:
     """What people have preferred, and what is left to be judged."""
 
     given: list[Conversation] = field(default_factory=list)  # with a pair each
     open: list[tuple[Prompt, str, str, Provenance]] = field(default_factory=list)
 
 
-def ballot_of(records: Iterable[tuple[Row, Conversation]]) -> Ballot:
+def ballot_of(records: Iterable[tuple[Row, Conversation]]) -> Vote:
     """Pairs of completions of one prompt, in one row or in several.
 
     Given pairs, ranks and scores decide what they can; two completions with the same score, or with the same rank, are
     equals and no pair. What is left are pairs of which one at least has no score.
     """
-    ballot = Ballot()
+    ballot = Vote()
     unscored: dict[Prompt, dict[str, tuple[float | None, Provenance]]] = {}
     for _, record in records:
         if record.pair is not None or record.ranked:
@@ -55,19 +55,19 @@ def ballot_of(records: Iterable[tuple[Row, Conversation]]) -> Ballot:
 
 
 async def judge_pairs(
-    ballot: Ballot, judge: Judge, asker: Asker, done: Callable[[], None] = lambda: None
+    ballot: Vote, judge: Judge, client: LLMClient, done: Callable[[], None] = lambda: None
 ) -> tuple[list[dict[str, Any]], Made[Conversation]]:
     """Preference rows, given ones first, and what came of those that were judged."""
-    made = await make_rows([_maker(judge, *each) for each in ballot.open], asker, done)
+    made = await make_rows([_maker(judge, *each) for each in ballot.open], client, done)
     return [to_json(record) for record in [*ballot.given, *made.there]], made
 
 
 async def agreement(
-    given: list[Conversation], judge: Judge, asker: Asker, done: Callable[[], None] = lambda: None
+    given: list[Conversation], judge: Judge, client: LLMClient, done: Callable[[], None] = lambda: None
 ) -> tuple[str, Made[Conversation]]:
     """How often the judge prefers what people have chosen; for people, and what came of the judging."""
     wanted = [(each.prompt, each.pair.chosen, each.pair.rejected, each.provenance) for each in given if each.pair]
-    made = await make_rows([_maker(judge, *each) for each in wanted], asker, done)
+    made = await make_rows([_maker(judge, *each) for each in wanted], client, done)
     right = sum(said is not None and said.pair == each.pair for said, each in zip(made.rows, given, strict=True))
     undecided = len(given) - len(made.there)
     return (
@@ -77,9 +77,9 @@ async def agreement(
 
 
 def _maker(judge: Judge, prompt: Prompt, first: str, second: str, whence: Provenance) -> RowMaker[Conversation]:
-    async def make(asker: Asker) -> Conversation:
-        prefers_first = await judge.compare(asker, prompt.text, first, second)
+    async def make(client: LLMClient) -> Conversation:
+        prefers_first = await judge.compare(client, prompt.text, first, second)
         pair = Pair(first, second) if prefers_first else Pair(second, first)
-        return Conversation(prompt, pair=pair, provenance=replace(whence, judged_by=asker.generator.model))
+        return Conversation(prompt, pair=pair, provenance=replace(whence, judged_by=client.generator.model))
 
     return make

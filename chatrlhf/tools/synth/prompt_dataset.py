@@ -10,7 +10,7 @@ from chatrlhf.conversation import Conversation, Prompt
 from chatrlhf.data.records import read_prompts, to_json
 from chatrlhf.tools.synth import prompts
 from chatrlhf.tools.synth.clean_reply import written_by
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.instructions import read_templates
 from chatrlhf.tools.synth.output import Output
 from chatrlhf.tools.synth.session import Plan, Result, run
@@ -29,11 +29,11 @@ def extend(options: argparse.Namespace) -> int:
     number = options.num_prompts
     plan = Plan("prompts", number, number, *prompts.tokens_of(number, template, shown))
 
-    async def work(asker: Asker, done: Callable[[], None]) -> Result:
+    async def work(client: LLMClient, done: Callable[[], None]) -> Result:
         made, dropped = await prompts.more_prompts(
-            asker, template, shown, number, topics, options.seed, options.temperature, options.max_tokens, done
+            client, template, shown, number, topics, options.seed, options.temperature, options.max_tokens, done
         )
-        new = [Conversation(Prompt.of(text), provenance=written_by(asker.generator.model)) for text in made.there]
+        new = [Conversation(Prompt.of(text), provenance=written_by(client.generator.model)) for text in made.there]
         rows = [to_json(record) for record in [*(Conversation(prompt) for prompt in given), *new]]
         lines = [f"{len(given):,} prompts of {source}, {len(new):,} new ones behind them"] if given else []
         lines += prompts.shortage(number, made, dropped)

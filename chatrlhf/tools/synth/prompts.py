@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from chatrlhf.tools.synth.clean_reply import message
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.llm import Message, Request
 from chatrlhf.tools.synth.rouge import Texts
 from chatrlhf.tools.synth.row_makers import Made, RowMaker, collect
@@ -17,7 +17,7 @@ LONGEST_SHOWN = 1500  # characters of an example
 
 
 async def more_prompts(
-    asker: Asker,
+    client: LLMClient,
     template: str,
     examples: Sequence[str],
     wanted: int,
@@ -45,12 +45,12 @@ async def more_prompts(
         told = _told(template, examples, topics, random.Random(f"{seed}/{number}"))
         request = Request((Message("user", told),), temperature, max_tokens, nth=number)
 
-        async def make(asker: Asker) -> str:
-            return message(await asker.ask(request), "the new request")
+        async def make(client: LLMClient) -> str:
+            return message(await client.ask(request), "the new request")
 
         return make
 
-    return await collect(wanted, maker, known.take, asker, done)
+    return await collect(wanted, maker, known.take, client, done)
 
 
 def tokens_of(wanted: int, template: str, examples: Sequence[str]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from chatrlhf.conversation import Conversation, Prompt
 from chatrlhf.tools.synth.clean_reply import message, written_by
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.instructions import fill
 from chatrlhf.tools.synth.llm import Message, Request
 from chatrlhf.tools.synth.row_makers import RowMaker
@@ -65,8 +65,8 @@ def of_quality(
 
 
 def _answered(prompt: str, request: Request) -> RowMaker[Conversation]:
-    async def make(asker: Asker) -> Conversation:
-        completion = message(await asker.ask(request), "the reply")
-        return Conversation(Prompt.of(prompt), completion=completion, provenance=written_by(asker.generator.model))
+    async def make(client: LLMClient) -> Conversation:
+        completion = message(await client.ask(request), "the reply")
+        return Conversation(Prompt.of(prompt), completion=completion, provenance=written_by(client.generator.model))
 
     return make

@@ -11,7 +11,7 @@ from chatrlhf.data.json_row import Row
 from chatrlhf.data.records import read_records
 from chatrlhf.errors import ConfigError, DataError
 from chatrlhf.tools.synth import preferences, prompts, scores
-from chatrlhf.tools.synth.client import BYTES_PER_TOKEN, Asker, most_tokens
+from chatrlhf.tools.synth.client import BYTES_PER_TOKEN, LLMClient, most_tokens
 from chatrlhf.tools.synth.instructions import read_templates
 from chatrlhf.tools.synth.judge import Judge
 from chatrlhf.tools.synth.llm import Request
@@ -45,7 +45,7 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace, output: Output, judge: Judge, records: list[tuple[Row, Conversation]]) -> int:
-    sheet = scores.sheet_of(records)
+    sheet = scores.load_scores(records)
     calibrated = scores.sample(sheet.human, options.calibrate, options.seed)
     requests = [each for slot in [*sheet.open, *calibrated] for each in judge.requests(slot.prompt, slot.completion)]
     examples = [Example(slot.prompt, slot.completion, slot.given) for slot in sheet.scored]
@@ -61,8 +61,8 @@ def _score(options: argparse.Namespace, output: Output, judge: Judge, records: l
         )
     plan = _plan("completions", len(sheet.open) + len(calibrated), requests, options.augment, examples)
 
-    async def work(asker: Asker, done: Callable[[], None]) -> Result:
-        filled = await scores.fill_in(sheet, judge, asker, done)
+    async def work(client: LLMClient, done: Callable[[], None]) -> Result:
+        filled = await scores.fill_in(sheet, judge, client, done)
         result = Result(sheet.rows, [filled], _lines(sheet))
         without = [why for said in filled.there for why in said.without]
         if without:
@@ -73,13 +73,13 @@ def _score(options: argparse.Namespace, output: Output, judge: Judge, records: l
         if options.calibrate and not calibrated:
             result.lines.append("nothing to calibrate with: no row carries a score that people gave")
         if calibrated:
-            compared, made = await scores.calibrate(calibrated, judge, asker, done)
+            compared, made = await scores.calibrate(calibrated, judge, client, done)
             result.made.append(made)
             if compared is not None:
                 result.lines.append(compared.line())
                 result.about["calibration"] = compared.about()
         if options.augment:
-            await _augment(options, judge, examples, asker, result, done)
+            await _augment(options, judge, examples, client, result, done)
         return result
 
     return run(options, output, plan, work, NEXT_STEP)
@@ -98,14 +98,14 @@ async def _augment(
     options: argparse.Namespace,
     judge: Judge,
     examples: list[Example],
-    asker: Asker,
+    client: LLMClient,
     result: Result,
     done: Callable[[], None],
 ) -> None:
     """Add new rows to a result: prompts like the examples', replies of all qualities, scored by the judge."""
     shown = [example.prompt for example in examples]
     new, dropped = await prompts.more_prompts(
-        asker,
+        client,
         judge.templates["rlhf"],
         shown,
         options.augment,
@@ -125,8 +125,8 @@ async def _augment(
                 i, prompt, wanted, judge.scale, rules, examples, options.seed, WRITING_TEMPERATURE, options.max_tokens
             )
         )
-    written = await make_rows(makers, asker)
-    judged = await scores.score_records(written.there, judge, asker, done)
+    written = await make_rows(makers, client)
+    judged = await scores.score_records(written.there, judge, client, done)
     result.rows += judged.there
     result.made += [new, written, judged]
     result.lines += [
@@ -152,11 +152,11 @@ def _prefer(options: argparse.Namespace, output: Output, judge: Judge, records: 
     requests = [each for prompt, a, b in asked for each in judge.pair_requests(prompt.text, a, b)]
     plan = _plan("pairs", len(asked), requests)
 
-    async def work(asker: Asker, done: Callable[[], None]) -> Result:
-        rows, made = await preferences.judge_pairs(ballot, judge, asker, done)
+    async def work(client: LLMClient, done: Callable[[], None]) -> Result:
+        rows, made = await preferences.judge_pairs(ballot, judge, client, done)
         result = Result(rows, [made], [f"{len(ballot.given):,} pairs were given"] if ballot.given else [])
         if compared:
-            line, calibration = await preferences.agreement(compared, judge, asker, done)
+            line, calibration = await preferences.agreement(compared, judge, client, done)
             result.lines.append(line)
             result.made.append(calibration)
         return result

@@ -7,15 +7,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from chatrlhf.tools.synth.client import Asker, LimitReached
+from chatrlhf.tools.synth.client import LimitReached, LLMClient
 from chatrlhf.tools.synth.llm import NoAnswer, Reply, Request
 
 MOST_REQUESTED = 4  # times the rows that are wanted, at most; a model that repeats itself gives no more
 T = TypeVar("T")
-RowMaker = Callable[[Asker], Awaitable[T]]
+RowMaker = Callable[[LLMClient], Awaitable[T]]
 
 
-class PutAside(Exception):
+class RejectedReply(Exception):
     """A reply that is no row: it is kept, with the reason, beside the rows."""
 
     def __init__(self, reason: str, **details: Any) -> None:
@@ -44,7 +44,7 @@ class Made(Generic[T]):
 
 
 async def make_rows(
-    makers: Sequence[RowMaker[T]], asker: Asker, done: Callable[[], None] = lambda: None, first: int = 0
+    makers: Sequence[RowMaker[T]], client: LLMClient, done: Callable[[], None] = lambda: None, first: int = 0
 ) -> Made[T]:
     """The rows of all makers, in their order whoever is answered first.
 
@@ -64,8 +64,8 @@ async def make_rows(
             if made.stopped is not None:
                 return
             try:
-                made.rows[number] = await makers[number](asker)
-            except PutAside as error:
+                made.rows[number] = await makers[number](client)
+            except RejectedReply as error:
                 aside[number] = {"row": first + number + 1, "reason": str(error), **error.details}
             except NoAnswer as error:
                 made.unanswered += 1
@@ -75,7 +75,7 @@ async def make_rows(
                 return
             done()
 
-    workers = [asyncio.create_task(work()) for _ in range(min(asker.limits.concurrency, len(makers)))]
+    workers = [asyncio.create_task(work()) for _ in range(min(client.limits.concurrency, len(makers)))]
     try:
         await asyncio.gather(*workers)
     except BaseException:
@@ -87,9 +87,9 @@ async def make_rows(
     return made
 
 
-async def ask_all(asker: Asker, requests: Sequence[Request]) -> list[Reply]:
+async def ask_all(client: LLMClient, requests: Sequence[Request]) -> list[Reply]:
     """The answers to several requests of one row, asked side by side; raises what the first of them raised."""
-    answers = await asyncio.gather(*(asker.ask(request) for request in requests), return_exceptions=True)
+    answers = await asyncio.gather(*(client.ask(request) for request in requests), return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException):
             raise answer
@@ -100,7 +100,7 @@ async def collect(
     wanted: int,
     maker: Callable[[int], RowMaker[T]],
     is_new: Callable[[T], bool],
-    asker: Asker,
+    client: LLMClient,
     done: Callable[[], None] = lambda: None,
 ) -> tuple[Made[T], int]:
     """Rows that are new, in rounds of as many as are missing, until there are enough or no more come.
@@ -121,7 +121,7 @@ async def collect(
         if missing <= 0:
             break
         makers = [maker(number) for number in range(asked, asked + missing)]
-        more = await make_rows(makers, asker, done, first=asked)
+        more = await make_rows(makers, client, done, first=asked)
         kept = [row for row in more.there if is_new(row)]
         made = Made(made.rows + kept, made.aside + more.aside, made.unanswered + more.unanswered, more.stopped)
         dropped += len(more.there) - len(kept)

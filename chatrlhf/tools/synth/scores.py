@@ -11,7 +11,7 @@ from typing import Any
 from chatrlhf.conversation import Conversation, Scored
 from chatrlhf.data.json_row import Row
 from chatrlhf.data.records import to_json
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.judge import Calibration, Judge, Judgement
 from chatrlhf.tools.synth.row_makers import Made, RowMaker, make_rows
 
@@ -53,7 +53,7 @@ class Sheet:
         return [slot for slot in self.scored if slot.is_human]
 
 
-def sheet_of(records: Iterable[tuple[Row, Conversation]]) -> Sheet:
+def load_scores(records: Iterable[tuple[Row, Conversation]]) -> Sheet:
     """The rows of a dataset made ready for scores.
 
     A row with a completion is kept with all its fields. One with a chosen and a rejected completion, or with ranked
@@ -90,12 +90,14 @@ def sheet_of(records: Iterable[tuple[Row, Conversation]]) -> Sheet:
     return sheet
 
 
-async def fill_in(sheet: Sheet, judge: Judge, asker: Asker, done: Callable[[], None] = lambda: None) -> Made[Judgement]:
+async def fill_in(
+    sheet: Sheet, judge: Judge, client: LLMClient, done: Callable[[], None] = lambda: None
+) -> Made[Judgement]:
     """Score what is open. Rows left without any score are taken out of the sheet, and stand in what is put aside."""
-    made = await make_rows([_maker(judge, slot) for slot in sheet.open], asker, done)
+    made = await make_rows([_maker(judge, slot) for slot in sheet.open], client, done)
     for slot, judgement in zip(sheet.open, made.rows, strict=True):
         if judgement is not None:
-            _enter(slot.target, slot.whole, judgement, asker.generator.model)
+            _enter(slot.target, slot.whole, judgement, client.generator.model)
     for row in sheet.rows:
         if row.get("scored"):
             row["scored"] = [answer for answer in row["scored"] if answer["score"] is not None]
@@ -104,29 +106,29 @@ async def fill_in(sheet: Sheet, judge: Judge, asker: Asker, done: Callable[[], N
 
 
 async def score_records(
-    records: Sequence[Conversation], judge: Judge, asker: Asker, done: Callable[[], None] = lambda: None
+    records: Sequence[Conversation], judge: Judge, client: LLMClient, done: Callable[[], None] = lambda: None
 ) -> Made[dict[str, Any]]:
     """New records, with a completion each, as rows with a score."""
 
     def maker(record: Conversation) -> RowMaker[dict[str, Any]]:
         completion = record.completion or ""
 
-        async def make(asker: Asker) -> dict[str, Any]:
-            judgement = await judge.score(asker, record.prompt.text, completion)
+        async def make(client: LLMClient) -> dict[str, Any]:
+            judgement = await judge.score(client, record.prompt.text, completion)
             row = to_json(replace(record, completion=None, scored=(Scored(completion, None),)))
-            _enter(row, row, judgement, asker.generator.model)
+            _enter(row, row, judgement, client.generator.model)
             return row
 
         return make
 
-    return await make_rows([maker(record) for record in records], asker, done)
+    return await make_rows([maker(record) for record in records], client, done)
 
 
 async def calibrate(
-    slots: Sequence[Slot], judge: Judge, asker: Asker, done: Callable[[], None] = lambda: None
+    slots: Sequence[Slot], judge: Judge, client: LLMClient, done: Callable[[], None] = lambda: None
 ) -> tuple[Calibration | None, Made[Judgement]]:
     """Judge completions that people have scored, and compare; the given scores stay."""
-    made = await make_rows([_maker(judge, slot) for slot in slots], asker, done)
+    made = await make_rows([_maker(judge, slot) for slot in slots], client, done)
     both = [(slot.given, said.mean) for slot, said in zip(slots, made.rows, strict=True) if said is not None]
     if not both:
         return None, made
@@ -153,8 +155,8 @@ def agreement_line(sheet: Sheet) -> str | None:
 
 
 def _maker(judge: Judge, slot: Slot) -> RowMaker[Judgement]:
-    async def make(asker: Asker) -> Judgement:
-        return await judge.score(asker, slot.prompt, slot.completion)
+    async def make(client: LLMClient) -> Judgement:
+        return await judge.score(client, slot.prompt, slot.completion)
 
     return make
 

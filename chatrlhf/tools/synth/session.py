@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from chatrlhf import __version__
 from chatrlhf.errors.boundary import exit_status
-from chatrlhf.tools.synth.client import Asker
+from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.journal import Journal
 from chatrlhf.tools.synth.llm import TextGenerator
 from chatrlhf.tools.synth.options import is_local, limits_of, model_of, open_generator, price_of
@@ -63,7 +63,7 @@ class Result:
         return sum(made.unanswered for made in self.made)
 
 
-Work = Callable[[Asker, Callable[[], None]], Awaitable[Result]]
+Work = Callable[[LLMClient, Callable[[], None]], Awaitable[Result]]
 
 
 def run(options: argparse.Namespace, output: Output, plan: Plan, work: Work, next_step: str) -> int:
@@ -94,27 +94,27 @@ def run(options: argparse.Namespace, output: Output, plan: Plan, work: Work, nex
         if journal.replies:
             console.print(f"{len(journal.replies):,} answers are there already ({output.journal})", markup=False)
         bar = _Bar(console, plan)
-        asker = Asker(generator, journal, limits, price, bar.tell)
-        result = asyncio.run(_ask(generator, work, asker, bar))
+        client = LLMClient(generator, journal, limits, price, bar.tell)
+        result = asyncio.run(_ask(generator, work, client, bar))
     complete = not result.stopped and not result.unanswered
     aside = [each for made in result.made for each in made.aside]
-    output.write(result.rows, aside, _about(options, model, complete, asker, result))
-    for line in _report(output, asker, result, aside, complete):
+    output.write(result.rows, aside, _about(options, model, complete, client, result))
+    for line in _report(output, client, result, aside, complete):
         console.print(line, markup=False)
     console.print(next_step.replace("{path}", str(output.path)), markup=False)
     return 0 if complete and not result.is_short else INCOMPLETE
 
 
-async def _ask(generator: TextGenerator, work: Work, asker: Asker, bar: _Bar) -> Result:
+async def _ask(generator: TextGenerator, work: Work, client: LLMClient, bar: _Bar) -> Result:
     with bar:
-        look = asyncio.create_task(bar.follow(asker))
+        look = asyncio.create_task(bar.follow(client))
         try:
-            return await work(asker, bar.done)
+            return await work(client, bar.done)
         finally:
             look.cancel()
             with suppress(asyncio.CancelledError):
                 await look
-            bar.show(asker)
+            bar.show(client)
             await generator.close()
 
 
@@ -144,15 +144,15 @@ class _Bar:
         """A line about a wait."""
         self.console.print(line, markup=False)
 
-    async def follow(self, asker: Asker) -> None:
+    async def follow(self, client: LLMClient) -> None:
         """Keep what is shown up to date."""
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-            self.show(asker)
+            self.show(client)
 
-    def show(self, asker: Asker) -> None:
+    def show(self, client: LLMClient) -> None:
         """What has been done so far."""
-        line = _spent_line(asker)
+        line = _spent_line(client)
         self._progress.update(self._task, completed=self.count, total=max(self.total, self.count), line=line)
         if not self.console.is_terminal and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
@@ -165,10 +165,10 @@ class _Bar:
         self._progress.stop()
 
 
-def _spent_line(asker: Asker) -> str:
-    spent = asker.spent
+def _spent_line(client: LLMClient) -> str:
+    spent = client.spent
     line = f"{spent.sent:,} requests, {spent.prompt_tokens + spent.completion_tokens:,.0f} tokens"
-    return f"{line}, ${spent.cost:.4f}" if asker.price else line
+    return f"{line}, ${spent.cost:.4f}" if client.price else line
 
 
 def _estimate(options: argparse.Namespace, plan: Plan, model: str) -> list[str]:
@@ -181,8 +181,10 @@ def _estimate(options: argparse.Namespace, plan: Plan, model: str) -> list[str]:
     return lines
 
 
-def _about(options: argparse.Namespace, model: str, complete: bool, asker: Asker, result: Result) -> dict[str, Any]:
-    spent = asker.spent
+def _about(
+    options: argparse.Namespace, model: str, complete: bool, client: LLMClient, result: Result
+) -> dict[str, Any]:
+    spent = client.spent
     shown = {name: str(value) if value is not None else None for name, value in vars(options).items()}
     return {
         "complete": complete,
@@ -197,7 +199,7 @@ def _about(options: argparse.Namespace, model: str, complete: bool, asker: Asker
             "from_journal": spent.remembered,
             "prompt_tokens": round(spent.prompt_tokens),
             "completion_tokens": round(spent.completion_tokens),
-            "cost_usd": round(spent.cost, 6) if asker.price else None,
+            "cost_usd": round(spent.cost, 6) if client.price else None,
         },
         "unanswered": result.unanswered,
         "stopped": result.stopped,
@@ -205,8 +207,10 @@ def _about(options: argparse.Namespace, model: str, complete: bool, asker: Asker
     }
 
 
-def _report(output: Output, asker: Asker, result: Result, aside: list[dict[str, Any]], complete: bool) -> list[str]:
-    lines = [*result.lines, f"wrote {output.path}: {len(result.rows):,} rows; {_spent_line(asker)}"]
+def _report(
+    output: Output, client: LLMClient, result: Result, aside: list[dict[str, Any]], complete: bool
+) -> list[str]:
+    lines = [*result.lines, f"wrote {output.path}: {len(result.rows):,} rows; {_spent_line(client)}"]
     if aside:
         lines.append(f"put aside {len(aside):,}, with the reasons: {output.quarantine}")
     if result.stopped:

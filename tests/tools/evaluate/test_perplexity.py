@@ -12,7 +12,7 @@ from tiny import bloom, gpt2, llama
 from chatrlhf.cli import main
 from chatrlhf.errors import DataError
 from chatrlhf.models.loading.tokenizer import train_tokenizer
-from chatrlhf.tools.evaluate.perplexity import climb, window_ends
+from chatrlhf.tools.evaluate.perplexity import perplexity_curve, window_ends
 
 IDS = torch.randint(0, 24, (200,), generator=torch.Generator().manual_seed(0))
 
@@ -32,7 +32,7 @@ def slow(model, context: int, stride: int, ends: list[int]) -> float:
 @pytest.mark.parametrize("make", [llama, gpt2, bloom], ids=lambda make: make.__name__)
 def test_perplexities_are_the_slow_twins(make):
     model, ends = make(), window_ends(len(IDS), 16, 4, 5)
-    found = climb(model, IDS, [6, 16], 4, ends).perplexity
+    found = perplexity_curve(model, IDS, [6, 16], 4, ends).perplexity
     for context, value in found.items():
         assert value == pytest.approx(slow(model, context, 4, ends), rel=1e-5)
     assert found[6] != pytest.approx(found[16], rel=1e-3)
@@ -43,7 +43,9 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    assert climb(model, IDS, [8, 32], 4, window_ends(200, 32, 4, 9)).perplexity == pytest.approx({8: 24.0, 32: 24.0})
+    assert perplexity_curve(model, IDS, [8, 32], 4, window_ends(200, 32, 4, 9)).perplexity == pytest.approx(
+        {8: 24.0, 32: 24.0}
+    )
 
 
 def test_no_token_is_a_target_twice_and_all_contexts_have_the_same():
@@ -58,9 +60,9 @@ def test_no_token_is_a_target_twice_and_all_contexts_have_the_same():
 
 def test_positions_of_a_table_end_and_those_that_turn_do_not():
     ends = window_ends(200, 100, 4, 3)
-    assert climb(gpt2(), IDS, [64, 65], 4, ends).perplexity[65] is None
-    assert climb(gpt2(), IDS, [64, 65], 4, ends).perplexity[64] is not None
-    assert climb(llama(), IDS, [100], 4, ends).perplexity[100] is not None
+    assert perplexity_curve(gpt2(), IDS, [64, 65], 4, ends).perplexity[65] is None
+    assert perplexity_curve(gpt2(), IDS, [64, 65], 4, ends).perplexity[64] is not None
+    assert perplexity_curve(llama(), IDS, [100], 4, ends).perplexity[100] is not None
 
 
 @pytest.fixture

@@ -91,20 +91,22 @@ def test_what_is_wrong_is_refused_all_the_same(files, capsys, changes, said):
 
 def test_zero_deals_out_what_one_device_would_hold(files, tmp_path):
     """The optimizer's states of four devices are a quarter each, whatever else there is."""
-    from chatrlhf.tools.plan.fake_run import Paper
+    from chatrlhf.tools.plan.fake_run import FakeDevice
     from chatrlhf.tools.plan.meta_models import Models
     from chatrlhf.tools.plan.sft_reward_memory import Batch, actor_stage
     from chatrlhf.tools.plan.zero_memory import Sharding
 
     config = load_config(settings(files))
     four, one = (
-        actor_stage(Models(config, Paper("cuda")), Batch(2, 16), Sharding("deepspeed", ranks, 2, low=True)).phases[0]
+        actor_stage(Models(config, FakeDevice("cuda")), Batch(2, 16), Sharding("deepspeed", ranks, 2, low=True)).phases[
+            0
+        ]
         for ranks in (4, 1)
     )
     assert four.parts["optimizer"] == -(-one.parts["optimizer"] // 4)
     assert (
         four.parts["weights"]
-        < 0.6 * actor_stage(Models(config, Paper("cuda")), Batch(2, 16), Sharding()).phases[0].parts["weights"]
+        < 0.6 * actor_stage(Models(config, FakeDevice("cuda")), Batch(2, 16), Sharding()).phases[0].parts["weights"]
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from chatrlhf.errors import GenerationError
 from chatrlhf.tools.synth import client
-from chatrlhf.tools.synth.client import Asker, LimitReached, Limits, Price, most_tokens
+from chatrlhf.tools.synth.client import LimitReached, Limits, LLMClient, Price, most_tokens
 from chatrlhf.tools.synth.journal import Journal
 from chatrlhf.tools.synth.llm import Message, NoAnswer, Reply, Request, TryAgain
 
@@ -18,7 +18,7 @@ from chatrlhf.tools.synth.llm import Message, NoAnswer, Reply, Request, TryAgain
 class Generator:
     """Answers by a function of the request and of how often it was asked before."""
 
-    model, lanes = "m", None
+    model, max_batch_size = "m", None
 
     def __init__(self, answer=lambda request, before: Reply("yes", 10, 2), delay=0.0) -> None:
         self.answer, self.delay = answer, delay
@@ -52,8 +52,8 @@ def ask(tmp_path):
 
     def ask(generator, requests, limits=None, price=None, path="x.journal.jsonl"):
         async def main(journal):
-            asker = Asker(generator, journal, limits or Limits(), price)
-            return await asyncio.gather(*map(asker.ask, requests), return_exceptions=True), asker
+            client = LLMClient(generator, journal, limits or Limits(), price)
+            return await asyncio.gather(*map(client.ask, requests), return_exceptions=True), client
 
         with Journal(tmp_path / path) as journal:
             return asyncio.run(main(journal))
@@ -63,10 +63,10 @@ def ask(tmp_path):
 
 def test_no_more_are_asked_at_once_than_the_limit(ask):
     generator = Generator(delay=0.01)
-    answers, asker = ask(generator, [question(str(i)) for i in range(20)], Limits(concurrency=4))
+    answers, client = ask(generator, [question(str(i)) for i in range(20)], Limits(concurrency=4))
     assert [answer.text for answer in answers] == ["yes"] * 20
     assert generator.most == 4
-    assert (asker.spent.sent, asker.spent.answered, asker.spent.prompt_tokens) == (20, 20, 200)
+    assert (client.spent.sent, client.spent.answered, client.spent.prompt_tokens) == (20, 20, 200)
 
 
 def test_the_first_goes_alone(ask):
@@ -83,9 +83,9 @@ def test_the_same_question_is_sent_once_and_never_again(ask):
     answers, _ = ask(generator, [question("a")] * 5 + [question("a", nth=1)])
     assert [answer.text for answer in answers] == ["yes"] * 6
     assert generator.asked == {question("a"): 1, question("a", nth=1): 1}
-    answers, asker = ask(generator, [question("a"), question("b")])
+    answers, client = ask(generator, [question("a"), question("b")])
     assert generator.asked[question("a")] == 1
-    assert (asker.spent.sent, asker.spent.remembered) == (1, 1)
+    assert (client.spent.sent, client.spent.remembered) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_what_fails_is_tried_again(ask):
         return Reply("at last", 1, 1)
 
     generator = Generator(answer)
-    (answered,), asker = ask(generator, [question("a")])
+    (answered,), client = ask(generator, [question("a")])
     assert answered.text == "at last"
-    assert (asker.spent.sent, asker.spent.answered) == (4, 1)
+    assert (client.spent.sent, client.spent.answered) == (4, 1)
 
 
 def test_a_request_that_always_fails_has_no_answer_and_the_others_do(ask):
@@ -194,11 +194,11 @@ def test_stubborn_requests_among_others_that_are_answered_do_not_end_a_run(tmp_p
         return Reply("yes", 1, 1)
 
     async def one_after_the_other(journal):
-        asker = Asker(Generator(answer), journal, Limits(concurrency=1, retries=1))
+        client = LLMClient(Generator(answer), journal, Limits(concurrency=1, retries=1))
         kinds = []
         for text in ("0", "bad 1", "1", "bad 2", "2", "bad 3", "3", "bad 4"):
             try:
-                kinds.append(type(await asker.ask(question(text))))
+                kinds.append(type(await client.ask(question(text))))
             except (NoAnswer, GenerationError) as error:
                 kinds.append(type(error))
         return kinds
@@ -226,8 +226,8 @@ def test_no_more_requests_are_sent_than_allowed(ask, concurrency):
 
     generator = Generator(answer, delay=0.001)
     limits = Limits(concurrency=concurrency, max_requests=6)
-    answers, asker = ask(generator, [question(str(i)) for i in range(10)], limits)
-    assert sum(generator.asked.values()) == asker.spent.sent == 6
+    answers, client = ask(generator, [question(str(i)) for i in range(10)], limits)
+    assert sum(generator.asked.values()) == client.spent.sent == 6
     assert sum(isinstance(answer, Reply) for answer in answers) == 5
     assert all("--max-requests 6" in str(answer) for answer in answers if not isinstance(answer, Reply))
 
@@ -240,16 +240,16 @@ def test_the_cost_is_never_exceeded(ask, concurrency):
     price = Price(1e6, 2e6)
     generator = Generator(delay=0.001)
     limits = Limits(concurrency=concurrency, max_cost=100)
-    answers, asker = ask(generator, [question(f"abc{i}") for i in range(10)], limits, price)
+    answers, client = ask(generator, [question(f"abc{i}") for i in range(10)], limits, price)
     # 5 cost 70; a sixth could bring it to 110, although it would have been 84.
     assert sum(isinstance(answer, Reply) for answer in answers) == 5
-    assert asker.spent.cost == 70
+    assert client.spent.cost == 70
     assert all(isinstance(answer, (Reply, LimitReached)) for answer in answers)
 
 
 def test_a_cost_that_nobody_counted_is_the_most_it_can_be(ask):
-    _, asker = ask(Generator(lambda *_: Reply("yes")), [question("abcd")], price=Price(1e6, 2e6))
-    assert asker.spent.cost == 40
+    _, client = ask(Generator(lambda *_: Reply("yes")), [question("abcd")], price=Price(1e6, 2e6))
+    assert client.spent.cost == 40
 
 
 def test_waits_double_and_are_not_all_the_same(ask, monkeypatch):

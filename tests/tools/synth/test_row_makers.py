@@ -10,7 +10,7 @@ import pytest
 from chatrlhf.errors import GenerationError
 from chatrlhf.tools.synth.client import LimitReached, Limits
 from chatrlhf.tools.synth.llm import NoAnswer
-from chatrlhf.tools.synth.row_makers import MOST_REQUESTED, PutAside, collect, make_rows
+from chatrlhf.tools.synth.row_makers import MOST_REQUESTED, RejectedReply, collect, make_rows
 
 
 class Asked:
@@ -20,7 +20,7 @@ class Asked:
 
 
 def maker(value, wait=0.0):
-    async def make(asker):
+    async def make(client):
         await asyncio.sleep(wait)
         if isinstance(value, Exception):
             raise value
@@ -40,7 +40,7 @@ def test_rows_come_in_their_order_whoever_is_answered_first():
 
 
 def test_what_is_no_row_is_put_aside_with_its_number_and_reason():
-    makers = [maker(0), maker(PutAside("empty", reply=""), 0.02), maker(2), maker(NoAnswer("500")), maker(4)]
+    makers = [maker(0), maker(RejectedReply("empty", reply=""), 0.02), maker(2), maker(NoAnswer("500")), maker(4)]
     made = asyncio.run(make_rows(makers, Asked(), first=10))
     assert made.rows == [0, None, 2, None, 4]
     assert made.there == [0, 2, 4]
@@ -62,7 +62,7 @@ def test_a_limit_ends_it_and_keeps_what_is_there():
 def test_an_error_for_all_gives_up_what_is_being_made():
     given_up = []
 
-    async def long(asker):
+    async def long(client):
         try:
             await asyncio.sleep(10)
         except asyncio.CancelledError:

@@ -37,7 +37,7 @@ class LocalModel:
     where the model would say something else its next likeliest choice is taken.
     """
 
-    def __init__(self, name: str, lanes: int = 8) -> None:
+    def __init__(self, name: str, max_batch_size: int = 8) -> None:
         """
         Args:
             name: a folder or hub id.
@@ -47,7 +47,7 @@ class LocalModel:
             GenerationError: it cannot be loaded, or it is no model that writes.
         """
         quiet_libraries()
-        self.model, self.lanes = name, lanes
+        self.model, self.max_batch_size = name, max_batch_size
         try:
             if base_of(name) is not None:
                 raise ConfigError(f"--model: {name!r} holds adapters; merge them first (chatrlhf export merge)")
@@ -104,10 +104,10 @@ class LocalModel:
     async def _work(self) -> None:
         while self._waiting:
             for _ in range(FIRST_TURNS):
-                if len(self._waiting) < self.lanes:
+                if len(self._waiting) < self.max_batch_size:
                     await asyncio.sleep(0)
             first = self._waiting[0][0]
-            batch = [item for item in self._waiting if item[0].max_tokens == first.max_tokens][: self.lanes]
+            batch = [item for item in self._waiting if item[0].max_tokens == first.max_tokens][: self.max_batch_size]
             for item in batch:
                 self._waiting.remove(item)
             try:

@@ -52,9 +52,9 @@ def flan(tokenizer, tmp_path_factory):
     return folder
 
 
-def local(folder, lanes: int) -> LocalModel:
+def local(folder, max_batch_size: int) -> LocalModel:
     """What a model says depends on the name by which it is asked, and a test's folder has another one each time."""
-    model = LocalModel(str(folder), lanes)
+    model = LocalModel(str(folder), max_batch_size)
     model.model = "a model"
     return model
 
