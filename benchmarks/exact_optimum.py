@@ -31,6 +31,7 @@ from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.actor_critic import Reference, SeparateCritic
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
+from chatrlhf.rl.gradient_backend import PlainBackend
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.ppo import PPOTrainer
 from chatrlhf.rl.prompt_schedule import PromptSchedule
@@ -199,7 +200,9 @@ def make_trainer(task: Task, beta: float, seed: int, run_dir: Path, steps: int =
             device,
             micro_batch_size=BATCH,
         ),
-        updater=Updater(actor_critic, optimizer, scheduler, ALGORITHMS["ppo"], settings, device),
+        updater=Updater(
+            actor_critic, ALGORITHMS["ppo"], settings, device, PlainBackend(actor_critic, optimizer, scheduler, device)
+        ),
         algorithm=ALGORITHMS["ppo"],
         estimation=lambda coef: Estimation(kl_coef=coef, gamma=1.0, lam=0.95, whiten_advantages=True),
         kl=KLController(beta),

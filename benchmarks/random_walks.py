@@ -41,6 +41,7 @@ from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.actor_critic import Reference, SharedTrunk
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
+from chatrlhf.rl.gradient_backend import PlainBackend
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.master_weights import prepare_models
 from chatrlhf.rl.ppo import PPOTrainer
@@ -246,7 +247,13 @@ def make_trainer(
             device,
             micro_batch_size=ROLLOUTS,
         ),
-        updater=Updater(actor_critic, optimizer, scheduler, ALGORITHMS["ppo"], settings, device, masters),
+        updater=Updater(
+            actor_critic,
+            ALGORITHMS["ppo"],
+            settings,
+            device,
+            PlainBackend(actor_critic, optimizer, scheduler, device, masters),
+        ),
         algorithm=ALGORITHMS["ppo"],
         estimation=lambda coef: Estimation(kl_coef=coef, gamma=1.0, lam=1.0, whiten_advantages=False),
         kl=KLController(0.0),

@@ -21,6 +21,7 @@ from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.rl.data_parallel import rollout_rows
 from chatrlhf.rl.experience import ALGORITHMS, Estimation, make_experience
+from chatrlhf.rl.gradient_backend import PlainBackend
 from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward
@@ -98,10 +99,11 @@ def ppo_steps(
     else:
         optimizer = torch.optim.SGD(masters.groups(groups) if masters else groups, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        updater = Updater(made, optimizer, scheduler, *rest, masters)
+        backend = PlainBackend(made, optimizer, scheduler, torch.device("cpu"), masters)
+        updater = Updater(made, *rest, backend)
     found: dict[str, Any] = {}
     for step in range(1 if mixed else 2):
-        with updater.gathered_weights():
+        with updater.backend.gathered_weights():
             if step > 0:
                 rollout = sampler.generate(given, seed=step, rows=rows)
             scored = scorer.score(rollout, rows)
@@ -115,7 +117,7 @@ def ppo_steps(
             f"scores {step}": scored.scores,
             f"numbers {step}": {**stats, "kl": scored.kl_to_reference, "entropy": scored.entropy},
         }
-    with updater.full_precision():
+    with updater.backend.full_precision():
         return found | {"weights": {name: each.clone() for name, each in made.state_dict().items()}}
 
 

@@ -12,7 +12,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from chatrlhf.rl.sharded_update import ShardedUpdater, shard_actor_critic
+from chatrlhf.rl.sharded_backend import EngineBackend, shard_actor_critic
+from chatrlhf.rl.update import Updater
 from chatrlhf.runtime import collectives
 from chatrlhf.sharding.accelerate_env import DeepSpeed, Fsdp2, environment_for, shards_params
 from chatrlhf.sharding.engine import Engine
@@ -92,8 +93,7 @@ class Dealer:
             made, [reference.model], lambda _: None, engine, groups, weights, dtype, CPU, keep_frozen=True
         )
         constant = [torch.optim.lr_scheduler.ConstantLR(each.optimizer, factor=1.0) for each in dealt.engines]
-        first = dealt.engines[0].optimizer
-        return ShardedUpdater(dealt.trained, first, constant[0], *rest, dealt=dealt, schedulers=constant)
+        return Updater(dealt.trained, *rest, EngineBackend(dealt, constant, CPU))
 
     def zero(self, modules: list[nn.Module], share: list[dict[str, Any]], dtype: torch.dtype) -> Engine:
         from deepspeed import DeepSpeedEngine

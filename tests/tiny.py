@@ -43,6 +43,7 @@ from chatrlhf.models.actor_critic import ActorCritic
 from chatrlhf.models.kernels import attention
 from chatrlhf.models.loading.tokenizer import train_tokenizer
 from chatrlhf.rl.experience import ALGORITHMS
+from chatrlhf.rl.gradient_backend import PlainBackend
 from chatrlhf.rl.update import Updater, UpdateSettings
 from chatrlhf.rollout.context import Limits
 from chatrlhf.rollout.engine import RolloutEngine
@@ -330,7 +331,9 @@ def updater(actor_critic: ActorCritic, algorithm: str = "ppo", lr: float = 0.0, 
     optimizer = torch.optim.SGD(masters.groups(groups) if masters else groups, lr=lr)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     settings = UpdateSettings(**dict(epochs=1, batch_size=8, micro_batch_size=8) | settings)
-    return Updater(actor_critic, optimizer, scheduler, ALGORITHMS[algorithm], settings, torch.device("cpu"), masters)
+    cpu = torch.device("cpu")
+    backend = PlainBackend(actor_critic, optimizer, scheduler, cpu, masters)
+    return Updater(actor_critic, ALGORITHMS[algorithm], settings, cpu, backend)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

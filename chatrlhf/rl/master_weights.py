@@ -53,7 +53,7 @@ class MasterWeights:
         return [working_of.get(id(each), each) for each in parameters]
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_working_copy(self) -> None:
         """Write the masters, as an optimizer step has left them, into the working copy."""
         torch._foreach_copy_([each.data for each in self._working], [each.data for each in self._masters])
 
@@ -61,14 +61,14 @@ class MasterWeights:
     def fp32_weights(self) -> Iterator[None]:
         """Inside, the modules hold their masters: to be saved, or loaded into, at full precision."""
         copies = [each.data for each in self._working]
-        for working_params, master in zip(self._working, self._masters, strict=True):
-            working_params.data = master.data
+        for working, master in zip(self._working, self._masters, strict=True):
+            working.data = master.data
         try:
             yield
         finally:
-            for working_params, copy in zip(self._working, copies, strict=True):
-                working_params.data = copy
-            self.publish()
+            for working, copy in zip(self._working, copies, strict=True):
+                working.data = copy
+            self.sync_working_copy()
 
 
 def prepare_models(

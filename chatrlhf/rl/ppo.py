@@ -92,7 +92,7 @@ class PPOTrainer:
                 clock = [time.perf_counter()]
                 prompts = self.prompts.batch(step)
                 rows = rollout_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
-                with self.updater.gathered_weights():
+                with self.updater.backend.gathered_weights():
                     rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
                     clock.append(time.perf_counter())
                     scored = self.scorer.score(rollout, rows)
@@ -108,7 +108,7 @@ class PPOTrainer:
         return dict(self.log.last.get(STAGE, {}))
 
     def _judge(self, held_out: HeldOut) -> HeldOutReport:
-        with self.updater.gathered_weights():
+        with self.updater.backend.gathered_weights():
             return held_out.evaluate()
 
     def _refuse_diverged(self, stats: dict[str, float], step: int) -> None:
@@ -144,7 +144,7 @@ class PPOTrainer:
             "sampling/logprob_gap_max": largest_gap,
             "response/length": float(lengths.mean()),
             "response/finished": float(rollout.finished.float().mean()),
-            "lr/actor": self.updater.optimizer.param_groups[0]["lr"],
+            "lr/actor": self.updater.backend.optimizer.param_groups[0]["lr"],
             "episodes": self.progress(step).episodes,
             "time/rollout": rollout_s,
             "time/score": score_s,
@@ -180,20 +180,20 @@ class PPOTrainer:
         if signal_number is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
             generators = gather_objects(generator_states())
             path = self.checkpoints.publish(
-                step, lambda folder: self._write(folder, step, generators), self.updater.save_shards
+                step, lambda folder: self._write(folder, step, generators), self.updater.backend.save_shards
             )
             if signal_number is not None and step < self.num_steps:
                 raise Interrupted(signal_number, path)
 
     def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
-        self.updater.save_weights(folder)
+        self.updater.backend.save_weights(folder)
         write_sharding(folder, self.sharding)
-        torch.save(self.updater.state_dict() | {"generators": generators}, folder / "training.pt")
+        torch.save(self.updater.backend.state_dict() | {"generators": generators}, folder / "training.pt")
         state = {
             "step": step,
             "progress": self.progress(step).state_dict(),
             "prompts_of_an_epoch": self.prompts.seen.size,
-            "fingerprint": self.updater.fingerprint,
+            "fingerprint": self.updater.backend.fingerprint,
             "kl": self.kl.state_dict(),
             "reward_scaling": self.scorer.scaling.state_dict(),
             "before": self.before.state_dict() if self.before else None,
@@ -214,7 +214,7 @@ class PPOTrainer:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             if missing := [name for name in HELD if name not in state]:
                 raise KeyError(f"{STATE} lacks {', '.join(missing)}")
-        if state["fingerprint"] != self.updater.fingerprint:
+        if state["fingerprint"] != self.updater.backend.fingerprint:
             raise CheckpointError(
                 f"{folder}: it is a checkpoint of another model (other parameters, or others in training, than this "
                 "configuration's); set models, critic_config and num_layers_unfrozen back, or use another output_dir"
@@ -225,10 +225,10 @@ class PPOTrainer:
                 "and the keys that select prompts, or start again without --resume"
             )
         check_sharding(folder, self.sharding)
-        self.updater.load_weights(folder)
+        self.updater.backend.load_weights(folder)
         with doing("RL: reading the checkpoint", folder, untrusted=True):
             tensors = torch.load(folder / "training.pt", weights_only=True)
-        self.updater.load_state_dict(tensors)
+        self.updater.backend.load_state_dict(tensors)
         self.kl.load_state_dict(state["kl"])
         self.scorer.scaling.load_state_dict(state["reward_scaling"])
         if rank() < len(tensors["generators"]):  # a rank that was not there before starts its generators afresh

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
-from chatrlhf.models.actor_critic import ActorCritic, DetachPoint, Evaluation
-from chatrlhf.models.loading.model_info import fingerprint
-from chatrlhf.models.sequences import Sequences
+from chatrlhf.models.actor_critic import ActorCritic, DetachPoint
 from chatrlhf.rl.data_parallel import update_rows
 from chatrlhf.rl.experience import Algorithm
-from chatrlhf.rl.gradients import Gradients
-from chatrlhf.rl.master_weights import MasterWeights
+from chatrlhf.rl.gradient_backend import GradientBackend
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.runtime.collectives import sum_over_ranks
-from chatrlhf.runtime.cpu_parallel import run_in_parallel
 from chatrlhf.runtime.malloc import trim_malloc
-from chatrlhf.runtime.optimizer import Hyperparameters
 from chatrlhf.types import Experience
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,12 +42,10 @@ class Updater:
     """Improves a topology by one rollout's experience."""
 
     actor_critic: ActorCritic
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
     algorithm: Algorithm
     settings: UpdateSettings
     device: torch.device
-    masters: MasterWeights | None = None  # None: the models' own weights are what is trained
+    backend: GradientBackend
 
     def update(self, experience: Experience, kl_coef: float, generator: torch.Generator) -> dict[str, float]:
         """Run all epochs.
@@ -81,14 +67,14 @@ class Updater:
             order = torch.randperm(len(experience), generator=generator)
             for index in order.split(self.settings.batch_size):
                 steps.append(self.step(experience.select(index.to(self.device)), kl_coef))
-        self._zero_grad()
+        self.backend.zero_grad()
         means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
         return means | {"ppo/first_ratio_error": steps[0]["ppo/ratio_error"]}
 
     def step(self, minibatch: Experience, kl_coef: float) -> dict[str, float]:
         """One optimizer step on a minibatch; its statistics are left on the device until the step is done."""
         sums = sum_over_ranks(self.backward(minibatch, kl_coef))
-        sums["ppo/grad_norm"] = self._step()
+        sums["ppo/grad_norm"] = self.backend.step(self.settings.max_grad_norm)
         # One transfer a step, not one a number.
         return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
@@ -106,7 +92,7 @@ class Updater:
         # Value loss and statistics are plain means over tokens, whatever the policy loss is.
         token_mean = token_weights(minibatch.response_mask, "token_mean")
         sums: dict[str, Tensor] = {}
-        self._zero_grad()
+        self.backend.zero_grad()
         lengths = (minibatch.prompt_mask.sum(dim=1) + minibatch.response_mask.sum(dim=1)).cpu()
         own = update_rows(lengths, minibatch.trunk_rows)
         pieces = (
@@ -114,7 +100,7 @@ class Updater:
             if len(own)
             else []
         )
-        backwards = self._num_microbatches(len(pieces))
+        backwards = self.backend.num_microbatches(len(pieces))
         for number in range(backwards):
             if number < len(pieces):
                 rows = own[pieces[number]].to(self.device)
@@ -125,35 +111,11 @@ class Updater:
                 micro, share = _without_states(minibatch.select(rows)), 0 * weights[rows]
                 token_share = 0 * token_mean[rows]
             losses, detach_point, stats = self._losses(micro, share, token_share, kl_coef)
-            self._backward_microbatch(losses, detach_point, last=number == backwards - 1)
+            self.backend.backward(losses, detach_point, last=number == backwards - 1)
             for name, value in stats.items():
                 sums[name] = sums[name] + value if name in sums else value
-        self._reduce_gradients()
+        self.backend.reduce()
         return sums
-
-    def _zero_grad(self) -> None:
-        self.gradients.forget()
-
-    def _num_microbatches(self, pieces: int) -> int:
-        """How many backwards this rank makes of so many pieces: each has one at least."""
-        return max(pieces, 1)
-
-    def _evaluate(self, sequences: Sequences) -> Evaluation:
-        return self.actor_critic.evaluate(sequences, with_entropy=self.settings.entropy_coef > 0, detach_point=True)
-
-    def _backward_microbatch(self, losses: list[Tensor], detach_point: DetachPoint | None, last: bool) -> None:
-        """The backward of a microbatch, added to those before it; ``last`` of the minibatch or not."""
-        if detach_point is not None:
-            losses[0].backward()
-            run_in_parallel(detach_point.backward, losses[1].backward, self.device)
-        elif self.actor_critic.critic_is_apart:
-            run_in_parallel(losses[0].backward, losses[1].backward, self.device)
-        else:
-            sum(losses).backward()
-        self.gradients.collect()
-
-    def _reduce_gradients(self) -> None:
-        self.gradients.finish()
 
     def _losses(
         self, micro: Experience, weights: Tensor, token_mean: Tensor, kl_coef: float
@@ -168,7 +130,7 @@ class Updater:
             micro.min_new_tokens,
             micro.own_trunk_states,
         )
-        evaluation = self._evaluate(sequences)
+        evaluation = self.backend.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
         logprobs = evaluation.logprobs
         per_token = policy_loss(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
         if settings.foreign_sampler:
@@ -198,79 +160,6 @@ class Updater:
                 ratios = importance_ratios(micro.old_logprobs, micro.sampling_logprobs)
                 stats["sampling/truncated"] = (token_mean * (ratios > settings.importance_cap)).sum()
         return losses, evaluation.detach_point, stats
-
-    def _step(self) -> Tensor:
-        """Clip, step and publish; returns the norm of the policy's gradient before, 0-d."""
-        norm = self.gradients.clip(self.settings.max_grad_norm)[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        if self.masters is not None:
-            self.masters.publish()
-        return norm
-
-    def gathered_weights(self) -> AbstractContextManager[None]:
-        """Inside, rollouts can be sampled and scored: the models of engine and scorer have the newest weights."""
-        return nullcontext()
-
-    def close(self) -> None:
-        """Let go of what is held besides the models' weights."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for updaters that can exchange weights."""
-        return fingerprint(self.actor_critic)
-
-    def save_weights(self, folder: Path) -> None:
-        """Write what is trained, by one process; frozen weights are made anew from where the run started."""
-        with self.full_precision():
-            save_trained(self.actor_critic, folder / WEIGHTS)
-
-    def load_weights(self, folder: Path) -> None:
-        """Read what `save_weights` wrote."""
-        with self.full_precision():
-            load_trained(self.actor_critic, folder / WEIGHTS)
-
-    def save_shards(self, folder: Path) -> None:
-        """Write what this process alone holds; all processes do."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds besides weights and shards."""
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave, with this run's learning rates, betas, weight decay and schedule."""
-        own = Hyperparameters(self.optimizer, self.scheduler)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        own.put_back()
-
-    def full_precision(self) -> AbstractContextManager[None]:
-        """Inside, the topology holds float32 weights: what is saved, and what is loaded into."""
-        return self.masters.fp32_weights() if self.masters is not None else nullcontext()
-
-    @cached_property
-    def gradients(self) -> Gradients:
-        """Of the minibatch that is being learned from."""
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        parameters = [each for group in groups for each in group]
-        return Gradients(groups, self.masters.working_params(parameters) if self.masters is not None else parameters)
-
-
-def save_trained(actor_critic: nn.Module, path: Path) -> None:
-    """Write what is trained. Frozen weights are made anew from where the run started, as the reference is."""
-    save_file({name: weight.detach().contiguous() for name, weight in _trained(actor_critic).items()}, path)
-
-
-@torch.no_grad()
-def load_trained(actor_critic: nn.Module, path: Path) -> None:
-    """Read what `save_trained` wrote of a topology with the same fingerprint."""
-    saved = load_file(path)
-    for name, weight in _trained(actor_critic).items():
-        weight.copy_(saved[name])
-
-
-def _trained(actor_critic: nn.Module) -> dict[str, Tensor]:
-    return {name: weight for name, weight in actor_critic.named_parameters() if weight.requires_grad}
 
 
 def _without_states(micro: Experience) -> Experience:

@@ -22,6 +22,7 @@ from chatrlhf.models.loading.lora import has_adapters
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.stop_tokens import ids_without_token, refuse_unknown_ids, stop_tokens, vocabulary_rows
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
+from chatrlhf.rl.gradient_backend import PlainBackend
 from chatrlhf.rl.held_out import HeldOut
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.master_weights import prepare_models
@@ -31,7 +32,7 @@ from chatrlhf.rl.prompt_schedule import PromptSchedule
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.rl.scoring import Scorer
-from chatrlhf.rl.sharded_update import ShardedUpdater, shard_actor_critic
+from chatrlhf.rl.sharded_backend import EngineBackend, shard_actor_critic
 from chatrlhf.rl.update import Updater, UpdateSettings
 from chatrlhf.rl.user_functions import load_function
 from chatrlhf.rollout.context import Limits
@@ -66,7 +67,7 @@ def assemble_ppo(
     """The trainer that the configuration describes.
 
     Args:
-        topology, reference: with one sampling distribution; on ``device``, or, where weights are dealt out, in the
+        topology, reference: with one sampling distribution; on ``device``, or, where weights are sharded out, in the
             CPU's memory.
         sharding: who deals out what is trained; None: every process has all of it.
         reward: a reward model of its own: what else was made from its weights has a copy.
@@ -157,7 +158,7 @@ def _updater(
 
     if sharding is not None:
         prepare_models(actor_critic.backbones(), frozen, "fp32", device, own_attention)
-        dealt = shard_actor_critic(
+        sharded = shard_actor_critic(
             actor_critic,
             frozen,
             recompute,
@@ -168,13 +169,10 @@ def _updater(
             device,
             keep_frozen=is_main() and not has_adapters(actor_critic.policy),
         )
-        kinds = dict.fromkeys(type(engine.model).__name__ for engine in dealt.engines)
+        kinds = dict.fromkeys(type(engine.model).__name__ for engine in sharded.engines)
         log.note(f"RL: trained by {sharding} in {world_size()} processes ({', '.join(kinds)})")
-        schedulers = [_schedule(engine.optimizer, config, done) for engine in dealt.engines]
-        first, own = dealt.engines[0].optimizer, schedulers[0]
-        return ShardedUpdater(
-            dealt.trained, first, own, algorithm, settings, device, dealt=dealt, schedulers=schedulers
-        )
+        schedulers = [_schedule(engine.optimizer, config, done) for engine in sharded.engines]
+        return Updater(sharded.trained, algorithm, settings, device, EngineBackend(sharded, schedulers, device))
     masters = prepare_models(actor_critic.backbones(), frozen, precision, device, own_attention)
     recompute(actor_critic)
     if masters is not None:
@@ -185,7 +183,8 @@ def _updater(
         weight_decay=trainer.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    return Updater(actor_critic, optimizer, _schedule(optimizer, config, done), algorithm, settings, device, masters)
+    backend = PlainBackend(actor_critic, optimizer, _schedule(optimizer, config, done), device, masters)
+    return Updater(actor_critic, algorithm, settings, device, backend)
 
 
 def sampling_distribution(

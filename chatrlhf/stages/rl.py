@@ -93,12 +93,12 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
         # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
         set_seed(ctx.seed("RL") + rank())
     trainer.train(checkpoint)
-    with trainer.updater.full_precision():
+    with trainer.updater.backend.full_precision():
         publish_policy(ctx.dir / "actor_rl", policy, encoder)
         if (critic := actor_critic.value_function()) is not None:
             # In the reward model's file format: its score of a text is V behind the text's last token.
             publish_folder(ctx.dir / "critic", scorer_of_critic(*critic, encoder).save)
-    trainer.updater.close()
+    trainer.updater.backend.close()
     if trainer.before is not None and trainer.after is not None:
         show_comparison(ctx.log.console, trainer.before, trainer.after, trainer_config.eval_best)
     return record(ctx, "RL", "actor_rl", config.actor_config.model, rows)

@@ -33,15 +33,15 @@ slots.Decoding._draw = dying
     "before the first RL checkpoint": DIE_AT_UPDATE.format(3),
     "inside a PPO epoch": DIE_AT_UPDATE.format(15),
     "while an RL checkpoint is written": """
-import chatrlhf.rl.update as update
-save, calls = update.save_trained, [0]
+import chatrlhf.rl.gradient_backend as gradient_backend
+save, calls = gradient_backend.save_trained, [0]
 def dying(model, path):
     save(model, path)
     calls[0] += 1
     if calls[0] == 2:
         open(path, "r+b").truncate(100)
         die()
-update.save_trained = dying
+gradient_backend.save_trained = dying
 """,
     "while an SFT checkpoint is published": """
 import chatrlhf.stages.hf_trainer as stage

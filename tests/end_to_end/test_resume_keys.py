@@ -237,7 +237,7 @@ def of_estimation(name: str) -> Callable[[Any], Any]:
 
 
 def of_policy_group(name: str) -> Callable[[Any], Any]:
-    return lambda trainer: trainer.updater.optimizer.param_groups[0][name]
+    return lambda trainer: trainer.updater.backend.optimizer.param_groups[0][name]
 
 
 def distribution(name: str) -> Callable[[Any], Any]:
@@ -262,7 +262,7 @@ def recomputes(trainer: Any) -> bool:
 
 
 def in_bfloat16(trainer: Any) -> str:
-    return "fp32" if trainer.updater.masters is None else "bf16"
+    return "fp32" if trainer.updater.backend.masters is None else "bf16"
 
 
 IN_RL = {
@@ -274,7 +274,7 @@ IN_RL = {
     "trainer_config.precision": ("bf16", in_bfloat16),
     "trainer_config.gradient_checkpointing": (True, recomputes),
     "trainer_config.actor_lr": (0.5, of_policy_group("initial_lr")),
-    "trainer_config.critic_lr": (0.5, lambda trainer: trainer.updater.optimizer.param_groups[-1]["initial_lr"]),
+    "trainer_config.critic_lr": (0.5, lambda trainer: trainer.updater.backend.optimizer.param_groups[-1]["initial_lr"]),
     "trainer_config.batch_size": (8, of_settings("batch_size")),
     "trainer_config.micro_batch_size": (1, of_settings("micro_batch_size")),
     "trainer_config.ppo_epochs": (3, of_settings("epochs")),
@@ -360,7 +360,9 @@ def test_keys_of_rl_are_in_force(stopped, no_vllm, at_once):
         left = (section.total_episodes - 24) // section.num_rollouts
         total = done + left * section.ppo_epochs * (section.num_rollouts // section.batch_size)
         want = schedule_by_hand(section, section.actor_lr, done, total)
-        assert lrs(trainer.updater.optimizer, trainer.updater.scheduler) == pytest.approx(want, rel=1e-12), together
+        assert lrs(trainer.updater.backend.optimizer, trainer.updater.backend.scheduler) == pytest.approx(
+            want, rel=1e-12
+        ), together
 
 
 def test_an_adapted_coefficient_goes_on_where_its_initial_one_is_unchanged(stopped):

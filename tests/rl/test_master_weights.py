@@ -50,7 +50,7 @@ def test_the_working_copy_is_the_masters_rounded(family):
     assert all(weight.dtype == torch.float32 for weight in mixed.actor_critic.value_head.parameters())
     mixed.step(experience(), kl_coef=0.0)
     rounded = {name: weight.detach().clone() for name, weight in mixed.actor_critic.policy.named_parameters()}
-    with mixed.full_precision():
+    with mixed.backend.full_precision():
         for name, weight in mixed.actor_critic.policy.named_parameters():
             assert weight.dtype == torch.float32
             assert torch.equal(weight.bfloat16(), rounded[name]), name
@@ -66,7 +66,7 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
         for _ in range(64):
             for master in group:
                 master += 1 / 8192
-            masters.publish()
+            masters.sync_working_copy()
     torch.testing.assert_close(weight, torch.full_like(weight, 1 + 1 / 128), rtol=0, atol=0)
 
 
@@ -79,7 +79,7 @@ def test_gradients_of_microbatches_are_summed_in_float32():
         mixed.settings = type(mixed.settings)(epochs=1, batch_size=8, micro_batch_size=size)
         mixed.backward(experience(), kl_coef=0.0)
         assert all(weight.grad is None for part in mixed.actor_critic.backbones() for weight in part.parameters())
-        masters = [weight for group in mixed.optimizer.param_groups for weight in group["params"]]
+        masters = [weight for group in mixed.backend.optimizer.param_groups for weight in group["params"]]
         assert all(weight.grad.dtype == torch.float32 for weight in masters if weight.grad is not None)
         found.append(torch.cat([weight.grad.flatten() for weight in masters if weight.grad is not None]))
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
@@ -102,7 +102,7 @@ def test_frozen_weights_come_out_as_they_went_in():
     before = copy.deepcopy(policy.state_dict())
     _, mixed = both(PolicyOnly(policy, PLAIN))
     mixed.step(experience(), kl_coef=0.0)
-    with mixed.full_precision():
+    with mixed.backend.full_precision():
         after = mixed.actor_critic.policy.state_dict()
         assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
         assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
@@ -115,7 +115,7 @@ def test_what_is_loaded_at_full_precision_is_computed_with():
     )
     _, mixed = both(PolicyOnly(llama(), PLAIN))
     _, other = both(PolicyOnly(llama(seed=9), PLAIN))
-    with other.full_precision(), mixed.full_precision():
+    with other.backend.full_precision(), mixed.backend.full_precision():
         mixed.actor_critic.load_state_dict(other.actor_critic.state_dict())
     with torch.no_grad():
         first, second = (each.actor_critic.evaluate(sequences).logprobs for each in (mixed, other))

@@ -124,7 +124,7 @@ def test_weights_that_are_updated_in_place_are_those_that_are_played(taped, monk
         if seed == 2:
             with masters.fp32_weights():  # as a checkpoint does
                 pass
-        masters.publish()
+        masters.sync_working_copy()
         got, want = static.generate(batch, seed), make(static=False).generate(batch, seed)
         assert same_responses(got, want)
         said.append(got.response_ids)

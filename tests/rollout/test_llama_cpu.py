@@ -151,7 +151,7 @@ def test_a_working_copy_is_followed():
             master.mul_(1.0 + torch.rand_like(master))
     with masters.fp32_weights():
         pass
-    masters.publish()
+    masters.sync_working_copy()
     got = sampler.generate(batch, seed=1)
     assert sampler.direct is step is not None
     assert same_responses(got, engine(copy.deepcopy(model)).generate(batch, seed=1))

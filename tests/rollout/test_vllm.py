@@ -104,7 +104,7 @@ def test_a_bfloat16_working_copy_is_what_is_sent(vllm, folder):
         for group in masters.groups([{"params": list(made.policy.parameters())}]):
             for master in group["params"]:
                 master.add_(0.05 * torch.randn_like(master))
-    masters.publish()
+    masters.sync_working_copy()
     made.generate(ragged(), seed=0)
     got = dict(vllm.LLM.started[-1].model.named_parameters())
     for name, weight in made.policy.named_parameters():

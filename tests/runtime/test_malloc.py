@@ -11,7 +11,7 @@ import pytest
 
 FAULTS = """
 import resource
-from chatrlhf.runtime.malloc import keep_freed_memory
+from chatrlhf.runtime.malloc import tune_malloc
 {first}
 for round in range(3):  # of 64 MiB, 16,384 pages
     faults = -resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -32,19 +32,19 @@ def run(code: str, **environment: str) -> str:
 def test_what_is_freed_need_not_be_mapped_again():
     pages = 2**26 // 4096
     assert int(run(FAULTS.format(first=""))) > pages / 2  # or this test could not fail
-    assert int(run(FAULTS.format(first="keep_freed_memory()"))) < pages / 100
+    assert int(run(FAULTS.format(first="tune_malloc()"))) < pages / 100
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library's heap is left as it is")
 def test_what_was_kept_can_be_given_back():
     code = """
 import psutil
-from chatrlhf.runtime.malloc import give_freed_memory_back, keep_freed_memory
-keep_freed_memory()
+from chatrlhf.runtime.malloc import trim_malloc, tune_malloc
+tune_malloc()
 parts = [b"x" * 2**20 for _ in range(64)]  # MiB
 parts = parts[1::2]
 resident = [psutil.Process().memory_info().rss]
-give_freed_memory_back()
+trim_malloc()
 resident.append(psutil.Process().memory_info().rss)
 print((resident[0] - resident[1]) >> 20)
 """

@@ -28,7 +28,7 @@ def test_rl_over_engines(tmp_path, monkeypatch):
     stop(configured(tree), "RL", 3)
     changes = CHANGED | {"actor_lr": 0.5, "critic_lr": 0.25, "lr_scheduler": "linear", "warmup_steps": 0}
     trainer = resumed(configured(tree, **{f"trainer_config.{name}": value for name, value in changes.items()}), "RL")
-    groups = [engine.model.optimizer.param_groups[0] for engine in trainer.updater.dealt.engines]
+    groups = [engine.model.optimizer.param_groups[0] for engine in trainer.updater.backend.sharded.engines]
     assert all(map(has_changed, groups))
     assert [group["lr"] for group in groups] == [0.25, 0.125]  # half of the steps are done
 

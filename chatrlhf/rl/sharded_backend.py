@@ -1,7 +1,7 @@
-"""The update of models whose gradients, optimizer states or weights are dealt out over ranks.
+"""Gradient backend of models whose gradients, optimizer states or weights are sharded over ranks.
 
-What is computed is `Updater`'s; whose memory it lies in is DeepSpeed's or FSDP2's business. Both talk to the other
-ranks inside a forward or a backward, so here all ranks make the same number of them, in one order.
+DeepSpeed and FSDP2 communicate inside a forward or a backward, so here all ranks make the same number of them, in one
+order.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from chatrlhf.models.actor_critic import ActorCritic, DetachPoint, Evaluation, Part
 from chatrlhf.models.loading.model_info import fingerprint
 from chatrlhf.models.sequences import Sequences, head_is_plain
-from chatrlhf.rl.update import Updater
+from chatrlhf.rl.gradient_backend import GradientBackend
 from chatrlhf.runtime.collectives import all_reduce_max, is_main
 from chatrlhf.runtime.cpu_parallel import sequential
 from chatrlhf.runtime.optimizer import Hyperparameters
@@ -147,85 +147,85 @@ def _groups_of(part: Part, groups: list[dict[str, Any]]) -> list[dict[str, Any]]
     return [dict(group) for group in groups if id(group["params"][0]) in own]
 
 
-@dataclass
-class ShardedUpdater(Updater):
-    """An `Updater` over engines. Its ``actor_critic`` is what they hold, its ``optimizer`` the first one's.
+class EngineBackend(GradientBackend):
+    """Gradients of engines: DeepSpeed or FSDP2, one for each part of the models.
 
-    Gradients are clipped by engine: a critic of its own by a norm of its own, one that has weights in common with the
-    policy together with it.
+    Gradients are clipped by engine: a separate critic by its own norm, a critic that shares weights with the policy
+    together with it.
+
+    Args:
+        sharded: the models and their engines; ``actor_critic`` is what the engines hold.
+        schedulers: one for each engine.
     """
 
-    dealt: ShardedModels = field(kw_only=True)
-    schedulers: list[Any] = field(kw_only=True)  # one for each engine
+    def __init__(self, sharded: ShardedModels, schedulers: list[Any], device: torch.device) -> None:
+        super().__init__(sharded.trained, sharded.engines[0].optimizer, schedulers[0])
+        self.sharded, self.schedulers, self.device = sharded, schedulers, device
 
-    def _num_microbatches(self, pieces: int) -> int:
-        return all_reduce_max(super()._num_microbatches(pieces))
+    def zero_grad(self) -> None:
+        """An engine's step frees its gradients."""
 
-    def _evaluate(self, sequences: Sequences) -> Evaluation:
-        with_entropy = self.settings.entropy_coef > 0
-        found: dict[str, Tensor] = {"values": None, "entropy": None}
+    def num_microbatches(self, pieces: int) -> int:
+        return all_reduce_max(max(pieces, 1))
+
+    def evaluate(self, sequences: Sequences, with_entropy: bool) -> Evaluation:
+        found: dict[str, Tensor | None] = {"values": None, "entropy": None}
         with sequential():
-            for part, engine in zip(self.dealt.parts, self.dealt.engines, strict=True):
+            for part, engine in zip(self.sharded.parts, self.sharded.engines, strict=True):
                 found |= engine(lambda part=part: part.evaluate(sequences, with_entropy))
         return Evaluation(**found)
 
-    def _backward_microbatch(self, losses: list[Tensor], detach_point: DetachPoint | None, last: bool) -> None:
-        if len(self.dealt.engines) == 1:
+    def backward(self, losses: list[Tensor], detach_point: DetachPoint | None, last: bool) -> None:
+        if len(self.sharded.engines) == 1:
             losses = [sum(losses)]
-        for engine, loss in zip(self.dealt.engines, losses, strict=True):
+        for engine, loss in zip(self.sharded.engines, losses, strict=True):
             engine.backward(loss, last)
 
-    def _zero_grad(self) -> None:
-        """An engine's step forgets its gradient."""
+    def reduce(self) -> None:
+        """Engines reduce in their backwards."""
 
-    def _reduce_gradients(self) -> None:
-        """Engines add up in their backwards."""
-
-    def _step(self) -> Tensor:
-        norms = [engine.step() for engine in self.dealt.engines]
+    def step(self, max_grad_norm: float | None) -> Tensor:
+        """Engines clip by the norm that they were made with, which is the same key's."""
+        norms = [engine.step() for engine in self.sharded.engines]
         for scheduler in self.schedulers:
             scheduler.step()
         return torch.tensor(norms[0], device=self.device)
 
-    def close(self) -> None:
-        for engine in self.dealt.engines:
-            engine.close()
+    def gathered_weights(self) -> AbstractContextManager[None]:
+        return self.sharded.gathered_params(self.device)
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        return self.sharded.in_full_precision()
 
     @property
     def fingerprint(self) -> str:
-        return self.dealt.fingerprint
-
-    @contextmanager
-    def gathered_weights(self) -> Iterator[None]:
-        with self.dealt.gathered_params(self.device):
-            yield
-
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
-        with self.dealt.in_full_precision():
-            yield
+        return self.sharded.fingerprint
 
     def save_weights(self, folder: Path) -> None:
         """They are in the shards."""
 
     def load_weights(self, folder: Path) -> None:
-        for engine, scheduler, place in zip(self.dealt.engines, self.schedulers, self._places(folder), strict=True):
+        for engine, scheduler, path in zip(self.sharded.engines, self.schedulers, self._paths(folder), strict=True):
             own = Hyperparameters(engine.optimizer, scheduler)  # engines restore the optimizer's with the weights
-            engine.load(place)
+            engine.load(path)
             own.put_back()
 
     def save_shards(self, folder: Path) -> None:
-        for engine, place in zip(self.dealt.engines, self._places(folder), strict=True):
-            engine.save(place)
+        for engine, path in zip(self.sharded.engines, self._paths(folder), strict=True):
+            engine.save(path)
 
     def state_dict(self) -> dict[str, Any]:
         return {"schedulers": [each.state_dict() for each in self.schedulers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for engine, scheduler, its in zip(self.dealt.engines, self.schedulers, state["schedulers"], strict=True):
+        for engine, scheduler, its in zip(self.sharded.engines, self.schedulers, state["schedulers"], strict=True):
             own = Hyperparameters(engine.optimizer, scheduler)
             scheduler.load_state_dict(its)
             own.put_back()
 
-    def _places(self, folder: Path) -> list[Path]:
-        return [folder / f"part-{number}" for number in range(len(self.dealt.engines))]
+    def close(self) -> None:
+        for engine in self.sharded.engines:
+            engine.close()
+
+    def _paths(self, folder: Path) -> list[Path]:
+        return [folder / f"part-{number}" for number in range(len(self.sharded.engines))]

@@ -10,7 +10,8 @@ from tiny import llama
 from chatrlhf.models.actor_critic import SeparateCritic
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.weight_sharing import copy_sharing_frozen
-from chatrlhf.rl.sharded_update import ShardedUpdater, shard_actor_critic
+from chatrlhf.rl.sharded_backend import EngineBackend, shard_actor_critic
+from chatrlhf.rl.update import Updater
 from chatrlhf.sharding.engine import Root
 
 CPU = torch.device("cpu")
@@ -49,8 +50,7 @@ class Dealer:
             made, [reference.model], lambda _: None, engine, groups, self.with_weights, dtype, CPU, keep_frozen=True
         )
         constant = [torch.optim.lr_scheduler.ConstantLR(each.optimizer, factor=1.0) for each in dealt.engines]
-        first = dealt.engines[0].optimizer
-        return ShardedUpdater(dealt.trained, first, constant[0], *rest, dealt=dealt, schedulers=constant)
+        return Updater(dealt.trained, *rest, EngineBackend(dealt, constant, CPU))
 
 
 @pytest.mark.parametrize("with_weights", [False, True])
