@@ -90,7 +90,7 @@ def test_gradients_are_near_those_of_float32():
     grads = []
     for each in (exact, mixed):
         each.backward(experience(), kl_coef=0.0)
-        weights = [weight for group in each.optimizer.param_groups for weight in group["params"]]
+        weights = [weight for group in each.backend.optimizer.param_groups for weight in group["params"]]
         grads.append(torch.cat([weight.grad.flatten() for weight in weights]))
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.999
     assert not torch.equal(*grads)

@@ -299,7 +299,10 @@ def test_every_step_starts_from_gradient_0():
 def test_every_step_is_one_step_of_the_schedule():
     made = actor_critic("none")
     update = updater(made, "rloo", lr=1.0, epochs=2, batch_size=4)
-    update.backend.scheduler = torch.optim.lr_scheduler.LinearLR(update.backend.optimizer, 1.0, end_factor=0.0, total_iters=8)
+    schedule = torch.optim.lr_scheduler.LinearLR
+    update.backend.scheduler = schedule(update.backend.optimizer, 1.0, end_factor=0.0, total_iters=8)
+        update.backend.optimizer, 1.0, end_factor=0.0, total_iters=8
+    )
     update.update(experience(made), 0.0, torch.Generator())
     # 2 epochs of 8 / 4 minibatches: 4 of 8 steps
     assert update.backend.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
