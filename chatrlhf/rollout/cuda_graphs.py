@@ -191,7 +191,7 @@ class Graphs:
                 self._step_aside(step)
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        waits = [str(each.message) for each in said if "synchroniz" in str(each.message)]
+        waits = [str(each.message) for each in said if "synchronizing CUDA operation" in str(each.message)]
         if waits:
             self.records = False
             warnings.warn(f"decoding goes on without CUDA graphs, because the model waits: {waits[0]}", stacklevel=2)

@@ -301,8 +301,6 @@ def test_every_step_is_one_step_of_the_schedule():
     update = updater(made, "rloo", lr=1.0, epochs=2, batch_size=4)
     schedule = torch.optim.lr_scheduler.LinearLR
     update.backend.scheduler = schedule(update.backend.optimizer, 1.0, end_factor=0.0, total_iters=8)
-        update.backend.optimizer, 1.0, end_factor=0.0, total_iters=8
-    )
     update.update(experience(made), 0.0, torch.Generator())
     # 2 epochs of 8 / 4 minibatches: 4 of 8 steps
     assert update.backend.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)

@@ -251,7 +251,7 @@ def test_a_model_that_waits_is_not_recorded():
     tests = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", WAITS],
-        env=os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([f"{tests}:{tests.parent}", os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
     )
