@@ -3,7 +3,7 @@
     python artifacts/extend_rlhf_dataset.py --model google/flan-t5-xl --num_prompts 1000 --data_dir ./datasets
 
 The few are those of rlhf_training_data.json, or else of actor_training_data.json, in the folder. New prompts that are
-nearly one of them, or nearly each other, are left out. What is interrupted goes on from there with the same command.
+nearly one of them, or nearly each other, are left out. What is interrupted continues from there with the same command.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-d", "--data_dir", "--data-dir", type=Path, default="./datasets", help="folder of the data (%(default)s)")
     add_templates(parser, ROOT, "--templates", help="JSON with the key 'rlhf': what the prompts are for")
     add("--topics", type=Path, metavar="FILE", help="one a line, where there are no prompts to start from")
-    add("--from", dest="examples", type=Path, metavar="FILE", help="the few, in the place of the folder's")
+    add("--from", dest="examples", type=Path, metavar="FILE", help="the few, instead of the folder's")
     add("-o", "--output", type=Path, metavar="FILE", help="(rlhf_training_data_extended.json in the folder)")
     add_model_options(parser, temperature=1.0, max_tokens=256, model="google/flan-t5-xl")
     return parser.parse_args(argv)

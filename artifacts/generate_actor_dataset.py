@@ -4,7 +4,7 @@
     python artifacts/generate_actor_dataset.py --model google/flan-t5-xl --from my_examples.json
 
 From the template 'actor' and a list of topics, or from ten or more examples of your own: then new requests like theirs
-are written, and answered in their manner. What is interrupted goes on from there with the same command.
+are written, and answered in their manner. What is interrupted continues from there with the same command.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python artifacts/generate_rewards.py my.json --base-url http://localhost:8000/v1 --judgements 3 --calibrate 50
 
 Only what has no score is judged. The file itself is left alone: what comes of it goes into a new one, whose path to
-set in the configuration is printed. What is interrupted goes on from there with the same command.
+set in the configuration is printed. What is interrupted continues from there with the same command.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Responses are four tokens over a vocabulary of eight, so all 4,096 can be enumerated, and with them, exactly,
 
-    J(pi) = E_pi[R] - beta KL(pi || pi_ref)                  what PPO with a KL term maximises
+    J(pi) = E_pi[R] - beta KL(pi || pi_ref)                  what PPO with a KL term maximizes
     pi*   = pi_ref exp(R / beta) / Z,   J* = beta log Z      where it is greatest,  Z = sum pi_ref exp(R / beta)
 
 A run is judged by four numbers that need no sampling: the share of J* - J(pi_ref) it gains, how far the critic's
@@ -58,7 +58,7 @@ MAX_VALUE_ERROR, MAX_FRONTIER_GAP, MAX_BETA_ERROR = 0.02, 0.02, 0.08
 
 @dataclass
 class Task:
-    """A reward over all responses and the policy that training starts from and is held to."""
+    """A reward over all responses and the policy that training starts from and is regularized to."""
 
     responses: Tensor  # [4096, 4] int64, every response
     rewards: Tensor  # [4096] float64 in [0, 1]
@@ -137,9 +137,9 @@ def response_logprobs(model: LlamaForCausalLM, responses: Tensor) -> Tensor:
 
 def tilted(task: Task, beta: float) -> tuple[float, float, float]:
     """pi_ref exp(R / beta) / Z, the optimum at beta: its E[R], its KL to the reference, and beta log Z = J*."""
-    unnormalised = task.ref_logprobs + task.rewards / beta
-    log_z = torch.logsumexp(unnormalised, dim=0)
-    probabilities = (unnormalised - log_z).exp()
+    unnormalized = task.ref_logprobs + task.rewards / beta
+    log_z = torch.logsumexp(unnormalized, dim=0)
+    probabilities = (unnormalized - log_z).exp()
     reward = float((probabilities * task.rewards).sum())
     optimum = beta * float(log_z)
     return reward, (reward - optimum) / beta, optimum

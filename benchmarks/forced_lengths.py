@@ -10,7 +10,7 @@ from transformers import LogitsProcessor
 class ForcedLengths(LogitsProcessor):
     """Rows say words only until their length; a row that is shorter than the limit ends with EOS.
 
-    `generate` goes on to the longest row all the same, padding those that have ended, as it always does.
+    `generate` continues to the longest row all the same, padding those that have ended, as it always does.
 
     Args:
         lengths: response tokens of each row, EOS included.

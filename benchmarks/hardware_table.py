@@ -88,7 +88,7 @@ def rows(advice: Advice) -> Iterator[str]:
 
 
 def _needed(model: str, way: Way, where: Hardware, advice: Advice) -> int:
-    # Weights in few bits are not dealt out.
+    # Quantized weights are not sharded.
     sharding = usual(where) if "QLoRA" in way.name else advice.sharding(where)
     return memory_of(model, way, where, TOKENS, sharding, 1)[1]
 

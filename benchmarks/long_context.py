@@ -2,7 +2,7 @@
 
     python -m benchmarks.long_context --text input.txt      # tinyshakespeare; three seeds
 
-A Llama with 256 positions is made on the spot and trained on rows of 256 tokens by the PRETRAIN stage: the base. Its
+A Llama with 256 positions is created on the fly and trained on rows of 256 tokens by the PRETRAIN stage: the base. Its
 positions are divided by 8, and it is fine-tuned on speeches and their answers by the ACTOR stage, at 256 tokens: as it
 is, and behind PRETRAIN on rows of 2,048 tokens. `chatrlhf eval perplexity` sets these beside the base on the last tenth
 of the play, which nothing was trained on. Printed are the tables of each seed and their mean, and whether the claims

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-PHASES = {"rollout": "#4477aa", "score": "#ccbb44", "update": "#ee6677"}  # told apart by the colour-blind, too
+PHASES = {"rollout": "#4477aa", "score": "#ccbb44", "update": "#ee6677"}  # told apart by the color-blind, too
 
 
 def bars(results: list[dict[str, Any]]) -> list[tuple[str, dict[str, float]]]:
@@ -43,9 +43,9 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
     found = bars(results)
     figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.55 * len(found)), layout="constrained")
     labels, ends = [label for label, _ in found], [0.0] * len(found)
-    for phase, colour in PHASES.items():
+    for phase, color in PHASES.items():
         seconds = [phases[phase] for _, phases in found]
-        axes.barh(labels, seconds, left=ends, color=colour, label=phase)
+        axes.barh(labels, seconds, left=ends, color=color, label=phase)
         ends = [end + more for end, more in zip(ends, seconds, strict=True)]
     for place, end in enumerate(ends):
         axes.text(end, place, f" {end:.2f}", va="center")

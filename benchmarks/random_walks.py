@@ -2,14 +2,14 @@
 
 A directed graph of 21 nodes, edges with probability 0.1; a walk starts at a given node and should reach the goal
 over as few nodes as possible, ten at most. A GPT-2 of 6 layers x 144 is first fine-tuned on random walks, so it
-knows the edges and nothing about the way. Then PPO maximises, within 2,840 episodes,
+knows the edges and nothing about the way. Then PPO maximizes, within 2,840 episodes,
 
     optimality = (10 - L) / (10 - L*)    L nodes of the walk, L* of the shortest one; 0 for a walk that takes an
                                          edge that is not there or never reaches the goal
 
 Two settings differ from trlX's in kind. Walks are drawn at temperature 1.3 for training and at 1 for evaluation:
 hotter walks keep trying other ways where PPO would settle for a detour early. And lambda is 1: with less, and a
-critic that knows nothing yet, later tokens get more of the score, so short walks are favoured whatever they scored.
+critic that knows nothing yet, later tokens get more of the score, so short walks are favored whatever they scored.
 
 There is no KL term, as in trlX's example, and the controls are why it must not be there: noise drives a policy away
 from its reference, a KL penalty summed over a walk is then paid back by making walks shorter, and shorter walks are

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# A training run talks to nobody the user did not name.
+# A training run talks to no one the user did not name.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Forked workers of the fast tokenizers buy nothing here and warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # How long a thread of PyTorch's (libgomp's, which reads this once) turns round while it waits for its next operation.
-# Its own 300,000 rounds are milliseconds, on a core that somebody else could use by then (`lanes.py`).
+# Its own 300,000 rounds are milliseconds, on a core that somebody else could use by then (`cpu_parallel.py`).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"

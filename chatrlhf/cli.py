@@ -14,7 +14,7 @@ from chatrlhf.errors.boundary import OUR_FAULT, STOPPED, USER_ERROR, doing, line
 
 STAGES = ("ALL", "PRETRAIN", "ACTOR", "REWARD", "RL")  # as in `config/schema.py`, which is not quick to import
 
-DESCRIPTION = """Train an assistant with RLHF: PRETRAIN (language modelling on long plain text), ACTOR (supervised
+DESCRIPTION = """Train an assistant with RLHF: PRETRAIN (language modeling on long plain text), ACTOR (supervised
 fine-tuning), REWARD (a model that scores completions), RL (PPO with KL control), or ALL of them (PRETRAIN where
 pretrain_config names data)."""
 EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR;
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(stopped))
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
-        _say("stopped at once; --resume goes on from the newest checkpoint")
+        _say("stopped at once; --resume continues from the newest checkpoint")
         return STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits

@@ -2,7 +2,7 @@
 
 prompt      system text, narrative, turns, and the name of who answers
 answers     any of: a completion, scored completions, ranked completions, a chosen and a rejected one
-text        or, in place of both, plain text for language modelling
+text        or, in place of both, plain text for language modeling
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def check_settings(
     _check_adapters(config, stages, has_reward_fn, run_dir)
     if actor.peft_enable:
         task_type(settings, load_peft_config(config))
-    if ranks is None:  # what is installed on other hardware nobody knows here
+    if ranks is None:  # what is installed on other hardware no one knows here
         _check_attention(config, stages)
         _refuse_damaged(config, stages, has_reward_fn)
 
@@ -227,8 +227,8 @@ def _check_adapters(config: Config, stages: list[str], has_reward_fn: bool, run_
             raise ConfigError(_made_on_the_spot("actor_config"))
         if makes_adapters and base_of(actor.model) is not None:
             raise ConfigError(
-                f"actor_config.peft_enable: {actor.model} holds adapters itself, and adapters upon adapters could not "
-                "be loaded again; merge them first (chatrlhf export merge), or set peft_enable to False"
+                f"actor_config.peft_enable: {actor.model} holds adapters itself, and adapters on top of adapters could "
+                "not be loaded again; merge them first (chatrlhf export merge), or set peft_enable to False"
             )
     if reward.peft_enable and "REWARD" in stages and not has_reward_fn:
         load_peft_config(config, "reward_config")

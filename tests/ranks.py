@@ -72,7 +72,7 @@ def ppo_steps(
 ) -> dict[str, Any]:
     """Two rollouts with their updates: what was sampled, what came of it, the weights at the end.
 
-    ``deal`` makes an updater that deals out what it trains (`zero_ranks.py`), ``clip`` is the norm of gradients.
+    ``deal`` makes an updater that shards what it trains (`zero_ranks.py`), ``clip`` is the norm of gradients.
 
     In bfloat16 it is one rollout and one step: where rows are cut otherwise the products round otherwise, and steps
     carry that on.

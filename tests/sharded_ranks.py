@@ -1,4 +1,4 @@
-"""As `ranks.py`, with what is trained dealt out by DeepSpeed or FSDP2: `torchrun tests/sharded_ranks.py FILE`."""
+"""As `ranks.py`, with what is trained sharded by DeepSpeed or FSDP2: `torchrun tests/sharded_ranks.py FILE`."""
 
 from __future__ import annotations
 

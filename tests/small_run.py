@@ -100,7 +100,7 @@ def policy_of(trainer: Any) -> Any:
 
 
 def reference_of(trainer: Any) -> Any:
-    """The model that it is held to."""
+    """The model that it is regularized to."""
     return trainer.scorer.reference.model
 
 

@@ -36,7 +36,7 @@ def test_what_it_can_do_passes(settings):
         ({"actor": {"loss_on": "all_turns"}}, "actor_config.loss_on: 'all_turns' asks for a loss on prompts"),
         ({"trainer": {"num_layers_unfrozen": 2}}, "num_layers_unfrozen: 2 parts the one stack"),
         ({"trainer": {"rollout_backend": "vllm"}}, "trainer_config.rollout_backend: vLLM samples from causal models"),
-        ({"rows": [PAIR, PlainText("once upon a time")]}, "is plain text .'once upon a time'."),
+        ({"rows": [PAIR, PlainText("long ago")]}, "is plain text .'long ago'."),
         ({"rows": [Demonstration(PAIR.prompt, "b", "all")]}, "a loss on 'all'"),
         ({"stages": ["PRETRAIN"]}, "pretrain_config: a t5 predicts replies"),
     ],

@@ -1,4 +1,4 @@
-"""Models of a few thousand weights, made on the spot, and batches for them."""
+"""Models of a few thousand weights, created on the fly, and batches for them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def qwen2(seed: int = 0, **options) -> Qwen2ForCausalLM:
 
 
 def qwen3(seed: int = 0, **options) -> Qwen3ForCausalLM:
-    """Queries and keys are normalised."""
+    """Queries and keys are normalized."""
     torch.manual_seed(seed)
     sizes = dict(head_dim=8, max_position_embeddings=64)
     config = Qwen3Config(vocab_size=VOCAB, initializer_range=0.3, **GROUPED | sizes | IDS | options)
@@ -317,7 +317,7 @@ def tokenizer(vocab: int = 270, pad_is_eos: bool = False) -> PreTrainedTokenizer
 
 
 def said(encoder: Encoder, users: list[str], replies: list[str], finished: bool = True) -> Rollout:
-    """A rollout as if the policy of ``encoder`` had answered each user with a reply, tokenised the usual way."""
+    """A rollout as if the policy of ``encoder`` had answered each user with a reply, tokenized the usual way."""
     batch = prompt_batch([encoder.prompt(user) for user in users], users, encoder.tokenizer.pad_token_id)
     rows = [encoder.completion("a", reply) for reply in replies]
     ids, mask = pad_right([row if finished else row[:-1] for row in rows], encoder.tokenizer.pad_token_id)

@@ -31,16 +31,16 @@ def mean(values: Rows, mask: Mask) -> float:
 
 
 def variance(values: Rows, mask: Mask) -> float:
-    centre = mean(values, mask)
+    center = mean(values, mask)
     places = real(mask)
-    return sum((values[i][t] - centre) ** 2 for i, t in places) / len(places)
+    return sum((values[i][t] - center) ** 2 for i, t in places) / len(places)
 
 
 def whiten(values: Rows, mask: Mask) -> Rows:
-    centre, deviation = mean(values, mask), math.sqrt(variance(values, mask))
+    center, deviation = mean(values, mask), math.sqrt(variance(values, mask))
     result = zeros(mask)
     for i, t in real(mask):
-        result[i][t] = (values[i][t] - centre) / deviation
+        result[i][t] = (values[i][t] - center) / deviation
     return result
 
 
@@ -87,9 +87,9 @@ def group_normalised(scores: list[float], groups: list[int], epsilon: float) -> 
     result = []
     for score, group in zip(scores, groups, strict=True):
         members = [s for s, g in zip(scores, groups, strict=True) if g == group]
-        centre = sum(members) / len(members)
-        deviation = math.sqrt(sum((s - centre) ** 2 for s in members) / (len(members) - 1))
-        result.append((score - centre) / (deviation + epsilon))
+        center = sum(members) / len(members)
+        deviation = math.sqrt(sum((s - center) ** 2 for s in members) / (len(members) - 1))
+        result.append((score - center) / (deviation + epsilon))
     return result
 
 

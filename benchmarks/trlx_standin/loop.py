@@ -1,6 +1,6 @@
 """PPO the way trlX 0.7.0 does it, written anew as plainly as it can be: what it costs is what it is here for.
 
-    rollouts   transformers' `generate`; texts for the reward function, which are then tokenised again; one forward of
+    rollouts   transformers' `generate`; texts for the reward function, which are then tokenized again; one forward of
                policy and of reference (a full copy) over prompt and response, each with a log-softmax of every logit;
                the KL term goes into the rewards; every row is kept by itself
     update     padded minibatches; a forward with all hidden states over prompt and response; a log-softmax of every

@@ -31,7 +31,7 @@ def refuse_checkpoint_name(section: Any) -> None:
     """ChatLLaMA starts from a named checkpoint; here the newest valid one is found."""
     if section.checkpoint_name is not None:
         raise ValueError(
-            f"checkpoint_name: {section.checkpoint_name!r} is not used; --resume goes on from the newest valid "
+            f"checkpoint_name: {section.checkpoint_name!r} is not used; --resume continues from the newest valid "
             "checkpoint, and a model's folder can be named as model; set checkpoint_name to null"
         )
 

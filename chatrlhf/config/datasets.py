@@ -29,7 +29,7 @@ class DatasetEntry(Section):
 
 
 class DataKeys(Section):
-    """Several datasets in the place of one file; the same keys in all three stages."""
+    """Several datasets instead of one file; the same keys in all three stages."""
 
     datasets: list[DatasetEntry] = Field(default_factory=list, description="a mixture; no file is named then")
     deduplicate: bool = Field(True, description="of a mixture's rows that say the same only the first is taken")

@@ -48,7 +48,7 @@ def load_config(
     base_dir: Path | None = None
     where = "configuration"
     if isinstance(source, Config):
-        # What was written goes on; values derived from it, such as a batch size, are derived anew.
+        # What was written continues; values derived from it, such as a batch size, are derived anew.
         base_dir = source.base_dir
         raw = source._written if source._written is not None else source.model_dump(mode="json", exclude_unset=True)
     elif isinstance(source, Mapping):
@@ -124,7 +124,7 @@ def resolve_path(config: Config, key: str, value: str) -> Path:
 def _expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # "~name" of nobody on this machine
+    except RuntimeError:  # "~name" of no one on this machine
         return Path(path)
 
 

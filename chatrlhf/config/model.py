@@ -10,7 +10,7 @@ from chatrlhf.config.base import Section
 
 
 class QuantizationKeys(Section):
-    """The weights that these keys make small are frozen, and adapters are trained upon them."""
+    """The weights that these keys make small are frozen, and adapters are trained on them."""
 
     load_in_4bit: bool = False
     load_in_8bit: bool = False
@@ -22,7 +22,7 @@ class QuantizationKeys(Section):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether weights are loaded in few bits."""
+        """Whether weights are loaded quantized."""
         return self.load_in_4bit or self.load_in_8bit
 
     @model_validator(mode="after")
@@ -31,8 +31,8 @@ class QuantizationKeys(Section):
             raise ValueError("load_in_4bit and load_in_8bit: weights have one of these sizes; set one to False")
         if self.is_quantized and not getattr(self, "peft_enable", True):
             raise ValueError(
-                "load_in_4bit and load_in_8bit: weights in few bits cannot be trained; set peft_enable to True, "
-                "and adapters are trained upon them"
+                "load_in_4bit and load_in_8bit: quantized weights cannot be trained; set peft_enable to True, "
+                "and adapters are trained on them"
             )
         return self
 

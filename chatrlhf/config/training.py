@@ -11,7 +11,7 @@ from chatrlhf.config.base import Section
 
 class LaunchKeys(Section):
     """Who deals weights, gradients and optimizer states out over processes (for RL, too, `actor_config` says it), and
-    whether adapters are trained in the place of weights."""
+    whether adapters are trained instead of weights."""
 
     deepspeed_enable: bool = Field(False, description="train by DeepSpeed, as deepspeed_config_path says")
     deepspeed_config_path: str | None = Field(
@@ -28,7 +28,7 @@ class LaunchKeys(Section):
     def _one_launcher(self) -> LaunchKeys:
         if self.deepspeed_enable and self.accelerate_enable:
             raise ValueError(
-                "deepspeed_enable: True and accelerate_enable: True both say who deals out the weights; set one to "
+                "deepspeed_enable: True and accelerate_enable: True both say who shards the weights; set one to "
                 "False (accelerate, too, can run DeepSpeed: then its own configuration file says so)"
             )
         return self
@@ -53,5 +53,5 @@ class OptimizerKeys(Section):
     @classmethod
     def _betas_in_unit_interval(cls, betas: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"each must lie in [0, 1), got {list(betas)}")
+            raise ValueError(f"each must be in [0, 1), got {list(betas)}")
         return betas

@@ -91,7 +91,7 @@ def read_documents(config: Config, notes: list[str]) -> Documents:
 
 
 def entries(config: Config, held_out_share: float) -> list[tuple[MixtureEntry, list[Path]]]:
-    """The stage's datasets, or its one file, and the files they lie in; none where none is named."""
+    """The stage's datasets, or its one file, and the files they are in; none where none is named."""
     section = config.pretrain_config
     if section.train_dataset_path is not None:
         made, path = _own(config, "train_dataset_path", section.train_dataset_path, held_out_share)

@@ -40,7 +40,7 @@ def read_rows(path: Path, faults: Faults | None = None) -> Iterator[Row]:
         faults: is given what is wrong with a row that cannot be read, and the next is read.
 
     Raises:
-        DataError: with file and row, where a row cannot be read and nobody asked for its fault; or the file itself
+        DataError: with file and row, where a row cannot be read and no one asked for its fault; or the file itself
             cannot be read.
     """
     with explained(path):
@@ -95,7 +95,7 @@ class WholeText(Sequence[Row]):
 
 
 def _read(path: Path) -> Iterator[Row | DataError]:
-    """Rows, and in the place of one that cannot be read what is wrong with it."""
+    """Rows, and instead of one that cannot be read what is wrong with it."""
     kind = _kind(path)
     with _opened(path) as file:
         if kind == ".parquet":

@@ -28,7 +28,7 @@ Row = TypeVar("Row")
 
 FEWEST_TO_SPLIT = 10  # below, nothing is held out
 MOST_HELD_OUT = {"actor": 500, "reward": 500, "prompts": 100}
-CORPUS_ROWS = 20_000  # of each dataset of a mixture, for a tokenizer made on the spot
+CORPUS_ROWS = 20_000  # of each dataset of a mixture, for a tokenizer created on the fly
 CORPUS_CHARACTERS = 20_000_000  # of each text of the PRETRAIN stage
 MOST_IN_MEMORY = 200_000  # rows of a mixture; more are read when they are asked for
 
@@ -117,7 +117,7 @@ def read_inputs(config: Config, stages: Sequence[str], needs_judgements: bool) -
 
 
 def corpus(config: Config) -> list[str]:
-    """All text that the configuration's files hold; what a tokenizer made on the spot is trained on.
+    """All text that the configuration's files hold; what a tokenizer created on the fly is trained on.
 
     It is the same whichever stages run, so that they all make the same tokenizer. Of each dataset of a mixture it is
     the beginning.

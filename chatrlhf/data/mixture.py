@@ -210,8 +210,8 @@ def _epochs(
 def _consumed(order: NDArray[np.int64], entry: MixtureEntry, epoch: int) -> NDArray[np.int64]:
     """The rows of one dataset that an epoch sees, some of them more than once.
 
-    An epoch goes on in ``order`` where the one before it stopped, and begins again at its end: no epoch sees rows of an
-    earlier one before all have been seen, and in the long run all are seen equally often.
+    An epoch continues in ``order`` where the one before it stopped, and begins again at its end: no epoch sees rows of
+    an earlier one before all have been seen, and in the long run all are seen equally often.
     """
     number = round(entry.fraction * len(order))
     if entry.size is not None:
@@ -297,7 +297,7 @@ class MixedRows(Sequence[Any]):
 
 
 def _scrambled(digests: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Other numbers for every seed, as good as random (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Other numbers for every seed, as good as random (the finalizer of splitmix64, Steele et al. 2014)."""
     x = digests + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -36,7 +36,7 @@ Draw = Callable[[Conversation], list[Any]]
 def mixture_entry(
     entry: DatasetEntry, config: Config, key: str, draw: Draw, held_out_share: float, held_out_most: int
 ) -> tuple[MixtureEntry, list[Path]]:
-    """A dataset of a mixture, and the files it lies in.
+    """A dataset of a mixture, and the files it is in.
 
     Args:
         key: where the entry stands, for messages.

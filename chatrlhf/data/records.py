@@ -12,7 +12,7 @@ Any of them can say more about the prompt and hold more answers:
     "scored": [{"completion": str, "score": float | null}, ...], "ranked": [{"completion": str, "rank": int}, ...],
     "provenance": {"dataset": str, "row": str, "licence": str, "generated_by": str, "judged_by": str}
 
-or be {"text": str}, plain text for language modelling. Where a row has turns, ``user_input`` is the same prompt as
+or be {"text": str}, plain text for language modeling. Where a row has turns, ``user_input`` is the same prompt as
 one text, for programs that know ChatLLaMA's fields alone. These names become field terms here and nowhere else; rows as
 TRL's users have them become these in `messages.py`. Files are only ever read.
 """

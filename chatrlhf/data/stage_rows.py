@@ -25,7 +25,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class PlainText:
-    """Text for language modelling, all of it trained."""
+    """Text for language modeling, all of it trained."""
 
     text: str
     ends: bool = True  # whether the document ends here, or is cut

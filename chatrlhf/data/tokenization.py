@@ -4,9 +4,9 @@ Three things are kept apart that one call of a tokenizer mixes up:
 
 - Special tokens of the template are tokens; what looks like one in the data (`Rendered.quoted`) is text.
 - A text at the very start may be treated in another way than one behind something (SentencePiece puts a blank
-  before it). A prompt stands at the start. A reply stands behind the prompt, so it is tokenised behind the text that
+  before it). A prompt stands at the start. A reply stands behind the prompt, so it is tokenized behind the text that
   asks for it, and what belongs to that text is cut off again; where a token would reach over the border, the
-  reply is tokenised as if it followed a special token.
+  reply is tokenized as if it followed a special token.
 - Tokens have places in the text, which tells what of a prompt an assistant said.
 """
 
@@ -68,7 +68,7 @@ class Tokenization:
         raise DataError(f"the tokenizer joins text with the special token before it ({text[:40]!r}); use another one")
 
     def following_lengths(self, texts: Sequence[Rendered], before: str) -> list[int]:
-        """How many `following_ids` each has; many are tokenised at once."""
+        """How many `following_ids` each has; many are tokenized at once."""
         if self._backend is None or any(OURS.search(text.text) for text in texts):
             return [len(self.following_ids(text, before)) for text in texts]
         opening = ANCHOR + self._replaced(Rendered(before))
@@ -111,7 +111,7 @@ class Tokenization:
         return [any(a <= start < b for a, b in moved) for start, _ in encoded.offsets]
 
     def lengths(self, texts: Sequence[Rendered]) -> list[int]:
-        """How many `ids` each has; many are tokenised at once, which takes less time."""
+        """How many `ids` each has; many are tokenized at once, which takes less time."""
         if self._backend is None or any(OURS.search(each.text) for each in texts):
             return [len(self.ids(each)) for each in texts]
         return [len(ids) for ids in self._encoded_many([self._replaced(text) for text in texts])]
@@ -238,7 +238,7 @@ class Tokenization:
         return moved
 
     def _by_parts(self, rendered: Rendered) -> list[int]:
-        """For tokenizers written in Python: what stands between special tokens is tokenised by itself."""
+        """For tokenizers written in Python: what stands between special tokens is tokenized by itself."""
         ids: list[int] = []
         start = 0
         for a, b in [*self._special_spans(rendered), (len(rendered.text),) * 2]:

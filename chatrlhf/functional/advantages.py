@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, "High-Dimensional Continuous Control", eq. 11-16).
+    """Generalized advantage estimation (Schulman et al. 2016, "High-Dimensional Continuous Control", eq. 11-16).
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  return_t = A_t + V_t.
     The last real token is terminal, whether it is EOS or the length limit: V behind it is 0.
@@ -62,9 +62,9 @@ def group_normalised(scores: Tensor, group_ids: Tensor, epsilon: float = 1e-4) -
         [B]. The deviation is the sample's (Bessel-corrected), as in the published implementations.
     """
     total, count = _group_sums(scores, group_ids)
-    centred = scores - total / count
-    squares, _ = _group_sums(centred**2, group_ids)
-    return centred / (torch.sqrt(squares / (count - 1)) + epsilon)
+    centered = scores - total / count
+    squares, _ = _group_sums(centered**2, group_ids)
+    return centered / (torch.sqrt(squares / (count - 1)) + epsilon)
 
 
 def _group_sums(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def ranking_accuracy(predicted: Sequence[float], given: Sequence[float]) -> floa
 
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Confidence interval of a share of ``count`` trials (Wilson 1927); 95 % at z = 1.96."""
-    centre = share + z * z / (2 * count)
+    center = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)

@@ -24,7 +24,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
         cliprange: eps.
 
     Returns:
-        [B, R], to be minimised.
+        [B, R], to be minimized.
     """
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange)

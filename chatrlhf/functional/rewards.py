@@ -15,7 +15,7 @@ def shape_scores(
     scale: float,
     missing_eos_penalty: float | None,
 ) -> Tensor:
-    """Clip, then scale, then penalise: the score that enters the rewards.
+    """Clip, then scale, then penalize: the score that enters the rewards.
 
     Args:
         raw_scores: [B] as the reward gave them.

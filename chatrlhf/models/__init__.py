@@ -1,1 +1,1 @@
-"""Models: how they are made or loaded, and the topologies that PPO trains."""
+"""Models: how they are made or loaded, and the actor-critics that PPO trains."""

@@ -31,7 +31,7 @@ from chatrlhf.runtime.cpu_parallel import run_in_parallel
 
 @dataclass
 class Evaluation:
-    """A topology's view of given responses; every field [B, R] float32, 0 where masked."""
+    """An actor-critic's view of given responses; every field [B, R] float32, 0 where masked."""
 
     logprobs: Tensor
     values: Tensor | None
@@ -42,8 +42,8 @@ class Evaluation:
 class DetachPoint:
     """A place between a policy's trunk and its head at which a backward stops, to be taken up again.
 
-    The trunk's can run beside a critic's then (`lanes.py`). The head, over a whole vocabulary, has no counterpart in a
-    critic, whose core would be left without work.
+    The trunk's can run beside a critic's then (`cpu_parallel.py`). The head, over a whole vocabulary, has no
+    counterpart in a critic, whose core would be left without work.
     """
 
     def __init__(self, below: Tensor) -> None:
@@ -77,7 +77,7 @@ class ActorCritic(nn.Module):
         """Log-probabilities of the sampled tokens, values before each, and entropies where asked for.
 
         Args:
-            seam: the caller can do with a backward in two parts; a topology gives one where that is of use.
+            detach_point: the caller accepts a backward in two parts; an actor-critic gives one where that is of use.
         """
         logits = response_logits(self.policy, sequences)
         logprobs, entropy = response_logprobs(logits, sequences, self.distribution, with_entropy)

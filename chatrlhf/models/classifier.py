@@ -105,7 +105,7 @@ class LazyClassifier:
 
 
 def is_used_as_it_is(section: RewardConfig, stages: list[str], trained: Path) -> bool:
-    """Whether the reward is a classifier that nobody trains further: there is nothing to train it on, or no such stage.
+    """Whether the reward is a classifier that no one trains further: there is nothing to train it on, or no such stage.
 
     Args:
         trained: folder of the REWARD stage's model, which comes first where it is there.

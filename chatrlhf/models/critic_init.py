@@ -1,4 +1,4 @@
-"""Where PPO's value function comes from, and the topology that puts it beside the policy."""
+"""Where PPO's value function comes from, and the actor-critic that puts it beside the policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from chatrlhf.models.weight_sharing import copy_sharing_frozen, merged_copy, wit
 ALL_BLOCKS = -1  # of `trainer_config.num_layers_unfrozen`
 
 
-def make_topology(
+def make_actor_critic(
     policy: nn.Module,
     tokenizer: Any,
     reward: RewardScorer | None,
@@ -48,8 +48,8 @@ def make_topology(
         reward: the trained reward model, None where a function gives the reward.
         reward_name: `reward_config.model`. A critic of that name means the trained reward model, as in ChatLLaMA.
         unfrozen: `trainer_config.num_layers_unfrozen`, blocks of the policy that are trained.
-        adapters: trained in the place of a critic's own weights, which then are those of what it starts from.
-        base: where the policy's weights are, or those that its adapters stand upon.
+        adapters: trained instead of a critic's own weights, which then are those of what it starts from.
+        base: where the policy's weights are, or those that its adapters are built on.
 
     Raises:
         ConfigError: a critic that is named cannot be one, or the policy's blocks cannot be parted like that.
@@ -103,7 +103,7 @@ def _with_critic(
         head = ScalarHead(hidden, mlp).zero_().to(device)
     if adapters is not None:
         if named:
-            backbone.requires_grad_(False)  # nobody else has it: it need not be copied
+            backbone.requires_grad_(False)  # no one else has it: it need not be copied
         critic = with_lora(backbone, adapters, base)
         line += ", trained by adapters"
     elif named and not has_adapters(backbone):

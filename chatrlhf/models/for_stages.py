@@ -1,4 +1,4 @@
-"""The models that stages start from, by the names in their sections: made on the spot, from a folder, from the hub."""
+"""The models that stages start from, by the names in their sections: made on the fly, of a folder, of the hub."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from chatrlhf.models.weight_sharing import Base
 def load_actor(
     config: ActorConfig, texts: list[str], device: torch.device, precision: str | None = None
 ) -> tuple[nn.Module, Any]:
-    """The model that `actor_config.model` names, in float32 or in few bits, and its tokenizer.
+    """The model that `actor_config.model` names, in float32 or quantized, and its tokenizer.
 
     Args:
         texts: what the tokenizer of `model: tiny` is trained on.
@@ -101,7 +101,7 @@ def load_policy(
     Args:
         apart: adapters stay adapters, and are trained on; otherwise they are merged into the weights.
         section: how it is to be held, where it is not made anew: attention, frozen embeddings, and with a
-            ``precision`` weights in few bits under adapters.
+            ``precision`` quantized weights under adapters.
     """
     key = "actor_config.model"
     if apart and base_of(str(folder)) is not None:
@@ -125,7 +125,7 @@ def new_reward_model(
         actor_folder: the fine-tuned actor, for `model: actor`; None where there is none, and then the actor's
             own starting point is taken.
         texts: what the tokenizer of `model: tiny` is trained on.
-        adapters: trained in the place of the backbone's weights; those that the fine-tuned actor has go on.
+        adapters: trained instead of the backbone's weights; those that the fine-tuned actor has go on.
     """
     config = whole.reward_config
     actor = whole.actor_config.model_copy(update={"attn_implementation": config.attn_implementation})
@@ -168,10 +168,10 @@ def new_reward_model(
 def trained_reward_model(
     folder: Path, config: RewardConfig, device: torch.device, base: Base | None = None, keep_adapters: bool = False
 ) -> RewardScorer:
-    """The reward model of an earlier REWARD stage, or the folder that `reward_config.model` names; nobody trains it.
+    """The reward model of an earlier REWARD stage, or the folder that `reward_config.model` names; no one trains it.
 
     Args:
-        base: weights in memory that its adapters may stand upon.
+        base: weights in memory that its adapters may be built on.
         keep_adapters: as of `load_reward_model`.
     """
     scorer = load_reward_model(require_reward_model(folder, config), device, base, keep_adapters)

@@ -47,8 +47,8 @@ class SplitModel:
         self.lower = _named([*below, self.tap, *map(_PassThrough, above)])
         if not self._is_exact():
             raise ConfigError(
-                f"{KEY}: {unfrozen} cannot be had for a {model.config.model_type}: its top blocks ({kind}) need more "
-                "than the hidden states that enter them; set it to -1"
+                f"{KEY}: {unfrozen} is not supported for a {model.config.model_type}: its top blocks ({kind}) need "
+                "more than the hidden states that enter them; set it to -1"
             )
 
     def freeze(self) -> None:
@@ -106,7 +106,7 @@ class SplitModel:
 
 
 class FrozenTrunk(ActorCritic):
-    """Another topology, evaluated from captured states.
+    """Another actor-critic, evaluated from captured states.
 
     Its critic takes part where it stands on the same frozen blocks: as a head on the policy, or as a copy of it. One
     with blocks of its own (a reward model) reads the ids.
@@ -221,7 +221,7 @@ class _CaptureInput(_PassThrough):
 
 
 class _InjectHidden(_PassThrough):
-    """The block itself, given captured states in the place of its input."""
+    """The block itself, given captured states instead of its input."""
 
     states: Tensor | None = None
 

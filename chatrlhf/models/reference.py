@@ -11,7 +11,7 @@ from chatrlhf.models.weight_sharing import copy_sharing_frozen
 
 
 class Reference:
-    """A model that nobody trains."""
+    """A model that no one trains."""
 
     def __init__(self, model: nn.Module, distribution: SamplingDistribution) -> None:
         self.model, self.distribution = model.eval().requires_grad_(False), distribution
@@ -24,7 +24,7 @@ class Reference:
 
 
 def reference_of(policy: nn.Module, distribution: SamplingDistribution) -> Reference:
-    """The reference of a policy as it is now, upon the weights of it that are not trained.
+    """The reference of a policy as it is now, on the weights of it that are not trained.
 
     Of a policy with adapters that is the policy with those it has now: without them it would be their base, which is
     not what fine-tuning has made.

@@ -160,7 +160,7 @@ def load_reward_model(
     """A trained reward model; calling it with (prompts, completions) scores exactly as in training.
 
     Args:
-        base: weights in memory that its adapters stand upon where they were trained upon the same.
+        base: weights in memory that its adapters are built on where they were trained on the same.
         keep_adapters: they are not merged, for a critic that trains them further.
         kwargs: for `from_pretrained`.
 
@@ -242,8 +242,8 @@ def read_backbone(
 ) -> tuple[nn.Module, str]:
     """A reward model's backbone, and where its weights are.
 
-    Adapters upon whole weights are merged into them, unless others stand upon these; upon few bits they stay apart,
-    or what they add would be rounded away.
+    Adapters on whole weights are merged into them, unless others are built on these; on quantized weights they stay
+    apart, or what they add would be rounded away.
 
     Args:
         settings: of `saved_settings`.

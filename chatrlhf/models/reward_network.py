@@ -1,4 +1,4 @@
-"""The network of a reward model: a backbone, a scalar head, pooling by mask, and its normalisation."""
+"""The network of a reward model: a backbone, a scalar head, pooling by mask, and its normalization."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class RewardModel(nn.Module):
         self.backbone.gradient_checkpointing_enable(**kwargs)
 
     def raw(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """The head's output before normalisation, [B], for ids [B, T] padded on either side.
+        """The head's output before normalization, [B], for ids [B, T] padded on either side.
 
         Args:
             token_type_ids: [B, T], with ``own`` pooling; None: as the separator says, where there is one.
@@ -135,12 +135,12 @@ class RewardModel(nn.Module):
         return (columns * read).argmax(dim=1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
-        """What TRL's RewardTrainer expects: ``.logits`` [B, 1], before normalisation."""
+        """What TRL's RewardTrainer expects: ``.logits`` [B, 1], before normalization."""
         return SequenceClassifierOutput(logits=self.raw(input_ids, attention_mask)[:, None])
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Normalised scores, [B] float32."""
-        # Not `raw` itself: a model that is dealt out over ranks comes together where it is called.
+        """Normalized scores, [B] float32."""
+        # Not `raw` itself: a model that is sharded over ranks comes together where it is called.
         return self.scale * self(input_ids, attention_mask).logits[:, 0] + self.shift
 
 

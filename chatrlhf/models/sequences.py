@@ -134,7 +134,7 @@ def response_logits(model: nn.Module, sequences: Sequences, states: Tensor | Non
     """A model's logits for the real response tokens; [N, V] with rows of no meaning behind, as above.
 
     Args:
-        model: a transformers model with a language-modelling head.
+        model: a transformers model with a language-modeling head.
         states: `response_states` of its backbone, where the caller has them.
     """
     if head_is_plain(model):

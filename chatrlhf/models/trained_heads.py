@@ -146,7 +146,7 @@ def _from_classifier(whole: Config, tokenizer: Any, apart: bool) -> _Start:
     bits = quantization_of(config, config.precision, "reward_config")
     model = reward_model_of(load_sequence_classifier(name, KEY, config, bits, apart))
     pairs = reads_pairs(tokenizer)
-    # It reads as it does where nobody trains it (`Classifier`).
+    # It reads as it does where no one trains it (`Classifier`).
     template = FORMATS["raw"] if pairs else None
     if tokenizer.chat_template:
         template = get_template(OWN, "reward_config.template", tokenizer, day=whole.day)

@@ -1,7 +1,7 @@
-"""Several models upon one set of weights in memory.
+"""Several models on one set of weights in memory.
 
-Where a policy is trained by adapters, its reference, its critic and its reward model may stand upon the same base.
-Each has modules of its own, and the weights in them that nobody trains are the very same: no model has to be told
+Where a policy is trained by adapters, its reference, its critic and its reward model may be built on the same base.
+Each has modules of its own, and the weights in them that no one trains are the very same: no model has to be told
 which of several adapters to use, and two of them can run side by side.
 """
 
@@ -33,13 +33,13 @@ from chatrlhf.models.loading.rope import same_positions
 
 @dataclass
 class Base:
-    """Weights that a policy's adapters stand upon, and that others may stand upon, too."""
+    """Weights that a policy's adapters are built on, and that others may be built on, too."""
 
     policy: nn.Module  # with its adapters
     place: str  # folder or hub id
 
     def matches(self, folder: Path, settings: Any, quantization: dict[str, Any] | None) -> bool:
-        """Whether the adapters in a folder were trained upon the same weights, at the same positions, as held here.
+        """Whether the adapters in a folder were trained on the same weights, at the same positions, as held here.
 
         Args:
             settings: the configuration that their base had.
@@ -67,7 +67,7 @@ def share_weights(first: nn.Module, second: nn.Module) -> bool:
 
 
 def copy_sharing_frozen(model: nn.Module) -> nn.Module:
-    """A copy upon the very weights that are not trained, since they will stay equal; what adapters add is copied."""
+    """A copy on the very weights that are not trained, since they will stay equal; what adapters add is copied."""
     shared: dict[int, Any] = {
         id(each): each for name, each in model.named_parameters() if not each.requires_grad and not is_adapter(name)
     }
@@ -88,7 +88,7 @@ def copy_without_adapters(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def merged_copy(model: nn.Module) -> nn.Module:
-    """A copy in weights of its own, all trained: with what adapters add to them, and in float32 if in few bits."""
+    """A copy in weights of its own, all trained: with what adapters add to them, and in float32 if quantized."""
     added = {name: layer.get_delta_weight(TRAINED) for name, layer in adapted_weights(model).items()}
     bare = copy_without_adapters(model)
     read_back = in_whole_weights(bare, added)

@@ -1,6 +1,6 @@
 """Which rows each rank works on, and how the ranks' shares become the rollout batch again.
 
-A rank samples and scores the responses to neighbouring prompts. Then the shares are put together, so that every rank
+A rank samples and scores the responses to neighboring prompts. Then the shares are put together, so that every rank
 holds the whole batch and whitening, KL and reward scaling are the same numbers everywhere without any more being said.
 In the update each rank takes rows of every minibatch: about as many tokens as the others, or, where a frozen trunk's
 states lie with the rank that sampled a row, those rows.
@@ -82,7 +82,7 @@ def update_rows(lengths: Tensor, trunk_rows: Tensor | None) -> Tensor:
     """The rows of a minibatch that this rank learns from, [n] int64 on the CPU: all in one process, else maybe none.
 
     Args:
-        lengths: [B] int64 on the CPU, tokens of each row; the longest are dealt out first, there and back again.
+        lengths: [B] int64 on the CPU, tokens of each row; the longest are assigned first, there and back again.
         trunk_rows: as in Experience; rows then stay where their states are.
     """
     if trunk_rows is not None:

@@ -48,7 +48,7 @@ def leave_one_out_advantages(scored: ScoredRollout, how: Estimation) -> tuple[Te
 
 
 def group_advantages(scored: ScoredRollout, how: Estimation) -> tuple[Tensor, None]:
-    """Scores normalised within their group; the KL term stands in the loss."""
+    """Scores normalized within their group; the KL term stands in the loss."""
     advantages = group_normalised(scored.scores, scored.rollout.prompts.group_ids)
     return advantages[:, None] * scored.rollout.response_mask, None
 

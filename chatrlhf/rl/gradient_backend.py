@@ -197,7 +197,7 @@ def save_trained(actor_critic: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def load_trained(actor_critic: nn.Module, path: Path) -> None:
-    """Read what `save_trained` wrote of a topology with the same fingerprint."""
+    """Read what `save_trained` wrote of an actor-critic with the same fingerprint."""
     saved = load_file(path)
     for name, weight in _trained(actor_critic).items():
         weight.copy_(saved[name])

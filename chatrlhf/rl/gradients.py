@@ -40,7 +40,7 @@ class Gradients:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Add what a backward has left with the weights, and let go of it there."""
+        """Add what a backward has left with the weights, and free it there."""
         if not self.flat:
             self._make_room()
         for i, weight in enumerate(self.weights):

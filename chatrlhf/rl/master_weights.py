@@ -26,8 +26,8 @@ class MasterWeights:
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        # Frozen weights too, or what is saved would not have the bytes that were loaded. Those that adapters stand
-        # upon are not saved.
+        # Frozen weights too, or what is saved would not have the bytes that were loaded. Those that adapters are built
+        # on are not saved.
         kept = {
             id(each): each
             for module, is_base in [(module, has_adapters(module)) for module in modules]
@@ -44,7 +44,7 @@ class MasterWeights:
         return iter(self._masters)
 
     def groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Optimizer groups with masters in the place of the weights that have one."""
+        """Optimizer groups with masters instead of the weights that have one."""
         return [group | {"params": [self._master_of.get(id(p), p) for p in group["params"]]} for group in groups]
 
     def working_params(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -105,7 +105,7 @@ def prepare_models(
 
 
 def to_bfloat16(*modules: nn.Module) -> None:
-    """Make weights bfloat16; what lies in few bits, and buffers such as rotary frequencies, stay as they are."""
+    """Make weights bfloat16; quantized weights, and buffers such as rotary frequencies, stay as they are."""
     for module in modules:
         for parameter in module.parameters():
             if parameter.is_floating_point():

@@ -61,7 +61,7 @@ class PPOTrainer:
     checkpoint_steps: int = 1000
     held_out: HeldOut | None = None
     eval_interval: int | None = None
-    sharding: Sharding = None  # how the updater's states are dealt out
+    sharding: Sharding = None  # how the updater's states are sharded
     done: Progress = field(default_factory=Progress)  # before the run is resumed
 
     before: HeldOutReport | None = None  # the held-out prompts before the first step

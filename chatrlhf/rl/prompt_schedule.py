@@ -1,4 +1,4 @@
-"""Which prompts each step samples, as a function of seed and step alone, so that a resumed run goes on the same."""
+"""Which prompts each step samples, as a function of seed and step alone, so that a resumed run continues the same."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from chatrlhf.functional.rewards import shape_scores
 
 @dataclass
 class RewardScaling:
-    """Clips, scales and penalises scores; ``running`` and ``ref`` as in trlX.
+    """Clips, scales and penalizes scores; ``running`` and ``ref`` as in trlX.
 
     ``running`` divides by the standard deviation of all scores seen so far, ``ref`` by that of the first
     rollout batch (the reference model's own) or by a given one. The mean is never subtracted.

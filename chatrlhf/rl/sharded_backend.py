@@ -34,10 +34,10 @@ MakeEngine = Callable[[list[nn.Module], list[dict[str, Any]]], Engine]
 
 @dataclass
 class ShardedModels:
-    """A topology that is trained by engines, and its models for everything else."""
+    """An actor-critic that is trained by engines, and its models for everything else."""
 
     trained: ActorCritic  # what the engines hold
-    whole: ActorCritic  # what samples and scores: the same object, but where weights are dealt out, too
+    whole: ActorCritic  # what samples and scores: the same object, but where weights are sharded, too
     parts: list[Part]
     engines: list[Engine]
     fingerprint: str
@@ -96,14 +96,14 @@ def shard_actor_critic(
     device: torch.device,
     keep_frozen: bool,
 ) -> ShardedModels:
-    """Hand a topology over to engines, one for each of its parts.
+    """Hand an actor-critic over to engines, one for each of its parts.
 
     Args:
-        topology: on ``device``, or in the CPU's memory.
+        actor_critic: on ``device``, or in the CPU's memory.
         frozen: other models, which may share frozen weights with it; they are moved to ``device``.
         prepare: what is done to the models that are trained, and to no others, before engines have them.
         groups: as from `parameter_groups`.
-        with_weights: weights are dealt out, too. The engines then get a copy, and the topology itself is left without
+        with_weights: weights are sharded, too. The engines then get a copy, and the actor-critic itself is left without
             what is trained, until it is `gathered_params`; what is frozen stays there.
         dtype: of all products.
         keep_frozen: whether frozen weights are to be saved again.
@@ -115,7 +115,7 @@ def shard_actor_critic(
     as_loaded = {name: each.data for name, each in whole.named_parameters() if keep_frozen and id(each) not in trained}
     for module in (whole, *frozen):
         for each in module.parameters():
-            if id(each) not in trained and each.is_floating_point():  # not so what lies in few bits
+            if id(each) not in trained and each.is_floating_point():  # not quantized weights
                 each.data = each.data.to(device, dtype)
     if with_weights:
         memo: dict[int, Any] = {}
@@ -128,7 +128,7 @@ def shard_actor_critic(
             module.to(device)  # their buffers
     prepare(actor_critic)
     parts = actor_critic.parts()
-    if with_weights and _overlap(parts):  # one weight cannot be dealt out twice
+    if with_weights and _overlap(parts):  # one weight cannot be sharded twice
         parts = ActorCritic.parts(actor_critic)
     # An optimizer makes the groups that it is given its own, so they are told apart first.
     shares = [_groups_of(part, groups) for part in parts]
@@ -137,7 +137,7 @@ def shard_actor_critic(
 
 
 def _overlap(parts: list[Part]) -> bool:
-    """Whether parts have a weight in common: a frozen one, as under a critic upon the policy's base."""
+    """Whether parts have a weight in common: a frozen one, as under a critic on the policy's base."""
     seen = [{id(each) for module in part.modules for each in module.parameters()} for part in parts]
     return sum(map(len, seen)) > len(set().union(*seen))
 

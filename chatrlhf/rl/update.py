@@ -39,7 +39,7 @@ class UpdateSettings:
 
 @dataclass
 class Updater:
-    """Improves a topology by one rollout's experience."""
+    """Improves an actor-critic by one rollout's experience."""
 
     actor_critic: ActorCritic
     algorithm: Algorithm

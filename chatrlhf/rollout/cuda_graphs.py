@@ -165,7 +165,7 @@ class Graphs:
             step()
 
     def _record(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Record a step without taking it. A model that cannot be recorded goes on kernel by kernel."""
+        """Record a step without taking it. A model that cannot be recorded continues kernel by kernel."""
         graph = torch.cuda.CUDAGraph()
         try:
             # The outer stream is the current one: where recording fails, PyTorch leaves its own in its place.
@@ -173,7 +173,7 @@ class Graphs:
                 step()
         except RuntimeError as error:
             self.records = False
-            warnings.warn(f"decoding goes on without CUDA graphs, which could not be recorded: {error}", stacklevel=2)
+            warnings.warn(f"decoding continues without CUDA graphs, which could not be recorded: {error}", stacklevel=2)
             return
         self.graphs[key], self.pool = graph, graph.pool()
 
@@ -194,7 +194,7 @@ class Graphs:
         waits = [str(each.message) for each in said if "synchronizing CUDA operation" in str(each.message)]
         if waits:
             self.records = False
-            warnings.warn(f"decoding goes on without CUDA graphs, because the model waits: {waits[0]}", stacklevel=2)
+            warnings.warn(f"decoding continues without CUDA graphs, because the model waits: {waits[0]}", stacklevel=2)
 
     def _step_aside(self, step: Callable[[], None]) -> None:
         """A step on a stream of its own, as recording needs it beforehand."""
@@ -221,7 +221,7 @@ class GraphState:
 
 
 def weight_addresses(model: nn.Module) -> list[tuple[int, torch.dtype]]:
-    """Where a model's weights lie."""
+    """Where a model's weights are."""
     return [(each.data_ptr(), each.dtype) for each in model.parameters()]
 
 
@@ -248,7 +248,7 @@ class StaticDecoding(Decoding):
 
     def _begin(self, slots: Slots, mask: Tensor, cache: DynamicCache, of_row: Tensor) -> None:
         refilled = self.size < len(self.prompt_ids)
-        # Where slots are refilled, what nobody needs is dropped once it is a block, and looked for once a block.
+        # Where slots are refilled, what no one needs is dropped once it is a block, and looked for once a block.
         spare = self.look_every + (2 * WIDTH if refilled else 0)
         width = -(-(mask.shape[1] + slots.ids.shape[1] + spare) // WIDTH) * WIDTH
         held = self.store.fitting(self.context.model, slots, len(cache.layers), width)

@@ -138,7 +138,7 @@ class Decoding:
         slots.active &= ~ended & (slots.length < slots.max_new_tokens)
 
     def _retire_and_refill(self) -> bool:
-        """See who has ended and give their slots to others; False once nobody is left."""
+        """See who has ended and give their slots to others; False once no one is left."""
         if self.context.stop:
             self._check_stop()
         slots, waiting = self.slots, len(self.ids) - self.admitted

@@ -24,7 +24,7 @@ from chatrlhf.types import PromptBatch, Rollout
 class RolloutEngine:
     """Samples one response a prompt row, token by token, at most ``chunk_size`` rows side by side.
 
-    A row that has ended makes room for the next prompt where the model's memory allows that (`cache.all_in_place`);
+    A row that has ended makes room for the next prompt where the model's memory allows that (`kv_cache.all_in_place`);
     otherwise, and by an encoder–decoder, one chunk is decoded after the other.
 
     Every row draws with its own stream of uniform numbers, made from the seed and the row's place in the
@@ -40,8 +40,8 @@ class RolloutEngine:
     stop: list[str] = field(default_factory=list)
     chunk_size: int | None = None
     look_every: int | None = None  # steps between two looks at who has ended; None: as the device likes it
-    static: bool | None = None  # decode by recorded steps (`graphs.py`); None: on a GPU
-    moves_weights: bool = True  # may put them elsewhere in memory, for `direct.py`
+    static: bool | None = None  # decode by recorded steps (`cuda_graphs.py`); None: on a GPU
+    moves_weights: bool = True  # may put them elsewhere in memory, for `llama_cpu.py`
 
     def __post_init__(self) -> None:
         self.graphs = GraphStore()

@@ -1,7 +1,7 @@
 """Decoding by an encoder–decoder: prompts are read once, and responses begin at the decoder's start token.
 
 All rows of a chunk stand at the same place of the decoder, as models need that count positions from there (BART); so
-rows that have ended leave, and nobody takes their place before the chunk is done.
+rows that have ended leave, and no one takes their place before the chunk is done.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ class VllmSampler:
             raise ConfigError(f"{BACKEND}: 'vllm' samples for one process, got {world_size()}; use 'chatrlhf'")
         if not self.policy.name_or_path:
             raise ConfigError(
-                f"{BACKEND}: vLLM reads the model's files, and this policy was made on the spot; run --type ACTOR "
+                f"{BACKEND}: vLLM reads the model's files, and this policy was created on the fly; run --type ACTOR "
                 "first, or name a model in actor_config.model"
             )
         if not (self.limits.min_new_tokens or self.limits.min_length):
@@ -324,7 +324,7 @@ def wait_for_server(url: str, seconds: float) -> None:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=min(HEALTH_SECONDS, seconds)):
                 return
-        except (OSError, http.client.HTTPException) as error:  # nobody there, an error status, no answer, no HTTP
+        except (OSError, http.client.HTTPException) as error:  # no one there, an error status, no answer, no HTTP
             reason = error
         if time.monotonic() >= deadline:
             raise ConfigError(

@@ -68,7 +68,7 @@ def _step_of(checkpoint: Path) -> int:
 
 @dataclass
 class StageFiles:
-    """Where a stage on TRL's trainer keeps what it writes, and whether it goes on from there."""
+    """Where a stage on TRL's trainer keeps what it writes, and whether it continues from there."""
 
     stage: str
     store: CheckpointStore

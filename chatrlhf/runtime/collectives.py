@@ -4,7 +4,7 @@ A launch of several processes (torchrun, accelerate, deepspeed) is data parallel
 Where a stage asks for nothing else, each holds all weights and gradients are added up once an optimizer step; how
 DeepSpeed or FSDP2 deal them out is `sharding`. In one process each function here is the identity.
 
-What is agreed upon goes through the CPU (gloo), gradients through the device they are on (nccl on GPUs).
+What is agreed on goes through the CPU (gloo), gradients through the device they are on (nccl on GPUs).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def gather_results(work: Callable[[], T]) -> list[T]:
     """What ``work`` gives on every rank, in the order of ranks.
 
     Raises:
-        UserError: on all ranks alike, where it was raised on one: nobody is left waiting.
+        UserError: on all ranks alike, where it was raised on one: no one is left waiting.
     """
     if world_size() == 1:
         return [work()]

@@ -89,7 +89,7 @@ class Manifest:
         self._save()
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
-        """Mark a stage as done; its outputs are in place. Every rank goes on with rank 0's record."""
+        """Mark a stage as done; its outputs are in place. Every rank continues with rank 0's record."""
         begun = {name: each for name, each in self.stages.get(stage, {}).items() if name in ("made_from", "settings")}
         self.stages[stage] = {"status": "done", "finished_at": _now(), **record, **begun}
         self._save()
@@ -122,7 +122,7 @@ class Manifest:
                 shutil.copy2(self.run_dir / name, target / name)
         self.stages.pop(stage, None)
         self._save()
-        note(f"{stage}: results of an earlier run were moved to {target} (--resume goes on with a run instead)")
+        note(f"{stage}: results of an earlier run were moved to {target} (--resume continues with a run instead)")
 
     def _save(self, **extra: Any) -> None:
         if not is_main():

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that training honours at its next safe point."""
+"""SIGTERM and Ctrl-C as a request that training honors at its next safe point."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Weights, gradients and optimizer states dealt out over processes, by DeepSpeed or by FSDP2; never by code of ours."""
+"""Weights, gradients and optimizer states sharded over processes, by DeepSpeed or by FSDP2; never by code of ours."""

@@ -29,7 +29,7 @@ class DeepSpeed:
 
     @property
     def stage(self) -> int:
-        """1 deals out optimizer states, 2 gradients too, 3 weights too."""
+        """1 shards optimizer states, 2 gradients too, 3 weights too."""
         return int(self.settings["zero_optimization"].get("stage", 0))
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ def fresh_state() -> None:
 
 
 def _forget() -> None:
-    """Have the libraries forget that a model was dealt out."""
+    """Have the libraries forget that a model was sharded."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

@@ -10,17 +10,17 @@ from chatrlhf.errors import CheckpointError
 from chatrlhf.runtime.collectives import world_size
 from chatrlhf.sharding.accelerate_env import Sharding
 
-SHARDING = "sharding.json"  # beside states that lie as they were dealt out
+SHARDING = "sharding.json"  # beside states that lie as they were sharded
 
 
 def write_sharding(folder: Path, sharding: Sharding) -> None:
-    """Write down how the states in a checkpoint are dealt out, where they are."""
+    """Write down how the states in a checkpoint are sharded, where they are."""
     if sharding is not None:
         (folder / SHARDING).write_text(json.dumps(_described(sharding)) + "\n", encoding="utf-8")
 
 
 def check_sharding(folder: Path, sharding: Sharding) -> None:
-    """Refuse a checkpoint whose states were dealt out in another way: DeepSpeed cannot deal them out anew.
+    """Refuse a checkpoint whose states were sharded in another way: DeepSpeed cannot reshard them.
 
     Raises:
         CheckpointError: it says how it was.

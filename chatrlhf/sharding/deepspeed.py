@@ -1,4 +1,4 @@
-"""A part of a topology trained by DeepSpeed: ZeRO-1, 2 or 3 (Rajbhandari et al. 2020), with offload where asked for."""
+"""DeepSpeed engine of a part of an actor-critic: ZeRO-1, 2 or 3 (Rajbhandari et al. 2020), with or without offload."""
 
 from __future__ import annotations
 

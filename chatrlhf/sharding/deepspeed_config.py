@@ -139,7 +139,7 @@ def completed(settings: dict[str, Any], source: str, step: Optimization) -> dict
 
 
 def filled(settings: dict[str, Any], step: Optimization) -> dict[str, Any]:
-    """The JSON with the YAML's values in the place of "auto"."""
+    """The JSON with the YAML's values instead of "auto"."""
     settings = copy.deepcopy(settings)
     for known in step.known():
         node, last = _node(settings, known.key)

@@ -1,4 +1,4 @@
-"""What trains a part of a topology whose states are dealt out: one interface over DeepSpeed and FSDP2."""
+"""What trains a part of an actor-critic whose states are sharded: one interface over DeepSpeed and FSDP2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Engine(Protocol):
         """Clip, step and forget the gradient; returns its norm before."""
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer as they are dealt out."""
+        """Write weights and optimizer as they are sharded."""
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with as many ranks."""

@@ -1,4 +1,4 @@
-"""A part of a topology trained by FSDP2 (torch's `fully_shard`), as accelerate was configured for it."""
+"""A part of an actor-critic trained by FSDP2 (torch's `fully_shard`), as accelerate was configured for it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ WRAPPER = "_checkpoint_wrapped_module."  # in names, where a wrapper computes ac
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model that has all but its weights, made before they are dealt out: what is done to it then, hooks
+    """A copy of a model that has all but its weights, made before they are sharded: what is done to it then, hooks
     and all, the copy knows nothing of."""
     bare = {id(each): nn.Parameter(each.detach().to("meta"), each.requires_grad) for each in model.parameters()}
     return copy.deepcopy(model, bare)

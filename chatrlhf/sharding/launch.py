@@ -35,7 +35,7 @@ COMMAND = "accelerate launch --config_file artifacts/config/accelerate/4xA100.ya
 
 
 def sharding_of(config: Config, stage: str) -> Sharding:
-    """Who deals out what a stage trains; None where every process has all of it.
+    """Who shards what a stage trains; None where every process has all of it.
 
     Raises:
         ConfigError: a switch asks for what this launch or installation does not have, or the YAML and the launcher's
@@ -70,7 +70,7 @@ def check_launch(config: Config, stages: list[str]) -> None:
         _check_fp16(config, stage, sharding)
         if getattr(config, SECTION[stage]).is_quantized and shards_params(sharding):
             raise ConfigError(
-                f"{SECTION[stage]}.load_in_4bit, load_in_8bit: {sharding} would deal out weights that lie in few bits, "
+                f"{SECTION[stage]}.load_in_4bit, load_in_8bit: {sharding} would shard weights that are quantized, "
                 'which bitsandbytes cannot read in parts; use DeepSpeed with "stage": 2, which leaves them whole'
             )
     asked = "FSDP" if is_on(FSDP) else "DeepSpeed" if is_on(DEEPSPEED) else None

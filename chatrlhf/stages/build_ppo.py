@@ -67,9 +67,9 @@ def assemble_ppo(
     """The trainer that the configuration describes.
 
     Args:
-        topology, reference: with one sampling distribution; on ``device``, or, where weights are sharded out, in the
+        actor_critic, reference: with one sampling distribution; on ``device``, or, where weights are sharded, in the
             CPU's memory.
-        sharding: who deals out what is trained; None: every process has all of it.
+        sharding: who shards what is trained; None: every process has all of it.
         reward: a reward model of its own: what else was made from its weights has a copy.
         rows: prompts, and held-out prompts where there are any.
         done: before the run is resumed.
@@ -145,7 +145,7 @@ def _updater(
     log: RunLog,
     done: Progress,
 ) -> Updater:
-    """What improves the topology, whose models and the frozen ones are made ready for the hot path."""
+    """What improves the actor-critic, whose models and the frozen ones are made ready for the hot path."""
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
     precision = resolve_rl_precision(trainer.precision, device)
     groups = actor_critic.parameter_groups(trainer.actor_lr, trainer.critic_lr)

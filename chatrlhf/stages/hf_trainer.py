@@ -110,7 +110,7 @@ def eval_batch_size(micro: int, max_sequence_length: int) -> int:
 
 
 class StageCallback(TrainerCallback):
-    """Logs, publishes checkpoints, honours a request to stop, and evaluates and saves at the last step."""
+    """Logs, publishes checkpoints, honors a request to stop, and evaluates and saves at the last step."""
 
     def __init__(
         self,
@@ -175,14 +175,14 @@ def run_trainer(
         make_trainer: given the callback and whether the run starts at its beginning, the trainer.
         every: optimizer steps between two lines on a plain output.
         sharding: who deals the model out.
-        needed_by_all: whether all ranks go on with the model; else one that was dealt out is rank 0's, to be saved.
+        needed_by_all: whether all ranks go on with the model; else one that was sharded is rank 0's, to be saved.
 
     Returns:
-        The trained model: ``model`` itself, but for one that was dealt out.
+        The trained model: ``model`` itself, but for one that was sharded.
 
     Raises:
         Interrupted: a signal asked to stop; a checkpoint is there.
-        CheckpointError: the checkpoints are damaged, of another model, or dealt out in another way.
+        CheckpointError: the checkpoints are damaged, of another model, or sharded in another way.
     """
     files.begin(model)
     stage, store = files.stage, files.store
@@ -210,7 +210,7 @@ def run_trainer(
             if trainer.total_steps == done:
                 log.note(f"{stage}: all its {done} steps were trained before, there is nothing left to do")
         for weight in model.parameters():
-            # TRL makes adapters upon few bits bfloat16, in which small steps would be lost.
+            # TRL makes adapters on quantized weights bfloat16, in which small steps would be lost.
             if weight.requires_grad:
                 weight.data = weight.data.float()
         writes = doing(f"{stage}: training, with checkpoints in", store.folder)
@@ -234,7 +234,7 @@ def run_trainer(
 
 
 def _release(trainer: Any) -> None:
-    """Free what a dealt out model has left in memory besides its weights."""
+    """Free what a sharded model has left in memory besides its weights."""
     engine = trainer.model_wrapped
     if hasattr(engine, "destroy"):  # DeepSpeed's
         engine.destroy()

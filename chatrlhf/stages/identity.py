@@ -112,7 +112,7 @@ def _hashed(file: Path, size: int, modified: int, inode: int) -> str:
 
 
 def _commit(name: str, revision: str | None, file: str) -> str | None:
-    """The commit of a model on the hub, as it lies in the hub's cache."""
+    """The commit of a model on the hub, as it is in the hub's cache."""
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 

@@ -1,4 +1,4 @@
-"""PRETRAIN, the stage before the three: long plain text, for a model that is stretched, or that is made on the spot."""
+"""PRETRAIN, the stage before the three: language modeling on long plain text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train_on_text(
     seed: int,
     sharding: Sharding = None,
 ) -> nn.Module:
-    """Train ``model`` to predict every token of its rows, in place unless it is dealt out, and return it.
+    """Train ``model`` to predict every token of its rows, in place unless it is sharded, and return it.
 
     Args:
         encoder: of which only what it does with plain text matters.
@@ -121,7 +121,7 @@ def _rows(
             )
         return tokens, write_stream(documents.held_out, encoder, MOST_HELD_OUT * length, folder / "held_out")
 
-    barrier()  # nobody may still be removing an earlier run's
+    barrier()  # no one may still be removing an earlier run's
     tokens, aside = gather_results(write)[0]
     passes = rows * length / tokens
     log.note(
@@ -134,7 +134,7 @@ def _rows(
 
 
 def run_pretrain(ctx: RunContext) -> dict[str, Any]:
-    """PRETRAIN: language modelling on plain text; leaves ``pretrained/``, from which the actor starts."""
+    """PRETRAIN: language modeling on plain text; leaves ``pretrained/``, from which the actor starts."""
 
     config, actor, documents = ctx.config.pretrain_config, ctx.config.actor_config, require(ctx.inputs.pretrain)
     model, tokenizer = load_actor(actor, corpus(ctx.config), ctx.device, config.precision)

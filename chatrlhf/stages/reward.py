@@ -63,7 +63,7 @@ def train_reward_model(
     seed: int,
     sharding: Sharding = None,
 ) -> None:
-    """Train the reward model in ``scorer`` and set its normalisation.
+    """Train the reward model in ``scorer`` and set its normalization.
 
     Raises:
         DataError: no row fits the context.
@@ -219,7 +219,7 @@ class _TargetCollator:
 
 
 def _trainer_class(pairwise: bool) -> Any:
-    """TRL's trainer, or the same with a squared error on standardised scores."""
+    """TRL's trainer, or the same with a squared error on standardized scores."""
     from trl import RewardTrainer
 
     class PairwiseTrainer(RewardTrainer):

@@ -10,7 +10,7 @@ import torch
 from chatrlhf.config.load import load_peft_config
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.inputs import corpus
-from chatrlhf.models.critic_init import make_topology
+from chatrlhf.models.critic_init import make_actor_critic
 from chatrlhf.models.for_stages import load_actor, load_policy, trained_reward_model
 from chatrlhf.models.loading.lora import add_adapters, base_of, has_adapters, where
 from chatrlhf.models.loading.model_info import trained_count
@@ -46,22 +46,22 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
     done.num_steps(trainer_config)  # refused, if it is, before models are loaded
     if ctx.resume and checkpoint is None:
         ctx.log.note("RL: no checkpoint was published yet, so it starts at its beginning")
-    # What will be dealt out need not fit on one device first.
+    # What will be sharded need not fit on one device first.
     place = torch.device("cpu") if shards_params(sharding) else ctx.device
     policy, encoder, base = _starting_policy(ctx, place)
-    upon = Base(policy, base) if has_adapters(policy) else None
+    shared = Base(policy, base) if has_adapters(policy) else None
     reward_scorer = None
     if ctx.reward is None:
         # A critic that is trained by adapters trains those of the reward model further: on the base that is saved.
         apart = config.critic_config.peft_enable
-        reward_scorer = trained_reward_model(ctx.dir / "reward", config.reward_config, ctx.device, upon, apart)
+        reward_scorer = trained_reward_model(ctx.dir / "reward", config.reward_config, ctx.device, shared, apart)
     reward: RewardSource = ctx.reward or ModelReward(reward_scorer, encoder)
     distribution = sampling_distribution(config, encoder, policy, ctx.log.note)
     # What gen_kwargs names besides ends the replies of the policy that is left behind, too.
     ends = stop_tokens(policy, encoder.tokenizer).ids
     write_stop_tokens(policy, tuple(dict.fromkeys([*ends, *distribution.eos_token_ids])))
     algorithm = ALGORITHMS[trainer_config.algorithm]
-    actor_critic, critic_line = make_topology(
+    actor_critic, critic_line = make_actor_critic(
         policy,
         encoder.tokenizer,
         reward_scorer,
@@ -74,9 +74,9 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
         base,
     )
     actor_critic.to(place)
-    if upon is not None:
-        critic_line += "; the policy is trained by adapters, its reference stands upon the same weights"
-    if upon is not None and reward_scorer is not None and share_weights(policy, reward_scorer.model):
+    if shared is not None:
+        critic_line += "; the policy is trained by adapters, its reference is built on the same weights"
+    if shared is not None and reward_scorer is not None and share_weights(policy, reward_scorer.model):
         critic_line += ", and so does the reward model"
     broadcast(actor_critic.parameters())
     reference = actor_critic.reference()
@@ -109,7 +109,7 @@ def _starting_policy(ctx: RunContext, device: torch.device) -> tuple[torch.nn.Mo
 
     Returns:
         The policy, with the adapters that it is trained by; its encoder; where its weights are, or those that its
-        adapters stand upon.
+        adapters are built on.
     """
     settings = ctx.config.actor_config
     precision = resolve_rl_precision(ctx.config.trainer_config.precision, ctx.device)

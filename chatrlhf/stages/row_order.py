@@ -1,6 +1,6 @@
 """In which order a stage on TRL's trainers sees its rows: a function of seed and epoch alone.
 
-So a run that is resumed goes on with the batches that it would have had, and every rank knows all of them.
+So a run that is resumed continues with the batches that it would have had, and every rank knows all of them.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def train_actor(
     seed: int,
     sharding: Sharding = None,
 ) -> nn.Module:
-    """Fine-tune ``model``, in place unless it is dealt out, and return it. Rows beyond the context are dropped.
+    """Fine-tune ``model``, in place unless it is sharded, and return it. Rows beyond the context are dropped.
 
     Raises:
         DataError: no row fits the context.
@@ -175,7 +175,7 @@ def run_actor(ctx: RunContext) -> dict[str, Any]:
     )
     if goes_on:
         model = train_on_adapters(ready_for_adapters(model, config.gradient_checkpointing), start.model)
-        ctx.log.note(f"ACTOR: goes on with the adapters of PRETRAIN, {trained_count(model):,} parameters")
+        ctx.log.note(f"ACTOR: continues with the adapters of PRETRAIN, {trained_count(model):,} parameters")
     else:
         model = with_fresh_adapters(ctx, model, start, "ACTOR", config.gradient_checkpointing)
     files, seed = ctx.files("ACTOR", config.n_checkpoints_to_keep), ctx.seed("ACTOR")

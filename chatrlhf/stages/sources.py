@@ -1,4 +1,4 @@
-"""What a stage is made from, by hashes: --resume goes on only where all of it is the same."""
+"""What a stage is made from, by hashes: --resume continues only where all of it is the same."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sources:
         folder = self.trained("PRETRAIN", "pretrained", settings.model)
         if folder is None:
             return settings
-        # Its tokenizer lies beside it; of what adapters belong to the revision goes on to matter.
+        # Its tokenizer lies beside it; of what adapters belong to the revision continues to matter.
         revision = settings.revision if base_of(str(folder)) is not None else None
         return settings.model_copy(update={"model": str(folder), "tokenizer_path": None, "revision": revision})
 

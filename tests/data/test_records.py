@@ -151,7 +151,7 @@ RECORDS = [
     Conversation(Prompt((Turn("user", "a", "Garry"),)), completion="b"),
     Conversation(Prompt((Turn("assistant", "a"),)), completion="b"),
     Conversation(Prompt(narrative="It rains.", reply_name="Bob"), completion="b"),
-    Conversation(text="Once upon a time."),
+    Conversation(text="Long ago."),
     Conversation(Prompt.of("a"), provenance=Provenance("oasst1", "7", "Apache-2.0", "a model", "tree 3", "a judge")),
 ]
 

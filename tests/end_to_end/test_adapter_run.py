@@ -33,7 +33,7 @@ def base(sft, tmp_path) -> Path:
 
 @pytest.fixture
 def config(files, base, tmp_path):
-    """Settings of a run of adapters upon the base, rates high enough for them to matter; with changes."""
+    """Settings of a run of adapters on the base, rates high enough for them to matter; with changes."""
     (tmp_path / "peft.yaml").write_text("r: 4\nlora_alpha: 12\nlora_dropout: 0.0\n")
 
     def made(name: str, **changes):
@@ -89,7 +89,7 @@ def test_rl_goes_on_with_the_actors_adapters_and_is_held_to_them(config, base, t
     result = run(config("run", **changes), reward_fn=length)
     out = capsys.readouterr().out
     assert "ACTOR: trains adapters alone" in out
-    assert "its reference stands upon the same weights" in out
+    assert "its reference is built on the same weights" in out
     for folder in ("actor", "actor_rl"):
         path = tmp_path / "run" / folder
         assert [each.name for each in path.glob("*.safetensors")] == ["adapter_model.safetensors"]
@@ -170,7 +170,7 @@ def test_stretched_positions_are_kept_beside_the_adapters(config, tmp_path, trai
     assert policy_of(trainers[-1]).config.rope_parameters["factor"] == 2.0
 
 
-# ----- weights in few bits
+# ----- quantized weights
 
 FOUR_BITS = {"actor_config__load_in_4bit": True, "actor_config__bnb_4bit_use_double_quant": True}
 
@@ -215,7 +215,7 @@ def test_rl_upon_four_bits_is_held_to_what_sft_made_of_them(config, tmp_path, tr
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
-# ----- reward model and critic upon the policy's weights
+# ----- reward model and critic on the policy's weights
 
 
 @pytest.mark.parametrize("bits", [False, True], ids=["whole", "four bits"])
@@ -223,7 +223,7 @@ def test_rl_upon_four_bits_is_held_to_what_sft_made_of_them(config, tmp_path, tr
 def test_one_base_carries_policy_reference_critic_and_reward_model(
     config, files, base, tmp_path, trainers, start, bits, capsys
 ):
-    """``start``: whether the actor is adapters upon the base, whose reward model goes on with them, or the base."""
+    """``start``: whether the actor is adapters on the base, whose reward model continues with them, or the base."""
     changes = {
         "reward_config__peft_enable": True,
         "critic_config__peft_enable": True,
@@ -241,7 +241,7 @@ def test_one_base_carries_policy_reference_critic_and_reward_model(
         run(made, type=stage)
     out = capsys.readouterr().out
     assert "trains adapters and a head alone" in out and "critic: starts from the reward model, trained by" in out
-    assert "stands upon the same weights, and so does the reward model" in out
+    assert "is built on the same weights, and so does the reward model" in out
     trainer, reward = trainers[-1], tmp_path / "run" / "reward"
     scorer = trainer.scorer.reward.scorer
     actor_critic = trainer.updater.actor_critic

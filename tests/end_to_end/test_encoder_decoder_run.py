@@ -191,7 +191,7 @@ def test_a_run_that_died_is_resumed_to_the_same_bytes(config, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_rl", [True, False], ids=["RL in few bits", "RL in whole weights"])
+@pytest.mark.parametrize("in_rl", [True, False], ids=["RL quantized", "RL in whole weights"])
 def test_adapters_upon_four_bits_learn_and_rl_goes_on_with_them(in_rl, config, base, tmp_path, trainers):
     pytest.importorskip("bitsandbytes")
     adapters = {"actor_config__peft_enable": True, "trainer_config__actor_lr": 3e-2}

@@ -1,4 +1,4 @@
-"""Every family through every stage, in its whole weights, by adapters, and by adapters upon four bits.
+"""Every family through every stage, in its whole weights, by adapters, and by adapters on four bits.
 
 `pytest tests/end_to_end/test_families.py -m "" -s` ends with the table.
 """

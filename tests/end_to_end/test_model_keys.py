@@ -21,7 +21,7 @@ SHORT = {"trainer_config.total_episodes": 16, "trainer_config.eval_interval": No
 
 
 @pytest.fixture
-def topologies(monkeypatch) -> list:
+def actor_critics(monkeypatch) -> list:
     seen = []
     train = PPOTrainer.train
     monkeypatch.setattr(
@@ -49,17 +49,17 @@ def config(files: Path, **changes):
     return load_config(settings(files), SHORT | {name.replace("__", "."): value for name, value in changes.items()})
 
 
-def test_attention_is_the_one_that_is_named(files, sft, tmp_path, trained, topologies):
+def test_attention_is_the_one_that_is_named(files, sft, tmp_path, trained, actor_critics):
     keys = {f"{section}__attn_implementation": "eager" for section in ("actor_config", "reward_config")}
     run(config(files, output_dir=str(tmp_path / "run"), actor_config__model=str(sft / "actor"), **keys))
     sft_model, reward = trained
     assert sft_model.config._attn_implementation == reward.config._attn_implementation == "eager"
-    assert topologies[-1].policy.config._attn_implementation == "eager"
+    assert actor_critics[-1].policy.config._attn_implementation == "eager"
 
 
-def test_attention_of_nobodys_choice_is_this_packages_in_rl(files, sft, topologies):
+def test_attention_of_nobodys_choice_is_this_packages_in_rl(files, sft, actor_critics):
     run(config(files, output_dir=str(sft)), type="RL", reward_fn=length)
-    assert topologies[-1].policy.config._attn_implementation == NAME
+    assert actor_critics[-1].policy.config._attn_implementation == NAME
 
 
 def test_frozen_embeddings_stay_through_all_stages(files, sft, tmp_path):
@@ -99,7 +99,7 @@ def test_a_tokenizer_with_more_tokens_is_refused_or_given_rows(files, sft, tmp_p
 @pytest.mark.parametrize(
     "changes", [{}, {"critic_config__model": "shared"}, {"trainer_config__num_layers_unfrozen": 1}]
 )
-def test_activations_computed_again_change_nothing_that_rl_learns(files, sft, monkeypatch, topologies, changes):
+def test_activations_computed_again_change_nothing_that_rl_learns(files, sft, monkeypatch, actor_critics, changes):
     stats = {}
     for again in (False, True):
         seen = stats.setdefault(again, [])
@@ -110,7 +110,7 @@ def test_activations_computed_again_change_nothing_that_rl_learns(files, sft, mo
         keys = {"trainer_config__gradient_checkpointing": again, "trainer_config__total_episodes": 8}
         run(config(files, output_dir=str(sft), **keys, **changes), type="RL", reward_fn=length)
         monkeypatch.setattr(Updater, "step", step)
-        blocks = [block for each in topologies[-1].backbones() for block in each.base_model.layers]
+        blocks = [block for each in actor_critics[-1].backbones() for block in each.base_model.layers]
         assert all(hasattr(block.forward, "__wrapped__") == again for block in blocks)
     assert len(stats[True]) == len(stats[False]) > 1
     for got, want in zip(stats[True], stats[False], strict=True):

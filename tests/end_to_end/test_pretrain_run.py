@@ -195,11 +195,11 @@ def test_the_actor_goes_on_with_the_adapters_of_pretrain(files, base, tmp_path, 
     run(load_config(still), type="ACTOR")
     first, second = (weights(tmp_path / "run" / name) for name in ("pretrained", "actor"))
     assert first.keys() == second.keys()
-    for name, weight in first.items():  # upon few bits TRL trains adapters in bfloat16
+    for name, weight in first.items():  # on quantized weights TRL trains adapters in bfloat16
         torch.testing.assert_close(second[name].float(), weight, rtol=2**-8 if bits else 0, atol=0)
     assert max(weight.abs().max() for name, weight in first.items() if "lora_B" in name) > 0.01
     run(load_config(moving), type="ACTOR")
-    assert "goes on with the adapters of PRETRAIN" in capsys.readouterr().out
+    assert "continues with the adapters of PRETRAIN" in capsys.readouterr().out
     actor = tmp_path / "run" / "actor"
     after = weights(actor)
     assert any((after[name] - first[name]).abs().max() > 0.01 for name in after)
@@ -208,7 +208,7 @@ def test_the_actor_goes_on_with_the_adapters_of_pretrain(files, base, tmp_path, 
         assert json.loads((tmp_path / "run" / name / BASE_CONFIG).read_text())["rope_parameters"]["factor"] == 2.0
     if not bits:
         return
-    # RL is held to the fine-tuned actor: base, with stretched positions, and adapters as ACTOR left them.
+    # RL is regularized to the fine-tuned actor: base, with stretched positions, and adapters as ACTOR left them.
     run(load_config(adapted(files, base, tmp_path)), type="RL", reward_fn=length)
     policy, reference = trainers[-1].updater.actor_critic.policy, trainers[-1].scorer.reference.model
     stretched = AutoModelForCausalLM.from_pretrained(actor, config=policy.config, dtype=torch.float32).eval()
@@ -260,7 +260,7 @@ def test_a_scaling_that_the_adapters_do_not_know_is_warned_of(files, base, tmp_p
     capsys.readouterr()
     run(load_config(other), type="ACTOR")
     out = " ".join(capsys.readouterr().out.split())
-    assert "its adapters were trained upon rotary positions 'linear' (factor 2" in out and "factor 4" in out
+    assert "its adapters were trained on rotary positions 'linear' (factor 2" in out and "factor 4" in out
 
 
 # ----- stopped, and by several processes

@@ -1,4 +1,4 @@
-"""All three stages by two processes, plain and dealt out by DeepSpeed and FSDP2: the optimizer steps of one process."""
+"""All three stages by two processes, plain and sharded by DeepSpeed and FSDP2: the optimizer steps of one process."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ def improved(files: Path, sft: Path, changes: dict):
 
 
 @pytest.fixture
-def topologies(monkeypatch) -> list:
-    """The topologies that are updated."""
+def actor_critics(monkeypatch) -> list:
+    """The actor-critics that are updated."""
     seen = []
     step = Updater.step
     monkeypatch.setattr(Updater, "step", lambda self, *args: seen.append(self.actor_critic) or step(self, *args))
@@ -50,10 +50,10 @@ def topologies(monkeypatch) -> list:
     ],
     ids=lambda changes: ",".join(map(str, changes.values())) or "separate",
 )
-def test_only_the_top_block_is_trained(files, sft, topologies, changes, capsys):
+def test_only_the_top_block_is_trained(files, sft, actor_critics, changes, capsys):
     stage = improved(files, sft, {"trainer_config.num_layers_unfrozen": 1} | changes)
     assert "all but the top 1 blocks are frozen and shared" in capsys.readouterr().out
-    assert all(isinstance(made, FrozenTrunk) for made in topologies)
+    assert all(isinstance(made, FrozenTrunk) for made in actor_critics)
     before, after = load_file(sft / "actor" / "model.safetensors"), load_file(stage.checkpoint / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
@@ -128,12 +128,12 @@ ADAPTERS = {"actor_config.peft_enable": True}
     ],
     ids=lambda changes: ",".join(map(str, changes.values())) or "separate",
 )
-def test_adapters_are_trained_upon_the_fine_tuned_actor(files, sft, topologies, changes, capsys):
+def test_adapters_are_trained_upon_the_fine_tuned_actor(files, sft, actor_critics, changes, capsys):
     """From the key to the tensors of the policy and its reference, the metric, and what is left on disk."""
     stage = improved(files, sft, ADAPTERS | {"trainer_config.actor_lr": 3e-2} | changes)
     actor = AutoModelForCausalLM.from_pretrained(sft / "actor").eval()
-    assert "its reference stands upon the same weights" in capsys.readouterr().out
-    made = topologies[-1]
+    assert "its reference is built on the same weights" in capsys.readouterr().out
+    made = actor_critics[-1]
     trained = {name for name, p in made.policy.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     ids = torch.arange(2, 30)[None]
@@ -194,8 +194,8 @@ def test_a_run_that_starts_from_saved_adapters_starts_from_their_sum(files, sft,
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--type", "ALL"], "those of 'tiny' are made on the spot; name a model"),
-        (["--type", "ACTOR"], "those of 'tiny' are made on the spot; name a model"),
+        (["--type", "ALL"], "those of 'tiny' are created on the fly; name a model"),
+        (["--type", "ACTOR"], "those of 'tiny' are created on the fly; name a model"),
         (["--type", "RL"], "run --type ACTOR with peft_enable: False before"),
         (["--type", "RL", "--set", "actor_config.peft_config_path=no.yaml"], "file 'no.yaml' does not exist"),
         (["--type", "RL", "--set", "trainer_config.num_layers_unfrozen=1"], "both choose what is trained"),
@@ -246,7 +246,7 @@ def test_the_plan_says_what_is_trained(files, sft, capsys, words, said):
 
 
 class Killed(BaseException):
-    """As if the power had gone: nobody catches it."""
+    """As if the power had gone: no one catches it."""
 
 
 @pytest.mark.parametrize(

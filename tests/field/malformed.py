@@ -364,7 +364,7 @@ YAML_TEXTS: dict[str, str | bytes] = {
     "a quote that is never closed": 'actor_config:\n  model: "base\n',
     "a bracket that is never closed": "actor_config: {model: base\n",
     "a bad indentation": "actor_config:\n  model: base\n    lr: 1\n",
-    "an unknown alias": "actor_config: *nobody\n",
+    "an unknown alias": "actor_config: *missing\n",
     "an alias of itself": "actor_config: &a\n  model: *a\n",
     "aliases without end": BOMB,
     "aliases without end in a section": BOMB + "actor_config: *i\n",

@@ -70,7 +70,7 @@ def content(change):
 
 
 def in_pytorchs_file(change):
-    """A damage: the weights lie in pytorch_model.bin, as what ``change`` makes of them, an object or bytes."""
+    """A damage: the weights are in pytorch_model.bin, as what ``change`` makes of them, an object or bytes."""
 
     def apply(folder: Path) -> None:
         changed = change(load_file(folder / WEIGHTS))

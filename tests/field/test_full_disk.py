@@ -1,4 +1,4 @@
-"""A disk that fills up: said with the file and what to do, and `--resume` goes on once there is room."""
+"""A disk that fills up: said with the file and what to do, and `--resume` continues once there is room."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def change_nothing_that_matters(tree: dict[str, Any], folder: Path) -> None:
 @report(
     "NVIDIA-NeMo/RL#2519",
     "PrimeIntellect-ai/prime-rl#3299",
-    fault="a resume with other data, base weights, tokenizer, template or reward goes on as if they were the same",
+    fault="a resume with other data, base weights, tokenizer, template or reward continues as if they were the same",
     expected="refused by name and place, before a model is loaded; moved files and comments are no change",
 )
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_at_the_end_of_a_run_it_is_said_that_nothing_is_left(tree, capsys, monke
     assert "ACTOR: all its 14 steps were trained before, there is nothing left to do" in capsys.readouterr().out
     run(configured(tree), "ACTOR", resume=True)
     assert "ACTOR: finished before, nothing is left to do, kept" in capsys.readouterr().out
-    # Asked for more, a finished stage goes on.
+    # Asked for more, a finished stage continues.
     run(configured(tree, actor_config__epochs=3), "ACTOR", resume=True)
     assert (
         "ACTOR: finished before, and asked for more: it continues from its last checkpoint" in capsys.readouterr().out
@@ -264,6 +264,6 @@ def test_checkpoints_are_sorted_by_number(tmp_path):
     store = CheckpointStore(tmp_path / "RL", 2, print)
     for step in (999_998, 999_999, 1_000_000):
         store.publish(step, lambda folder: (folder / "state.json").write_text("{}"))
-    (tmp_path / "RL" / "step-of-mine").mkdir()  # no checkpoint, and nobody's to delete
+    (tmp_path / "RL" / "step-of-mine").mkdir()  # no checkpoint, and no one's to delete
     assert store.newest() == (1_000_000, tmp_path / "RL" / "step-1000000")
     assert {path.name for path in (tmp_path / "RL").iterdir()} == {"step-999999", "step-1000000", "step-of-mine"}

@@ -18,7 +18,7 @@ from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import Config, CriticConfig, RewardConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.classifier import is_used_as_it_is, load_classifier
-from chatrlhf.models.critic_init import make_topology
+from chatrlhf.models.critic_init import make_actor_critic
 from chatrlhf.models.for_stages import new_reward_model, require_reward_model
 from chatrlhf.models.own_pooling import token_types
 from chatrlhf.models.trained_heads import has_head
@@ -228,7 +228,7 @@ def test_a_classifier_as_critic_starts_from_its_own_head(kind, adapters, tmp_pat
     words = tokenizer_of("llama")
     config = CriticConfig(model=str(folder), peft_enable=adapters is not None)
     policy = llama(vocab=len(words))
-    actor_critic, line = make_topology(policy, words, None, config, PLAIN, True, adapters=adapters, base="nowhere")
+    actor_critic, line = make_actor_critic(policy, words, None, config, PLAIN, True, adapters=adapters, base="nowhere")
     assert line.startswith(f"critic: {folder}")
     critic, head = actor_critic.value_function()
     rows = [[5, 6, 7], [9, 10, 11, 12]]

@@ -77,7 +77,7 @@ class Says(LogitsProcessor):
 
 
 def assert_generate_stops(folder: Path, *ends: int) -> None:
-    """Plain `generate()`, with what lies in the folder and nothing else."""
+    """Plain `generate()`, with what is in the folder and nothing else."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     for end in ends:
         said = model.generate(torch.tensor([[60, 61]]), max_new_tokens=9, logits_processor=[Says(2, 61, 50, end)])
@@ -188,7 +188,7 @@ def scored(scores: list[float], **scaling) -> torch.Tensor:
 
 @report(
     "huggingface/trl#5773",
-    fault="scores of 1e25: an infinite value loss, a policy gradient of 0, and training goes on",
+    fault="scores of 1e25: an infinite value loss, a policy gradient of 0, and training continues",
     expected="refused before the update, with the two keys that bound scores; scaled or clipped they are learned from",
 )
 def test_scores_whose_squares_overflow_are_refused():
@@ -202,7 +202,7 @@ def test_scores_whose_squares_overflow_are_refused():
 @report(
     "OpenRLHF/OpenRLHF#1120",
     "volcengine/verl#498",
-    fault="a loss becomes NaN, the run goes on and saves weights that say token 0 for ever",
+    fault="a loss becomes NaN, the run continues and saves weights that say token 0 for ever",
     expected="the run ends with the step, the metric and the weight, before anything of that step is saved",
 )
 def test_an_update_that_diverged_is_not_saved():

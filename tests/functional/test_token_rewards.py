@@ -1,4 +1,4 @@
-"""From scores to rewards: the order clip, scale, penalise, and where each part lands."""
+"""From scores to rewards: the order clip, scale, penalize, and where each part lands."""
 
 import pytest
 import torch

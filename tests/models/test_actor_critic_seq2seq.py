@@ -12,7 +12,7 @@ from chatrlhf.data.encoder_seq2seq import Seq2SeqEncoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.actor_critic import SeparateCritic, SharedTrunk
-from chatrlhf.models.critic_init import make_topology
+from chatrlhf.models.critic_init import make_actor_critic
 from chatrlhf.models.for_stages import load_actor, new_reward_model, pooling_for
 from chatrlhf.models.loading.backbone import backbone_of, read_by
 from chatrlhf.models.loading.lora import add_adapters, base_of, save_model, task_type
@@ -40,7 +40,7 @@ def sequences(made):
 
 def actor_critic(family: str = "flan_t5", reward=None, model=None, reward_name=None):
     policy = ENCODER_DECODERS[family](vocab_size=len(WORDS))
-    return make_topology(policy, WORDS, reward, CriticConfig(model=model), PLAIN, True, reward_name)
+    return make_actor_critic(policy, WORDS, reward, CriticConfig(model=model), PLAIN, True, reward_name)
 
 
 def saved(model, folder):
@@ -83,7 +83,7 @@ def test_a_named_encoder_decoder_gets_a_zero_head_and_any_other_is_refused(tmp_p
     with pytest.raises(ConfigError, match="is no encoder-decoder and the actor is one"):
         actor_critic(model=saved(llama(vocab=len(WORDS)), tmp_path / "llama"))
     with pytest.raises(ConfigError, match="is an encoder-decoder and the actor is none"):
-        make_topology(llama(vocab=len(WORDS)), WORDS, None, CriticConfig(model=str(tmp_path / "t5")), PLAIN, True)
+        make_actor_critic(llama(vocab=len(WORDS)), WORDS, None, CriticConfig(model=str(tmp_path / "t5")), PLAIN, True)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -246,7 +246,7 @@ def test_bf16_keeps_float32_of_adapters_and_not_of_the_base():
 
 @pytest.fixture
 def saved(tmp_path):
-    """(SFT folder, folder of adapters upon it, the policy in memory)."""
+    """(SFT folder, folder of adapters on it, the policy in memory)."""
     words = tokenizer()
     base, folder = tmp_path / "actor", tmp_path / "actor_rl"
     llama(vocab=len(words)).save_pretrained(base)

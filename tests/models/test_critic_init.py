@@ -10,7 +10,7 @@ from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import FORMATS
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
-from chatrlhf.models.critic_init import make_topology
+from chatrlhf.models.critic_init import make_actor_critic
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.sequences import join
@@ -36,7 +36,7 @@ def bert() -> BertModel:
 
 def actor_critic(reward=None, model=None, needs_critic=True, policy=None):
     policy = policy or llama(vocab=len(WORDS))
-    return make_topology(policy, WORDS, reward, CriticConfig(model=model), PLAIN, needs_critic)
+    return make_actor_critic(policy, WORDS, reward, CriticConfig(model=model), PLAIN, needs_critic)
 
 
 @pytest.mark.parametrize("mlp_size", [None, 8])

@@ -1,4 +1,4 @@
-"""Mixtures of experts: adapters on parameters that lie in one module, and the router's logits."""
+"""Mixtures of experts: adapters on parameters that are in one module, and the router's logits."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from chatrlhf.config.schema import CriticConfig
 from chatrlhf.errors import ConfigError
 from chatrlhf.models import frozen_trunk
 from chatrlhf.models.actor_critic import PolicyOnly, SeparateCritic, SharedTrunk
-from chatrlhf.models.critic_init import make_topology
+from chatrlhf.models.critic_init import make_actor_critic
 from chatrlhf.models.frozen_trunk import FrozenTrunk, SplitModel, freeze_trunk
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.scalar_head import ScalarHead
@@ -238,7 +238,7 @@ def test_a_critic_with_blocks_of_its_own_is_trained_whole():
 def test_the_factory_freezes_first(model, kind):
     words = tokenizer()
     policy = llama(vocab=len(words), num_hidden_layers=BLOCKS)
-    made, line = make_topology(policy, words, None, CriticConfig(model=model), PLAIN, True, unfrozen=3)
+    made, line = make_actor_critic(policy, words, None, CriticConfig(model=model), PLAIN, True, unfrozen=3)
     assert isinstance(made, FrozenTrunk) and type(made.inner) is kind
     assert line.endswith("all but the top 3 blocks are frozen and shared")
     assert "model.layers.0.self_attn.q_proj.weight" not in names(policy)
@@ -264,7 +264,7 @@ def test_a_model_whose_blocks_need_more_than_states_is_refused(monkeypatch):
         return forward(self, hidden_states, **kwargs) * (1 + self.seen)
 
     monkeypatch.setattr(type(policy.model.layers[0]), "forward", mixing)
-    with pytest.raises(ConfigError, match="num_layers_unfrozen: 2 cannot be had for a llama"):
+    with pytest.raises(ConfigError, match="num_layers_unfrozen: 2 is not supported for a llama"):
         freeze_trunk(policy, 2)
 
 

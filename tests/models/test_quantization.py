@@ -1,4 +1,4 @@
-"""Weights in few bits: frozen, read back as what they are, and gradients that come through them."""
+"""Quantized weights: frozen, read back as what they are, and gradients that come through them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BITS = [
 
 @pytest.fixture
 def loaded(tmp_path):
-    """A model in few bits, as the ACTOR stage trains it; adapters that add something."""
+    """A quantized model, as the ACTOR stage trains it; adapters that add something."""
 
     def load(**keys):
         llama(vocab=258, width=64, intermediate_size=128).save_pretrained(tmp_path)
@@ -46,7 +46,7 @@ def loaded(tmp_path):
 
 
 def whole(model: nn.Module) -> nn.Module:
-    """The same with the weights that its few bits stand for: the slow twin."""
+    """The same with the weights that its quantized weights stand for: the slow twin."""
     import bitsandbytes as bnb
     import bitsandbytes.functional as bits
 

@@ -11,7 +11,7 @@ from tiny import FAMILIES, assert_same_gradients, gradients, llama
 from chatrlhf.models.kernels.rms_norm import patch_rms_norms, rms_norm
 
 CPU = torch.device("cpu")
-REPLACED = {"llama": 5, "qwen2": 5, "qwen3": 9}  # qwen3 normalises queries and keys, too
+REPLACED = {"llama": 5, "qwen2": 5, "qwen3": 9}  # qwen3 normalizes queries and keys, too
 
 
 def test_by_hand():

@@ -16,7 +16,7 @@ BY_8, BY_4 = (RopeScaling(type="linear", factor=factor) for factor in (8, 4))
 
 
 def saved(folder, scaling=None, make=llama, own=None):
-    """Adapters upon a base whose configuration was stretched when they were trained, and is ``own`` on the disk."""
+    """Adapters on a base whose configuration was stretched when they were trained, and is ``own`` on the disk."""
     base = folder / "base"
     for target, stretched in ((base, own), (folder / "adapters", scaling)):
         policy = make()

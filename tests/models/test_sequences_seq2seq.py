@@ -83,7 +83,7 @@ def test_a_causal_policy_reads_joined_rows():
 @pytest.mark.parametrize("make", [alone, separate, shared])
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_logprobs_are_those_of_the_models_own_forward_with_labels(family, make):
-    policy = ENCODER_DECODERS[family]()  # with dropout, until it is part of a topology
+    policy = ENCODER_DECODERS[family]()  # with dropout, until it is part of an actor-critic
     actor_critic = make(policy)
     got = actor_critic.evaluate(paired(actor_critic)).logprobs
     for i, (prompt, response) in enumerate(rows(BATCH)):

@@ -1,4 +1,4 @@
-"""Models upon one set of weights: what is shared, what is not, and what each computes."""
+"""Models on one set of weights: what is shared, what is not, and what each computes."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def write_model(family: str, folder: Path, sentencepiece: bool = False) -> bool:
 
 
 def configuration(case: Case, folder: Path) -> Any:
-    """A run over what lies in ``folder``; all rows are one batch, so that each step's loss is over all of them."""
+    """A run over what is in ``folder``; all rows are one batch, so that each step's loss is over all of them."""
     stage = {"batch_size": len(TRAIN), "micro_batch_size": 4, "epochs": STEPS, "lr": 1e-2, "checkpoint_steps": 1}
     stage |= {"n_checkpoints_to_keep": STEPS, "max_sequence_length": SAMPLING["max_length"], "precision": "fp32"}
     stage |= {"peft_enable": case.lora}

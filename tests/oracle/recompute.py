@@ -177,7 +177,7 @@ def _text(folder: str, reply: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def heads_output(folder: str, prompt: list[int], reply: list[int]) -> Tensor:
-    """What the head of a reward model or critic says behind each token, normalised; [tokens].
+    """What the head of a reward model or critic says behind each token, normalized; [tokens].
 
     A causal model is read behind each token of prompt and reply, an encoder at its first token. An encoder-decoder has
     prompt and reply in its encoder and is read at its decoder's start; a critic of one has the reply in its decoder and

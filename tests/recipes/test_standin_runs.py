@@ -183,7 +183,7 @@ def test_airoboros_is_stretched_pretrained_tuned_merged_and_quantized(recipe, tm
     assert len(lines) == 6 and lines[-1]["loss/train"] < lines[0]["loss/train"]
     pretrained = load_file(run / "pretrained" / "adapter_model.safetensors")
     assert recipe("airoboros_33b_16k", "ACTOR", base, changes) == run
-    assert "goes on with the adapters of PRETRAIN" in capsys.readouterr().out
+    assert "continues with the adapters of PRETRAIN" in capsys.readouterr().out
     lines = steps(run, "ACTOR")
     assert lines[-1]["loss/train"] < lines[0]["loss/train"] - 0.3
     assert base_of(str(run / "actor")) == str(base.resolve())

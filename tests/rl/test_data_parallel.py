@@ -1,4 +1,4 @@
-"""Rows dealt out to ranks: every one somewhere, groups whole, about as much for each, and put back in order."""
+"""Rows assigned to ranks: every one somewhere, groups whole, about as much for each, and put back in order."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_a_parameter_out_of_reach_has_no_gradient_and_counts_in_no_norm():
     sums.forget()
     left_with(group, [1.0, 1.0], [7.0, 7.0, 7.0])
     sums.collect()
-    sums.forget()  # what lies in the buffer from here on is of no meaning
+    sums.forget()  # what is in the buffer from here on is of no meaning
     left_with(group, [3.0, 4.0], None)
     sums.collect()
     sums.finish()

@@ -38,7 +38,7 @@ def experience(rows: int = 8) -> Experience:
 
 
 def both(made) -> tuple:
-    """An updater in float32 and one with a working copy, of equal topologies."""
+    """An updater in float32 and one with a working copy, of equal actor-critics."""
     twin = copy.deepcopy(made)
     return updater(made, lr=1e-3), updater(twin, lr=1e-3, masters=MasterWeights(*twin.backbones()))
 

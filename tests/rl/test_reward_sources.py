@@ -51,7 +51,7 @@ def test_finished_replies_get_the_score_of_their_text(words, template):
 
 
 def test_with_the_same_tokenizer_the_sampled_ids_are_scored():
-    # The policy spelled "no" letter by letter; tokenised anew it could come out otherwise.
+    # The policy spelled "no" letter by letter; tokenized anew it could come out otherwise.
     rollout = said(POLICY, USERS, REPLIES)
     spelled = [WORDS.convert_tokens_to_ids(letter) for letter in "the"] + [WORDS.eos_token_id]
     assert spelled != POLICY.completion("a", "the")[:-1] + [WORDS.eos_token_id]

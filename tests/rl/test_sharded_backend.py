@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Engine:
-    """Gradient descent upon the modules' own weights."""
+    """Gradient descent on the modules' own weights."""
 
     def __init__(self, modules, groups, clip) -> None:
         self.model, self.clip, self.lasts = Root(modules), clip or float("inf"), []

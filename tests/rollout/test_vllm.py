@@ -315,7 +315,7 @@ def test_another_end_without_a_minimum_is_sampled(vllm, folder):
 
 
 def test_a_model_without_files_is_refused(vllm, folder):
-    with pytest.raises(ConfigError, match="made on the spot; run --type ACTOR first"):
+    with pytest.raises(ConfigError, match="created on the fly; run --type ACTOR first"):
         sampler(folder, policy=llama(vocab=VOCAB))
 
 

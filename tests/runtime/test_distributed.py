@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same tokens, gradients, steps and files, and nobody is left waiting."""
+"""Two processes do what one does: the same tokens, gradients, steps and files, and no one is left waiting."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_two_ranks_sample_estimate_and_learn_as_one_process(by_two, one_thread, 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """54 rows in batches of 8: the last batch of an epoch is dealt out unevenly."""
+    """54 rows in batches of 8: the last batch of an epoch is split unevenly."""
     folder = tmp_path_factory.mktemp("files")
     write_files(folder)
     return write_config(folder, actor_config__epochs=2)

@@ -196,7 +196,7 @@ def test_accelerate_has_to_have_started_the_run(monkeypatch):
 
 def test_accelerates_deepspeed_is_taken_with_the_yamls_numbers(monkeypatch):
     launched = {"MIXED_PRECISION": "no", "USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}
-    # Its launcher says 1 where nobody has said anything.
+    # Its launcher says 1 where no one has said anything.
     for name, value in (launched | {"GRADIENT_ACCUMULATION_STEPS": "1"}).items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     config = load_config({"actor_config": {"accelerate_enable": True, "batch_size": 8, "micro_batch_size": 2}})
@@ -276,5 +276,5 @@ def test_states_are_read_only_as_they_were_dealt_out(tmp_path):
 def test_weights_in_few_bits_are_not_dealt_out(tmp_path):
     keys = dict(peft_enable=True, load_in_4bit=True, precision="fp32")
     check_launch(made(tmp_path, {}, **keys), ["ACTOR"])
-    with pytest.raises(ConfigError, match="load_in_4bit, load_in_8bit: DeepSpeed ZeRO-3 would deal out"):
+    with pytest.raises(ConfigError, match="load_in_4bit, load_in_8bit: DeepSpeed ZeRO-3 would shard"):
         check_launch(made(tmp_path, {"zero_optimization": {"stage": 3}}, **keys), ["ACTOR"])

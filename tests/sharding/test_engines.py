@@ -1,4 +1,4 @@
-"""PPO of two processes that deal out what they train, by DeepSpeed and FSDP2: the steps of one process."""
+"""PPO of two processes that shard what they train, by DeepSpeed and FSDP2: the steps of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainers over several ranks: each batch of one process, dealt out."""
+"""TRL's trainers over several ranks: each batch of one process, split over ranks."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_adapters_have_the_identity_of_their_base_too(base, tmp_path):
 
 
 def test_what_is_neither_here_nor_in_the_hubs_cache_is_not_known():
-    assert of_model("nobody/nothing") is None and identity.of_tokenizer("nobody/nothing") is None
+    assert of_model("missing/nothing") is None and identity.of_tokenizer("missing/nothing") is None
 
 
 def test_much_to_read_is_said(base, monkeypatch):

@@ -20,7 +20,7 @@ class Answer:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0  # seconds before the first byte
-    raw: bytes | None = None  # in the place of a chat completion
+    raw: bytes | None = None  # instead of a chat completion
     trickle: float = 0.0  # seconds between two bytes of the body
     cut: bool = False  # the connection ends in the middle of the body
     drop: bool = False  # it ends before the first byte

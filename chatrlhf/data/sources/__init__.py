@@ -86,5 +86,5 @@ def with_input(instruction: str, more: str | None) -> str:
 
 
 def document(text: str) -> Conversation | LeftOut:
-    """Plain text for language modelling."""
+    """Plain text for language modeling."""
     return Conversation(text=text) if text.strip() else LeftOut("empty texts")

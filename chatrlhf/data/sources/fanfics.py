@@ -1,4 +1,4 @@
-"""atom-in-the-universe/fanfics-10k-50k: long stories, for language modelling."""
+"""atom-in-the-universe/fanfics-10k-50k: long stories, for language modeling."""
 
 from __future__ import annotations
 

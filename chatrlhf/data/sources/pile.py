@@ -1,4 +1,4 @@
-"""The Pile, without the parts that are under copyright: documents of many kinds, for language modelling."""
+"""The Pile, without the parts that are under copyright: documents of many kinds, for language modeling."""
 
 from __future__ import annotations
 

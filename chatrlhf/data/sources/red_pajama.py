@@ -1,4 +1,4 @@
-"""togethercomputer/RedPajama-Data-1T-Sample: documents of many kinds, for language modelling."""
+"""togethercomputer/RedPajama-Data-1T-Sample: documents of many kinds, for language modeling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Root-mean-square norms in few passes over memory, in the place of a model's own."""
+"""Root-mean-square norms in few passes over memory, instead of a model's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gated feed-forward networks that keep half as much for their backward, in the place of a model's own."""
+"""Gated feed-forward networks that keep half as much for their backward, instead of a model's own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _states_like(module: nn.Module) -> Tensor:
-    """Something of the device and precision of a module's states, which weights in few bits do not have."""
+    """Something of the device and precision of a module's states, which quantized weights do not have."""
     for weight in module.parameters():
         if weight.is_floating_point():
             return weight

@@ -2,7 +2,7 @@
 
 peft and transformers load what has a name they know, and only log the rest, if that. After each load here peft's own
 result is asked for once more: no tensor of the adapters is missing, none of the file is left over. With that, what was
-loaded is what lies in the file, exactly, and no second copy of the model is needed to compare with.
+loaded is what is in the file, exactly, and no second copy of the model is needed to compare with.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _check_restored(model: nn.Module, folder: str | Path) -> None:
 
 
 def _is_saved_twice(name: str, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a tensor lies in the file under another name, too: peft saves embeddings again where they were resized.
+    """Whether a tensor is in the file under another name, too: peft saves embeddings again where they were resized.
 
     Rows of trained tokens are saved again for the head that is tied to the embeddings.
     """

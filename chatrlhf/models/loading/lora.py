@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA") that are trained in the place of a model's own weights.
+"""Low-rank adapters (Hu et al. 2021, "LoRA") that are trained instead of a model's own weights.
 
 The adapters lie inside the model's linear layers, and the model stays what it was: what samples, scores or saves it
 calls it as it calls any other.
@@ -194,7 +194,7 @@ def _lora_config(model: nn.Module, settings: PeftConfig, revision: str | None) -
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.target_modules or USUAL.get(model.config.model_type, "all-linear"),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's weights lie transposed
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's weights are transposed
         revision=revision,
     )
 

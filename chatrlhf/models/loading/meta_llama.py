@@ -1,4 +1,4 @@
-"""Meta's original LLaMA files, which transformers does not read: recognised, and the way to files that it does."""
+"""Meta's original LLaMA files, which transformers does not read: recognized, and the way to files that it does."""
 
 from __future__ import annotations
 

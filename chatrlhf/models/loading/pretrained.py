@@ -106,7 +106,7 @@ def _from_pretrained(
     section: ActorConfig | RewardConfig | None,
     bits: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A model made by the given configuration, in float32 but for what lies in few bits."""
+    """A model made by the given configuration, in float32 but for quantized weights."""
     kwargs = {"config": settings, **hub_kwargs(section), **(bits or {})}
     if auto is not AutoModel:
         check_generation_config(name, key, kwargs.get("revision"))
@@ -119,7 +119,7 @@ def _from_pretrained(
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """A model on a device. What lies in few bits was put in its place when it was loaded, and cannot be moved."""
+    """A model on a device. Quantized weights were put in their place when they were loaded, and cannot be moved."""
     return model if how_quantized(model) else model.to(device)
 
 
@@ -140,7 +140,7 @@ def match_vocabulary(model: nn.Module, tokenizer: Any, section: ActorConfig | Re
     """Rows for tokens that a model has no embeddings of, where they are asked for.
 
     Raises:
-        ConfigError: there are such tokens, and nobody asked.
+        ConfigError: there are such tokens, and no one asked.
     """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) <= rows:

@@ -1,4 +1,4 @@
-"""Models whose weights lie in 4 or 8 bits, through bitsandbytes."""
+"""Models quantized to 4 or 8 bits, through bitsandbytes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def quantization_of(keys: QuantizationKeys, precision: str, section: str) -> dic
 
 
 def quantization_from(how: dict[str, Any] | None, section: str) -> dict[str, Any]:
-    """What `from_pretrained` is told so that weights lie as `how_quantized` said.
+    """What `from_pretrained` is told so that weights are as `how_quantized` said.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -66,7 +66,7 @@ def quantization_from(how: dict[str, Any] | None, section: str) -> dict[str, Any
 
 
 def how_quantized(model: nn.Module) -> dict[str, Any] | None:
-    """How a model's weights lie in bitsandbytes' few bits, as it can be written down; None where they do not."""
+    """How a model's weights are in bitsandbytes' types, as it can be written down; None where they do not."""
     config = getattr(model.config, "quantization_config", None)
     if getattr(config, "quant_method", None) != "bitsandbytes":  # GPTQ's lie as llmcompressor wrote them
         return None
@@ -75,7 +75,7 @@ def how_quantized(model: nn.Module) -> dict[str, Any] | None:
 
 
 def ready_for_adapters(model: nn.Module, gradient_checkpointing: bool = False) -> nn.Module:
-    """A model with weights in few bits, frozen, through which gradients flow; any other as it is."""
+    """A model with quantized weights, frozen, through which gradients flow; any other as it is."""
     if how_quantized(model) is None:
         return model
     from peft import prepare_model_for_kbit_training
@@ -86,7 +86,7 @@ def ready_for_adapters(model: nn.Module, gradient_checkpointing: bool = False) -
 
 
 def never_repack(model: nn.Module) -> nn.Module:
-    """Keep weights in few bits as they are, whatever is asked of them first; see `REPACKS`."""
+    """Keep quantized weights as they are, whatever is asked of them first; see `REPACKS`."""
     for module in model.modules():
         if hasattr(module, REPACKS):
             setattr(module, REPACKS, False)
@@ -94,19 +94,19 @@ def never_repack(model: nn.Module) -> nn.Module:
 
 
 def states_beside_weights(model: nn.Module) -> list[Any]:
-    """What bitsandbytes keeps beside weights in few bits in order to read them."""
+    """What bitsandbytes keeps beside quantized weights in order to read them."""
     states = [getattr(module, name, None) for module in model.modules() for name in ("quant_state", "state")]
     return [each for each in states if each is not None and not callable(each)]
 
 
 def in_whole_weights(model: nn.Module, added: dict[str, Tensor]) -> set[str]:
-    """Read all weights in few bits back into float32, in place.
+    """Read all quantized weights back into float32, in place.
 
     Args:
         added: what is to be added to them, by the weight's name.
 
     Returns:
-        The names of the weights that lay in few bits.
+        The names of the weights that were quantized.
     """
     read_back: set[str] = set()
     if how_quantized(model) is None:

@@ -15,7 +15,7 @@ STRETCHING = ("linear", "dynamic", "yarn")
 
 
 def stretch_positions(config: Any, scaling: RopeScaling, key: str) -> None:
-    """Write a scaling into a model's configuration, in the place of any that is there.
+    """Write a scaling into a model's configuration, instead of any that is there.
 
     Args:
         config: a transformers configuration.

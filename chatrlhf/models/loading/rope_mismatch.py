@@ -1,6 +1,6 @@
 """Whether adapters meet the rotary positions that they were trained with.
 
-Upon positions that are stretched otherwise they are worse at every length, and nothing else would say so.
+On positions that are stretched otherwise they are worse at every length, and nothing else would say so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def scaling_warning(model: str, asked: RopeScaling | None, heeded: bool = True) 
         if own == trained or (own["rope_type"] == "default" and own["rope_theta"] == trained["rope_theta"]):
             return None
         return (
-            f"{model}: its adapters were trained upon rotary positions {_said(trained)}, and {base} has {_said(own)}; "
+            f"{model}: its adapters were trained on rotary positions {_said(trained)}, and {base} has {_said(own)}; "
             "it is computed as they were trained, but check that this is the base they belong to"
         )
     stretch_positions(settings, asked, KEY)
@@ -45,7 +45,7 @@ def scaling_warning(model: str, asked: RopeScaling | None, heeded: bool = True) 
         return None
     came = "with which they are worse at every length" if heeded else "which is not heeded: they stay as they were"
     return (
-        f"{model}: its adapters were trained upon rotary positions {_said(trained)}, and {KEY} asks for "
+        f"{model}: its adapters were trained on rotary positions {_said(trained)}, and {KEY} asks for "
         f"{_said(wanted)}, {came}; set it to what they were trained with, or train them anew"
     )
 

@@ -1,4 +1,4 @@
-"""A model made on the spot, for a start without any download."""
+"""A model created on the fly, for a start without any download."""
 
 from __future__ import annotations
 

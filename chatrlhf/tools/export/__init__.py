@@ -1,1 +1,1 @@
-"""What is done with finished weights: merged, taken apart and put together, in few bits, on the hub."""
+"""What is done with finished weights: merged, taken apart and put together, quantized, on the hub."""

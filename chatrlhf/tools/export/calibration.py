@@ -1,4 +1,4 @@
-"""Tokens of a user's file: those that a quantisation looks at, and those that its perplexity is measured on."""
+"""Tokens of a user's file: those that a quantization looks at, and those that its perplexity is measured on."""
 
 from __future__ import annotations
 

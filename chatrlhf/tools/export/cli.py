@@ -81,7 +81,7 @@ def _quantize(options: argparse.Namespace) -> Path:
     with doing("--model: quantizing", options.model):
         found = quantize(asked, _warn)
     on = (asked.text or asked.calibration).name
-    title = f"perplexity of {on}" + ("" if asked.text else ", its last tokens, which were not calibrated upon")
+    title = f"perplexity of {on}" + ("" if asked.text else ", its last tokens, which were not calibrated on")
     show_curves(Console(highlight=False, soft_wrap=True), [found.before, found.after], title)
     print(
         f"wrote {options.output}: {found.bytes_after / 1e6:,.1f} MB of weights, before {found.bytes_before / 1e6:,.1f}"
@@ -144,9 +144,7 @@ def _add_quantize(quantize: argparse.ArgumentParser) -> None:
         metavar="N",
         help="gptq: inputs that share a scale (%(default)s)",
     )
-    add(
-        "--samples", type=whole_number(1), default=128, metavar="N", help="gptq: pieces to calibrate upon (%(default)s)"
-    )
+    add("--samples", type=whole_number(1), default=128, metavar="N", help="gptq: pieces to calibrate on (%(default)s)")
     add("--length", type=whole_number(2), default=2048, metavar="N", help="gptq: tokens of a piece (%(default)s)")
     add(
         "--context",

@@ -1,4 +1,4 @@
-"""Weights as their difference to a base's, as StableVicuna was published: nobody gets the base's weights from it.
+"""Weights as their difference to a base's, as StableVicuna was published: no one gets the base's weights from it.
 
 A tensor of the delta is target - base, in the target's type. Where base + delta would round to another number than the
 target's (the sum is taken in float32), that number is kept beside; so what is put together again is the target, bit for

@@ -39,7 +39,7 @@ def refuse_groups(model: nn.Module, group_size: int) -> None:
     if not inputs:
         raise ConfigError(
             f"--method gptq: {model.config.model_type} has no linear layers (nn.Linear) that llmcompressor could "
-            "quantise; take nf4 or int8"
+            "quantize; take nf4 or int8"
         )
     wrong = {name: width for name, width in inputs.items() if width % group_size}
     if not wrong:
@@ -54,7 +54,7 @@ def refuse_groups(model: nn.Module, group_size: int) -> None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Those that are quantised: all but the one that gives the logits."""
+    """Those that are quantized: all but the one that gives the logits."""
     head = model.get_output_embeddings()
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
@@ -66,7 +66,7 @@ def quantize_gptq(model: nn.Module, tokenizer: Any, rows: list[list[int]], group
 
     Args:
         model: on the CPU; a GPU is used a layer at a time where there is one.
-        rows: token ids to calibrate upon, all of one length.
+        rows: token ids to calibrate on, all of one length.
     """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
@@ -100,6 +100,6 @@ def save_gptq(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def bars_on_a_terminal_only() -> Iterator[None]:
-    """The progress bars of llmcompressor and of what reads its files, or none where nobody watches."""
+    """The progress bars of llmcompressor and of what reads its files, or none where no one watches."""
     with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
         yield

@@ -17,7 +17,7 @@ from chatrlhf.tools.export.provenance import origin_of
 TOKEN = "HF_TOKEN"
 CARD = "README.md"
 MOST_SAID = 300  # characters of what the hub answers to a refusal
-MADE_BY_THE_HUB = {".gitattributes"}  # in a repository in which nobody has put anything
+MADE_BY_THE_HUB = {".gitattributes"}  # in a repository in which no one has put anything
 
 
 class Repository:
@@ -52,7 +52,7 @@ class Repository:
         """That the token is one, and that nothing is in the way; nothing is made.
 
         Raises:
-            ConfigError: the repository holds files, or is public, and nobody said that this is wanted.
+            ConfigError: the repository holds files, or is public, and no one said that this is wanted.
             UserError: the hub refuses, or cannot be reached.
         """
         with self._explained():

@@ -34,7 +34,7 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str]
     """Write base + adapters as one model, with tokenizer and template.
 
     Args:
-        warn: is told where the base is stretched otherwise than the one that the adapters were trained upon, and what
+        warn: is told where the base is stretched otherwise than the one that the adapters were trained on, and what
             was changed in its generation_config.json.
 
     Raises:

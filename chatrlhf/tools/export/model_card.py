@@ -8,7 +8,7 @@ from typing import Any
 from chatrlhf.data.sources.catalogue import SOURCES
 
 STAGES = {
-    "PRETRAIN": "language modelling on long text",
+    "PRETRAIN": "language modeling on long text",
     "ACTOR": "supervised fine-tuning",
     "REWARD": "reward model",
     "RL": "reinforcement learning",
@@ -41,7 +41,7 @@ def model_card(repo: str, origin: dict[str, Any], adapters: bool) -> str:
     lines += [
         "## What this card does not say",
         "",
-        "Licence, intended use, and how the model does on anything but the figures above: nobody wrote that down yet.",
+        "Licence, intended use, and how the model does on anything but the figures above: no one wrote that down yet.",
         "The licences of the base model and of the data apply.",
     ]
     return "\n".join(lines) + "\n"

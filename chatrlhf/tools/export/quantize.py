@@ -1,4 +1,4 @@
-"""A model in few bits: by GPTQ, which looks at data, or by bitsandbytes' types, which do not.
+"""A quantized model: by GPTQ, which looks at data, or by bitsandbytes' types, which do not.
 
 What is written loads by `AutoModelForCausalLM.from_pretrained`, and has been loaded like that, and its perplexity
 measured, before it is put in its place.
@@ -53,7 +53,7 @@ class Asked:
     length: int = 2048  # tokens of a piece, as far as the model has positions
     context: int = 512  # tokens of a window of the perplexity
     windows: int = 64
-    dtype: torch.dtype = torch.bfloat16  # of what is not quantised
+    dtype: torch.dtype = torch.bfloat16  # of what is not quantized
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Compared:
 
 
 def quantize(asked: Asked, warn: Callable[[str], None] = print) -> Compared:
-    """Write a model in few bits, with tokenizer and template.
+    """Write a quantized model, with tokenizer and template.
 
     Args:
         warn: is told what was changed in its generation_config.json.
 
     Raises:
-        ConfigError: the options do not go together, the model cannot be quantised, or the output is there already.
+        ConfigError: the options do not go together, the model cannot be quantized, or the output is there already.
         DataError: a file cannot be read or is too short.
     """
     _check(asked)
@@ -141,12 +141,12 @@ def _config(asked: Asked) -> Any:
     with explained("--model", str(asked.model)):
         config = AutoConfig.from_pretrained(asked.model)
     if hasattr(config, "quantization_config"):
-        raise ConfigError(f"--model: the weights of {asked.model} lie in few bits already; name the whole model")
+        raise ConfigError(f"--model: the weights of {asked.model} are quantized already; name the whole model")
     return config
 
 
 def _tokens(asked: Asked, tokenizer: Any, length: int) -> tuple[list[list[int]], torch.Tensor]:
-    """Rows to calibrate upon, and tokens to predict, which are none of these."""
+    """Rows to calibrate on, and tokens to predict, which are none of these."""
     most, rows = asked.samples * length, []
     measured = asked.windows * max(STRIDE, asked.context)
     if asked.calibration is not None:
@@ -179,4 +179,4 @@ def _loaded(folder: Path) -> nn.Module:
 def _words(asked: Asked) -> str:
     if asked.method == GPTQ:
         return f"GPTQ, 4 bits, groups of {asked.group_size}, in the order of activations"
-    return "4 bits, NF4, double quantisation" if asked.method == NF4 else "8 bits (LLM.int8())"
+    return "4 bits, NF4, double quantization" if asked.method == NF4 else "8 bits (LLM.int8())"

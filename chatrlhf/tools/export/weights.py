@@ -44,7 +44,7 @@ class Weights:
             raise ConfigError(f"{key}: the weights in {folder} cannot be read: {wrong}")
         self.files: dict[Path, list[str]] = {path: sorted(headers(path)) for path in files}
         self._file_of = {name: path for path, names in self.files.items() for name in names}
-        # The last file stays open: one of PyTorch's is read whole, and neighbours are asked for one after the other.
+        # The last file stays open: one of PyTorch's is read whole, and neighbors are asked for one after the other.
         self._reader = lru_cache(maxsize=1)(self.reader)
 
     def __contains__(self, name: str) -> bool:

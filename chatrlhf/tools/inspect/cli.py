@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from chatrlhf.data.encoder import Encoder
 
-OPENING, CLOSING = "⟦", "⟧"  # around what is trained, where there is no colour
+OPENING, CLOSING = "⟦", "⟧"  # around what is trained, where there is no color
 
 
 def marked(row: ActorRow, encoder: Encoder, loss_on: str, in_colour: bool) -> Text:
-    """The text of a row's tokens; what has a label is underlined, or in brackets where there is no colour."""
+    """The text of a row's tokens; what has a label is underlined, or in brackets where there is no color."""
     ids, labels = encoder.actor_row(row, loss_on)
     text = Text()
     for trained, stretch in groupby(zip(ids, labels, strict=True), key=lambda token: token[1] != IGNORED):

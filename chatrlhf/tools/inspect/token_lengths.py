@@ -1,6 +1,6 @@
 """How many tokens the records of a file have, counted side by side while the next of them are read.
 
-Nearly all of the time goes into tokenising. The fast tokenizers let go of Python's lock while they do, so plain threads
+Nearly all of the time goes into tokenizing. The fast tokenizers release Python's lock while they do, so plain threads
 are enough.
 """
 
@@ -17,7 +17,7 @@ from chatrlhf.conversation import Conversation
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.stage_rows import completions_of, texts_of
 
-CHUNK = 65_536  # characters that are tokenised at once, if they are not of a single record
+CHUNK = 65_536  # characters that are tokenized at once, if they are not of a single record
 OF_A_RECORD = 128  # characters that the rest of a record counts as: there may be no text in it
 THREADS = min(os.cpu_count() or 1, 8)  # beyond that they would wait for the rows
 

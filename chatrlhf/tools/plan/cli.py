@@ -61,7 +61,7 @@ def _compare(names: list[str], where: object, options: argparse.Namespace) -> No
     Console(width=max(Console().width, 150)).print(table)
     print(
         "GB a device needs with one row in a backward, and how many rows fit then. Activations are computed again; PPO "
-        "has a value head on the policy and a reward model of its size, under adapters upon the same weights."
+        "has a value head on the policy and a reward model of its size, under adapters on the same weights."
     )
 
 

@@ -115,7 +115,7 @@ def memory_of(
 def configuration(name: str, way: Way, tokens: int, rows: int) -> Config:
     """A usual one: a reward model like the actor, a value head on the policy, activations computed again."""
     again = {"gradient_checkpointing": True, "max_sequence_length": tokens}
-    # Of PPO by adapters the reward model stands upon the policy's weights.
+    # Of PPO by adapters the reward model is built on the policy's weights.
     reward = {"model": name, **again, **(way.how if way.stage == "RL" else {})}
     rollouts = 8 * rows
     trainer = {

@@ -35,7 +35,7 @@ class Sides:
 class Counted:
     """A stage's rows."""
 
-    rows: int | None  # of an epoch; None: nobody knows
+    rows: int | None  # of an epoch; None: no one knows
     held_out: int
     longest: int  # tokens
     mean: float  # tokens, of what is within the context

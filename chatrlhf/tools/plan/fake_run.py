@@ -1,4 +1,4 @@
-"""A computation on paper: the models' own code on tensors without content, and a ledger of the bytes it holds.
+"""A computation on fake tensors: the models' own code on tensors without content, and a ledger of the bytes it holds.
 
 What a model keeps for its backward is not put down in a formula for each family. Its forward and its backward run as
 they would, operation by operation, on PyTorch's fake tensors, which have a shape and no memory; 13 billion parameters
@@ -220,7 +220,7 @@ def _two_pieces() -> Iterator[None]:
 
 @contextmanager
 def _experts() -> Iterator[None]:
-    """Which expert reads which token is not known on paper; how many tokens they read is."""
+    """Which expert reads which token is not known on fake tensors; how many tokens they read is."""
     own = moe._grouped_mm
     moe._grouped_mm = lambda states, weights, offs: _Grouped.apply(states.to(weights.dtype), weights)
     try:

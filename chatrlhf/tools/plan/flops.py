@@ -22,7 +22,7 @@ from typing import Any
 from chatrlhf.tools.plan.hardware import Device
 
 # Shares of a device's peak that are assumed, of products and of its bandwidth in decoding. Well-tuned runs reach them;
-# adapters, short rows and weights in few bits reach less.
+# adapters, short rows and quantized weights reach less.
 UTILISATION, OF_BANDWIDTH = 0.4, 0.6
 
 
@@ -78,7 +78,7 @@ def training_forwards(share_trained: float, checkpointing: bool) -> float:
 
 
 def seconds(flop: float, device: Device, in_bf16: bool, ranks: int) -> float | None:
-    """Of products, dealt out over devices; None where the device's peak is not known."""
+    """Of products, split over devices; None where the device's peak is not known."""
     peak = device.peak if in_bf16 else device.peak_fp32
     return flop / (peak * UTILISATION * ranks) if peak else None
 

@@ -1,6 +1,6 @@
-"""A process's heap on paper: what a CPU run has from the system is more than its tensors.
+"""A process's heap on fake tensors: what a CPU run has from the system is more than its tensors.
 
-glibc hands out the smallest hole that is large enough, joins neighbouring holes, and takes more from the system where
+glibc hands out the smallest hole that is large enough, joins neighboring holes, and takes more from the system where
 none is. A process's memory is therefore all up to the heap's end, holes included (see malloc(3), mallopt(3)).
 """
 
@@ -54,7 +54,7 @@ class Heap:
         return start, size
 
     def give(self, start: int, size: int) -> None:
-        """Make a hole, one with its neighbours; at the end it goes back to the system, unless it is kept."""
+        """Make a hole, one with its neighbors; at the end it goes back to the system, unless it is kept."""
         self.live -= size
         if (before := self._ends.get(start)) is not None:
             size += self._starts[before]

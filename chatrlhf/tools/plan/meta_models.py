@@ -1,4 +1,4 @@
-"""The models that a configuration names, on paper: their modules, without weights."""
+"""The models that a configuration names, on fake tensors: their modules, without weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Models:
     notes: list[str] = field(default_factory=list)
 
     def settings(self, name: str, key: str, section: Any = None) -> Any:
-        """A model's configuration; where it cannot be had, one with the dimensions that the package knows.
+        """A model's configuration; where it is not available, one with the dimensions that the package knows.
 
         Raises:
             MissingError: neither is there.
@@ -61,7 +61,7 @@ class Models:
         return settings
 
     def actor(self) -> nn.Module:
-        """As the ACTOR stage trains it: in few bits and under adapters, where that is asked for."""
+        """As the ACTOR stage trains it: quantized and under adapters, where that is asked for."""
         actor, model = self.config.actor_config, self._language_model()
         if actor.peft_enable:
             self._compress(model, actor, self.in_bf16(actor.precision))
@@ -108,11 +108,11 @@ class Models:
         """Another of the same build, with whole weights of its own."""
         return self.paper.materialize(self._drawn(AutoModel, backbone.config, None))
 
-    def upon(self, backbone: nn.Module, adapters: PeftConfig, keys: QuantizationKeys) -> nn.Module:
-        """Another upon the same weights, trained by adapters of its own.
+    def on_base(self, backbone: nn.Module, adapters: PeftConfig, keys: QuantizationKeys) -> nn.Module:
+        """Another on the same weights, trained by adapters of its own.
 
         Args:
-            keys: how the weights lie.
+            keys: how the weights are.
         """
         model = self._drawn(AutoModel, backbone.config, None)
         self._compress(model, keys, self.rl_in_bf16())

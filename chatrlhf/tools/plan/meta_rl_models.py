@@ -1,4 +1,4 @@
-"""The models of the RL stage on paper, put together as `stages/rl.py` and `make_topology` do."""
+"""The models of the RL stage on fake tensors, put together as `stages/rl.py` and `make_actor_critic` do."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from chatrlhf.tools.plan.rl_memory import PREPARATION
 from chatrlhf.tools.plan.sft_reward_memory import Phase
 
 
-def topology_of(config: Config, policy: nn.Module, critic: tuple[nn.Module | None, ScalarHead] | None) -> ActorCritic:
-    """What `make_topology` gives, without tokenizers.
+def actor_critic_of(
+    config: Config, policy: nn.Module, critic: tuple[nn.Module | None, ScalarHead] | None
+) -> ActorCritic:
+    """What `make_actor_critic` gives, without tokenizers.
 
     Args:
         critic: its backbone, None where that is the policy's or shares its frozen blocks, and its head; None without.
@@ -50,14 +52,14 @@ def topology_of(config: Config, policy: nn.Module, critic: tuple[nn.Module | Non
 
 
 def reward_of(models: Models, policy: nn.Module) -> RewardModel:
-    """The trained reward model; by adapters upon the policy's weights where it was made of the same ones."""
+    """The trained reward model; by adapters on the policy's weights where it was made of the same ones."""
     config, reward = models.config, models.config.reward_config
     same = reward.model in ("actor", config.actor_config.model)
     bits = [(each.load_in_4bit, each.load_in_8bit) for each in (reward, config.actor_config)]
     if not (same and reward.peft_enable and config.actor_config.peft_enable and bits[0] == bits[1]):
         return models.reward_model().requires_grad_(False).eval()
     adapters = load_peft_config(config, "reward_config")
-    backbone = models.upon(backbone_of(policy), adapters, reward)
+    backbone = models.on_base(backbone_of(policy), adapters, reward)
     head = models.head(backbone, reward.model_head_hidden_size)
     return RewardModel(backbone, head, pooling_of(backbone.config)).requires_grad_(False).eval()
 
@@ -79,7 +81,7 @@ def critic_of(
         mlp_size = models.config.reward_config.model_head_hidden_size
     head = models.head(start, mlp_size)
     if config.peft_enable:
-        return models.upon(start, load_peft_config(models.config, "critic_config"), keys), head
+        return models.on_base(start, load_peft_config(models.config, "critic_config"), keys), head
     if start is backbone_of(policy) and not has_adapters(policy):
         return None, head
     return models.like(start), head

@@ -1,4 +1,4 @@
-"""Linear layers whose weights lie in few bits, as bitsandbytes has them; it cannot pack what has no content."""
+"""Linear layers with quantized weights, as bitsandbytes has them; it cannot pack what has no content."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _rl_lines(config: Config, planned: Planned) -> Iterator[str]:
         blocks = planned.made.dimensions.layers
         yield f"  RL: trains the top {t.num_layers_unfrozen} of {blocks} blocks"
     if config.actor_config.peft_enable:
-        yield f"  RL: trains adapters of rank {load_peft_config(config).r}, or goes on with the actor's"
+        yield f"  RL: trains adapters of rank {load_peft_config(config).r}, or continues with the actor's"
     critic = config.critic_config.model
     if not ALGORITHMS[t.algorithm].needs_critic:
         yield "  critic: none"

@@ -76,7 +76,7 @@ def rollout_batch(config: Config, ranks: int, context: int, prompt: int | None) 
 
 
 def sequences_of(rows: int, actor_critic: ActorCritic, batch: RolloutBatch, paper: FakeDevice) -> Sequences:
-    """Rows of one length as the policy reads them, on paper."""
+    """Rows of one length as the policy reads them, on fake tensors."""
     prompt = torch.zeros(rows, batch.prompt, dtype=torch.long)
     response = torch.zeros(rows, batch.response, dtype=torch.long)
     real = sequences_for(actor_critic.policy.config)(prompt, prompt == 0, response, response == 0)
@@ -100,7 +100,7 @@ def _opened(resident: list[tuple[str, list[Tensor]]], paper: FakeDevice) -> Memo
 
 @torch.no_grad()
 def rollout(actor_critic: ActorCritic, resident: list, batch: RolloutBatch, paper: FakeDevice) -> Phase:
-    """Prompts are read, room is made for the longest response, and its last token is drawn, which nobody reads."""
+    """Prompts are read, room is made for the longest response, and its last token is drawn, which no one reads."""
     policy, tracker = actor_critic.policy, _opened(resident, paper)
     read = _read_by_encoder if is_encoder_decoder(policy.config) else _read_as_one
     with paper.tracking(tracker, padded=True):
@@ -268,7 +268,7 @@ def replace_states(sequences: Sequences, states: Tensor | None) -> Sequences:
 
 
 def dealt_out(phase: Phase, sharding: Sharding, trained: int) -> Phase:
-    """What is trained is dealt out; a policy is whole while it samples, and what is frozen always."""
+    """What is trained is sharded; a policy is whole while it samples, and what is frozen always."""
     parts, host = dict(phase.parts), 0
     if sharding.engine == "deepspeed":
         parts.pop(MASTERS, None)  # they are among its optimizer's states

@@ -7,7 +7,7 @@ import warnings
 from chatrlhf.models.loading.backbone import backbone_of
 from chatrlhf.tools.plan.fake_run import MemoryTracker
 from chatrlhf.tools.plan.meta_models import Models
-from chatrlhf.tools.plan.meta_rl_models import critic_of, made_ready, preparation, reward_of, topology_of
+from chatrlhf.tools.plan.meta_rl_models import actor_critic_of, critic_of, made_ready, preparation, reward_of
 from chatrlhf.tools.plan.rl_memory import (
     CRITIC,
     MASTERS,
@@ -37,12 +37,12 @@ def rl_stage(models: Models, batch: RolloutBatch, sharding: Sharding, has_functi
     critic = critic_of(models, policy, reward)
     with paper.tracking(MemoryTracker()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # torch itself, where it copies
-        actor_critic = topology_of(config, policy, critic)
+        actor_critic = actor_critic_of(config, policy, critic)
         reference = actor_critic.reference()
         for each in (*actor_critic.backbones(), reference.model):
             backbone_of(each)._chatrlhf_packs = False  # rows of one length go side by side
         frozen = [reference.model] + ([reward.backbone] if reward else [])
-        # Where weights are dealt out, models lie in the CPU's memory by then.
+        # Where weights are sharded, models are in the CPU's memory by then.
         prepared = [] if sharding.stage == 3 else preparation(actor_critic, frozen, models)
         masters = made_ready(actor_critic, frozen, models)
     named = [(POLICY, actor_critic.policy), (CRITIC, actor_critic), (REFERENCE, reference.model)]

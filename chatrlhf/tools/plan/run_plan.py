@@ -94,7 +94,7 @@ def plan_run(
     check_settings(
         config, stages, given, run_dir or config.run_dir, models.settings, hardware.count if hardware else None
     )
-    notes = [f"{reason}; the plan goes on without" for reason in missing.values()]
+    notes = [f"{reason}; the plan continues without" for reason in missing.values()]
     encoder, no_tokenizer = encoder_if_there(config, 1 << 30)
     if no_tokenizer:
         notes.append(f"{no_tokenizer}; the plan takes every row to be as long as the context, or as --tokens says")
@@ -245,7 +245,7 @@ def _context(models: Models, stage: str) -> int:
 
 
 def _pairs(section: RewardConfig, rows: Rows | None) -> bool:
-    """Whether a row is two completions; where nobody knows, it is taken to be."""
+    """Whether a row is two completions; where no one knows, it is taken to be."""
     if rows is not None and len(rows.train):
         return isinstance(rows.train[0], Preference)
     return getattr(section, "loss", None) != "regression"

@@ -23,7 +23,7 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 @dataclass(frozen=True)
 class Phase:
-    """What lies in a device's memory where a phase needs the most."""
+    """What is in a device's memory where a phase needs the most."""
 
     name: str
     parts: dict[str, int]  # bytes, by what they are
@@ -163,7 +163,7 @@ def _phases(
 
 
 def _file_gradients(tracker: MemoryTracker, trained: list[nn.Parameter], sharding: Sharding) -> None:
-    """Have each gradient named as one; where they are dealt out, only its part stays."""
+    """Have each gradient named as one; where they are sharded, only its part stays."""
 
     def arrived(parameter: nn.Parameter) -> None:
         tracker.rename(parameter.grad, GRADIENTS)
@@ -190,7 +190,7 @@ def _dealt_out(
 
 
 def numbers(model: nn.Module) -> tuple[int, int]:
-    """(parameters, those that are trained); of layers in few bits the weights they stand for."""
+    """(parameters, those that are trained); of quantized layers the weights they stand for."""
     total = sum(each.numel() for each in model.parameters())
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

@@ -1,6 +1,6 @@
-"""How weights, gradients and optimizer states are dealt out over devices, and what each of them holds then.
+"""How weights, gradients and optimizer states are sharded over devices, and what each of them holds then.
 
-ZeRO (Rajbhandari et al. 2020): stage 1 deals out optimizer states, 2 gradients, too, 3 weights, too, as FSDP2 does.
+ZeRO (Rajbhandari et al. 2020): stage 1 shards optimizer states, 2 gradients, too, 3 weights, too, as FSDP2 does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Sharding:
-    """Who deals out what over how many devices."""
+    """Who shards what over how many devices."""
 
     engine: str = "none"  # none (one device), ddp, deepspeed, fsdp
     ranks: int = 1
@@ -80,7 +80,7 @@ def sharding_of(config: Config, section_name: str, ranks: int) -> Sharding:
     """
     if getattr(config, section_name).deepspeed_enable:
         return from_deepspeed(read_deepspeed_config(config, section_name)[0], ranks)
-    # What accelerate deals out is said where it is launched; without that, it is data parallelism.
+    # What accelerate shards is said where it is launched; without that, it is data parallelism.
     return Sharding("ddp", ranks) if ranks > 1 else Sharding()
 
 

@@ -16,7 +16,7 @@ from chatrlhf.tools.synth.llm import NoAnswer, Reply, Request, TextGenerator, Tr
 FIRST_ALONE = 0.15  # seconds in which the first request shows whether key and model are right
 FIRST_WAIT, LONGEST_BACK_OFF = 0.5, 30.0  # seconds between tries, doubled each time
 TRIES_TO_REACH = 3  # of an endpoint that has not answered anybody yet
-GIVE_UP = 3  # requests without an answer while nobody had one
+GIVE_UP = 3  # requests without an answer while no one had one
 REFUSED_AT_FIRST = 10  # requests that the endpoint refuses before it has answered any
 BYTES_PER_TOKEN = 4  # of English text, roughly
 
@@ -63,7 +63,7 @@ class LLMClient:
     """Asks a generator, each question once.
 
     An answer that the journal holds is taken from there; the same question asked twice at a time is sent once. What
-    fails for a reason that may pass is tried again, after as long as the endpoint says, and nobody else is sent to it
+    fails for a reason that may pass is tried again, after as long as the endpoint says, and no one else is sent to it
     before that; otherwise after twice the time at each try.
     """
 
@@ -89,7 +89,7 @@ class LLMClient:
         self._first_sent: float | None = None
         self._first_over = asyncio.Event()
         self._given_up = self._refused = 0
-        self._over: GenerationError | None = None  # why nobody is asked any more
+        self._over: GenerationError | None = None  # why no one is asked any more
 
     async def ask(self, request: Request) -> Reply:
         """The answer to a request.
@@ -111,7 +111,7 @@ class LLMClient:
         except BaseException as error:
             if not future.done():
                 future.set_exception(error if isinstance(error, Exception) else LimitReached())
-                future.exception()  # nobody else may have asked
+                future.exception()  # no one else may have asked
             raise
         else:
             future.set_result(reply)
@@ -143,7 +143,7 @@ class LLMClient:
         if self._given_up >= GIVE_UP:
             raise GenerationError(
                 f"the endpoint does not answer any more ({reason}); what it has answered is kept, and the same command "
-                "goes on from there"
+                "continues from there"
             )
         raise NoAnswer(f"no answer after {self.limits.retries + 1} tries ({reason})")
 
@@ -168,7 +168,7 @@ class LLMClient:
             await self._release(reserved)
 
     async def _wait_for_turn(self) -> None:
-        """Until nobody has been told to wait, and the first request has shown that there is an endpoint."""
+        """Until no one has been told to wait, and the first request has shown that there is an endpoint."""
         if self._first_sent is None:
             self._first_sent = time.monotonic()
         elif not self._first_over.is_set():

@@ -42,7 +42,7 @@ class Output:
     def check(self, force: bool) -> None:
         """Before anything is asked.
 
-        A file of this name that an earlier run of ours has left unfinished, and nobody has changed since, is gone on
+        A file of this name that an earlier run of ours has left unfinished, and no one has changed since, is continued
         with; any other is not overwritten without ``force``.
 
         Raises:

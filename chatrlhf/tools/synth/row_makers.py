@@ -29,7 +29,7 @@ class Made(Generic[T]):
 
     rows: list[T | None] = field(default_factory=list)  # None where there is none
     aside: list[dict[str, Any]] = field(default_factory=list)
-    unanswered: int = 0  # rows for which nobody answered; another run may have them
+    unanswered: int = 0  # rows for which no one answered; another run may have them
     stopped: str | None = None  # by which limit, before all was asked
 
     @property

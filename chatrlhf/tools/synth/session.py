@@ -59,7 +59,7 @@ class Result:
 
     @property
     def unanswered(self) -> int:
-        """Rows for which nobody answered."""
+        """Rows for which no one answered."""
         return sum(made.unanswered for made in self.made)
 
 
@@ -224,4 +224,6 @@ def _report(
 
 def guarded(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a script's command; errors meant for people are one line."""
-    return exit_status(lambda: command(options), "stopped; the same command goes on from here, and asks nothing twice")
+    return exit_status(
+        lambda: command(options), "stopped; the same command continues from here, and asks nothing twice"
+    )

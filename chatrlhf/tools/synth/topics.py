@@ -1,4 +1,4 @@
-"""What a person may talk about with an assistant, where nobody has said."""
+"""What a person may talk about with an assistant, where no one has said."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from chatrlhf.errors import DataError
 TOPICS = (
     "cooking with what is in the house", "baking bread", "a diet for somebody with an allergy", "growing vegetables",
     "looking after a pet", "repairing a bicycle", "a noise in the car", "fixing a dripping tap", "painting a room",
-    "moving house", "saving on heating", "sorting waste", "a quarrel with a neighbour", "a present for a relative",
+    "moving house", "saving on heating", "sorting waste", "a quarrel with a neighbor", "a present for a relative",
     "planning a wedding", "a birthday for children", "raising a teenager", "caring for old parents",
     "planning a journey by train", "packing for a hike", "what to see in a foreign city", "a delayed flight",
     "learning a language", "spelling and grammar", "a poem for an occasion", "a short story", "a speech",

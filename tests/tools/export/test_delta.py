@@ -1,4 +1,4 @@
-"""Differences of weights: put together again they are the target, bit for bit, and only upon their own base."""
+"""Differences of weights: put together again they are the target, bit for bit, and only on their own base."""
 
 from __future__ import annotations
 

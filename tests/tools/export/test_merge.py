@@ -79,7 +79,7 @@ def test_a_base_that_is_stretched_otherwise_is_named(adapted, tmp_path, capsys):
     wrapped.config.to_json_file(adapters / BASE_CONFIG)
     assert main(["export", "merge", "--model", str(adapters), "--output", str(tmp_path / "merged")]) == 0
     out = capsys.readouterr().out
-    assert f"warning: {adapters}: its adapters were trained upon rotary positions 'linear' (factor 4" in out
+    assert f"warning: {adapters}: its adapters were trained on rotary positions 'linear' (factor 4" in out
 
 
 def test_the_base_is_fetched_in_the_revision_that_the_adapters_name(adapted, tmp_path, monkeypatch):

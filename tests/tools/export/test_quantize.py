@@ -1,4 +1,4 @@
-"""Models in few bits: they load as any other, are near what they were, and GPTQ looks at the rows it is given."""
+"""Quantized models: they load as any other, are near what they were, and GPTQ looks at the rows it is given."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_options_that_do_not_go_together(folder, options, message):
 def test_models_that_are_no_whole_ones(folder):
     quantize(asked(folder, "nf4"))
     again = Asked(folder / "out", folder / "again", "nf4", None, folder / "text.txt")
-    with pytest.raises(ConfigError, match="lie in few bits already"):
+    with pytest.raises(ConfigError, match="are quantized already"):
         quantize(again)
     (folder / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x"}))
     with pytest.raises(ConfigError, match="holds adapters; make it whole first: chatrlhf export merge"):

@@ -80,7 +80,7 @@ def test_rows_are_read_as_they_are_counted(monkeypatch, kind):
     )
     statistics = count(given, encoder())
     assert statistics.rows == 1000 and statistics.records + sum(statistics.left_out.values()) == 1000
-    # Those that wait, those that are being tokenised, and those that are being read.
+    # Those that wait, those that are being tokenized, and those that are being read.
     assert rows.most <= 3 and records.most <= 10 * (2 + 2 + 2), (rows.most, records.most)
 
 

@@ -78,7 +78,7 @@ def test_without_data_or_tokenizer_there_is_a_plan_that_says_so(tmp_path, capsys
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (["actor_config.model=nobody/nothing"], "actor_config.model: 'nobody/nothing' cannot be loaded"),
+        (["actor_config.model=missing/nothing"], "actor_config.model: 'missing/nothing' cannot be loaded"),
         (["actor_config.batch_size=3"], "actor_config.batch_size: 3 is not divisible by the 2 processes"),
         (["actor_config.template=nothing.jinja"], "actor_config.template"),
     ],
@@ -202,8 +202,8 @@ def test_compare_puts_models_side_by_side(capsys):
     assert [each.fits for each in found] == [False, False]
     (found,) = compare(["opt-125m"], hardware("24GB"), 16, ways=[WAYS[0]])
     assert found.rows >= 1 and found.parameters == 125_239_296 and found.memory > 16 * found.parameters
-    assert main(["plan", "--compare", "nobody/nothing", "--gpu", "24GB"]) == 2
-    assert "nobody/nothing" in capsys.readouterr().err
+    assert main(["plan", "--compare", "missing/nothing", "--gpu", "24GB"]) == 2
+    assert "missing/nothing" in capsys.readouterr().err
     assert main(["plan", "--models"]) == 0 and "llama-7b" in capsys.readouterr().out
 
 

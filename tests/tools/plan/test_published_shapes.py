@@ -45,5 +45,5 @@ def test_the_models_that_the_documents_name_have_shapes():
 
 
 def test_an_unknown_name_is_refused_with_those_that_are_known():
-    with pytest.raises(ConfigError, match="'nobody/nothing': its dimensions are not known.*gpt2"):
-        shape_settings("nobody/nothing")
+    with pytest.raises(ConfigError, match="'missing/nothing': its dimensions are not known.*gpt2"):
+        shape_settings("missing/nothing")

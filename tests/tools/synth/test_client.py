@@ -48,7 +48,7 @@ def question(text: str, max_tokens: int = 10, **options) -> Request:
 
 @pytest.fixture
 def ask(tmp_path):
-    """Ask all at once; exceptions come back in the place of answers."""
+    """Ask all at once; exceptions come back instead of answers."""
 
     def ask(generator, requests, limits=None, price=None, path="x.journal.jsonl"):
         async def main(journal):
@@ -170,7 +170,7 @@ def test_an_endpoint_that_has_died_ends_the_run(ask):
     generator = Generator(answer)
     answers, _ = ask(generator, [question(str(i)) for i in range(10)], Limits(concurrency=1, retries=1))
     assert [type(answer) for answer in answers[:3]] == [Reply] * 3
-    # Three requests were given up while nobody was answered.
+    # Three requests were given up while no one was answered.
     kinds = Counter(type(answer) for answer in answers[3:])
     assert kinds == {NoAnswer: 2, GenerationError: 5}
     assert any("does not answer any more (503)" in str(answer) for answer in answers)

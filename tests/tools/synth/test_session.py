@@ -15,7 +15,7 @@ from standins.chat_server import Answer
 
 from chatrlhf.tools.synth.session import LICENCE
 
-KEY = "sk-a-secret-that-nobody-may-see"
+KEY = "sk-a-secret-that-no-one-may-see"
 
 
 def number_of(body) -> str:
@@ -71,7 +71,7 @@ def test_every_fault_that_may_pass_passes_and_what_stays_is_put_aside(serve, com
         aside, ("declined", "no number", "400: .*too long", "no answer after 3 tries"), strict=True
     ):
         assert re.search(reason, each["reason"])
-    # The same command asks those two again, and nobody else.
+    # The same command asks those two again, and no one else.
     lasting.clear()
     before = len(server.asked)
     assert command("generate_rewards", server, rows, "--timeout", 0.7, "--retries", 2) == 0

@@ -49,7 +49,7 @@ class TryAgain(Exception):
     def __init__(self, reason: str, wait: float | None = None, unreachable: bool = False) -> None:
         super().__init__(reason)
         self.wait = wait  # seconds that the endpoint asked for
-        self.unreachable = unreachable  # nobody was there
+        self.unreachable = unreachable  # no one was there
 
 
 class NoAnswer(Exception):

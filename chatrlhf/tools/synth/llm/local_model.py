@@ -151,7 +151,7 @@ class LocalModel:
         finished = end is not None
         ids = ids[:end]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        if self.tokenizer.chat_template is None:  # a model that goes on with the other side's next words
+        if self.tokenizer.chat_template is None:  # a model that continues with the other side's next words
             text, turned, _ = text.partition(f"\n\n{SPEAKERS['user']}:")
             finished = finished or bool(turned)
         return Reply(text, prompt_tokens, len(ids) + finished, finished)

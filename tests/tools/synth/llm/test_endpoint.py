@@ -14,7 +14,7 @@ from chatrlhf.tools.synth.llm import Message, NoAnswer, Reply, Request, TryAgain
 from chatrlhf.tools.synth.llm.openai_endpoint import Endpoint, _seconds, refuse_gone, served_model
 
 FILTERED = "the endpoint's content filter stopped it"
-KEY = "sk-a-secret-that-nobody-may-see"
+KEY = "sk-a-secret-that-no-one-may-see"
 
 
 @pytest.fixture
