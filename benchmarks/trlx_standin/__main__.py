@@ -1,8 +1,8 @@
-"""Time one PPO iteration of this package against the stand-in for trlX, at trlX's topology.
+"""Time one PPO iteration of this package against the stand-in for trlX, at trlX's actor-critic.
 
     python -m benchmarks.trlx_standin --peer-python .venv-peer/bin/python
 
-The topology is a value head of two layers on the policy's trunk, a full copy as reference, all layers trained, and a
+The actor-critic is a value head of two layers on the policy's trunk, a full copy as reference, all layers trained, and a
 reward that is a function of the text. This package runs as `--type RL` runs it, in its own precision; the stand-in
 in float32, as trlX does.
 
@@ -35,7 +35,7 @@ CALIBRATED_ON = "small-fixed"
 
 
 def overrides(work: Work) -> list[str]:
-    """This package's configuration at trlX's topology."""
+    """This package's configuration at trlX's actor-critic."""
     return [
         "critic_config.model=shared",
         f"critic_config.model_head_hidden_size={2 * work.hidden}",

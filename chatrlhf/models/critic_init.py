@@ -38,7 +38,7 @@ def make_actor_critic(
     adapters: PeftConfig | None = None,
     base: str = "",
 ) -> tuple[ActorCritic, str]:
-    """The topology that the configuration asks for, and one line that says where the critic starts from.
+    """The actor-critic that the configuration asks for, and one line that says where the critic starts from.
 
     A critic starts from the reward model only where that is causal, of the policy's kind and has its
     tokenizer: then it already knows what a good prefix looks like. Otherwise it starts from a copy of the

@@ -28,7 +28,7 @@ class Gradients:
         self.reached: list[bool] = []
 
     def forget(self) -> None:
-        """Let go of the last minibatch's, room and all.
+        """Free the gradients of the last minibatch, buffers included.
 
         There is none before the first backward is done: what that needs for itself, a minibatch's activations, is gone
         by then.

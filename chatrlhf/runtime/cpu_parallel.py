@@ -1,7 +1,7 @@
 """Two pieces of work side by side on a CPU, a thread and half of the cores for each.
 
 Splitting every operation of a small model over all cores costs more in waiting than running two models at once, each
-on cores of its own. PyTorch lets go of Python's lock inside its operations, so plain threads are enough.
+on cores of its own. PyTorch releases Python's lock inside its operations, so plain threads are enough.
 """
 
 from __future__ import annotations

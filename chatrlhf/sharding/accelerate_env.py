@@ -22,7 +22,7 @@ OF_DEEPSPEED = (DEEPSPEED, "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS
 
 @dataclass(frozen=True)
 class DeepSpeed:
-    """Dealt out by DeepSpeed."""
+    """Sharded by DeepSpeed."""
 
     settings: dict[str, Any]  # its JSON, where "auto" stands for what the YAML says
     source: str  # where it comes from, for messages
@@ -38,7 +38,7 @@ class DeepSpeed:
 
 @dataclass(frozen=True)
 class Fsdp2:
-    """Dealt out by FSDP2, as accelerate was configured."""
+    """Sharded by FSDP2, as accelerate was configured."""
 
     def __str__(self) -> str:
         return "FSDP2"

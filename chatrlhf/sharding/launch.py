@@ -110,7 +110,7 @@ def optimization_of(config: Config, stage: str) -> Optimization:
 
 
 def engine_of(sharding: Sharding, config: Config, modules: list[nn.Module], groups: list[dict[str, Any]]) -> Engine:
-    """What trains a part of the RL stage's topology: see `sharding.engine`."""
+    """What trains a part of the RL stage's actor-critic: see `sharding.engine`."""
     step = optimization_of(config, "RL")
     if isinstance(sharding, DeepSpeed):
         from chatrlhf.sharding.deepspeed import ZeroEngine

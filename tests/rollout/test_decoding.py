@@ -160,7 +160,7 @@ def test_a_model_without_a_cache_is_refilled_too():
 
 
 def test_a_stop_string_is_looked_for_in_every_tokens_text():
-    """Where rows are looked at every so many steps, a row has gone on behind its stop string."""
+    """Where rows are looked at every so many steps, a row has continued behind its stop string."""
     batch = prompts([3, 1, 6, 4, 2, 5] * 3)
     options = dict(max_new_tokens=25, stop=["f", "kk"])
     whole = engine(llama(), ENDS, **options).generate(batch, seed=1)

@@ -1,4 +1,4 @@
-"""One run: everything that goes wrong on the way, limits, what is printed, what is left and gone on with."""
+"""One run: everything that goes wrong on the way, limits, what is printed, what is left and continued."""
 
 from __future__ import annotations
 

@@ -66,5 +66,5 @@ class TextGenerator(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         ...

@@ -1,4 +1,4 @@
-"""Topologies by their keys: what a run trains, shares, saves and resumes."""
+"""Actor-critics by their keys: what a run trains, shares, saves and resumes."""
 
 from __future__ import annotations
 
