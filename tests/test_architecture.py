@@ -16,7 +16,7 @@ PACKAGE = ROOT / "chatrlhf"
 # From the ground up; a module imports from its own row or from rows below it.
 LEVELS = [
     ("errors", "conversation", "functional"),
-    ("types", "config"),
+    ("types", "config", "compat"),
     ("runtime",),
     ("data", "samples", "sharding"),
     ("models",),

@@ -2,9 +2,9 @@
 
     python -m benchmarks.trlx_standin --peer-python .venv-peer/bin/python
 
-The actor-critic is a value head of two layers on the policy's trunk, a full copy as reference, all layers trained, and a
-reward that is a function of the text. This package runs as `--type RL` runs it, in its own precision; the stand-in
-in float32, as trlX does.
+The actor-critic is a value head of two layers on the policy's trunk, a full copy as reference, all layers trained, and
+a reward that is a function of the text. This package runs as `--type RL` runs it, in its own precision; the stand-in in
+float32, as trlX does.
 
 Whether the stand-in stands for trlX is checked in the same run, by TRL: what trlX 0.7.0 itself took for rollouts
 (generation and scoring) and for the update is known as a share of TRL 1.12.0's total, on the work `small-fixed`. Those

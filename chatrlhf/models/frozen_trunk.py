@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chatrlhf.compat import replaced_modules
 from chatrlhf.errors import ConfigError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.actor_critic import ActorCritic, Evaluation
@@ -73,7 +74,7 @@ class SplitModel:
     @torch.no_grad()
     def states(self, input_ids: Tensor) -> Tensor:
         """What enters the first trained block, [B, T, d] in the model's precision, for ids [B, T]."""
-        with _replaced(self.blocks, self.lower):
+        with replaced_modules(self.blocks, self.lower):
             self.backbone(input_ids=input_ids, use_cache=False)
         states, self.tap.seen = self.tap.seen, None
         return states
@@ -83,7 +84,7 @@ class SplitModel:
         """Inside, a forward of the model starts from these states; its ids only say how many there are."""
         self.entry.states = states
         try:
-            with _replaced(self.blocks, self.upper):
+            with replaced_modules(self.blocks, self.upper):
                 yield
         finally:
             self.entry.states = None
@@ -237,16 +238,6 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _named(blocks: list[nn.Module]) -> dict[str, nn.Module]:
     return {str(i): block for i, block in enumerate(blocks)}
-
-
-@contextmanager
-def _replaced(blocks: nn.ModuleList, by: dict[str, nn.Module]) -> Iterator[None]:
-    """Inside, the list holds other modules."""
-    own, blocks._modules = blocks._modules, by
-    try:
-        yield
-    finally:
-        blocks._modules = own
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from chatrlhf.functional.logprobs import SamplingDistribution, token_logprobs
 from chatrlhf.models.kernels.packing import Stream, pack, pad_to_multiple, supports_packing
 from chatrlhf.models.loading.backbone import backbone_of, read_by
+from chatrlhf.models.traits import traits_of
 
 
 @dataclass
@@ -159,27 +160,27 @@ def head_is_plain(model: nn.Module) -> bool:
     """Whether a model's logits are its output embedding applied to its last hidden states, and nothing more.
 
     Tried once a model on three tokens, because some families cap or scale their logits (T5 does, Flan-T5 does not);
-    for those the whole model is run. The answer is kept on the model.
+    for those the whole model is run. The answer is kept with the model.
     """
-    known = getattr(model, "_chatrlhf_head_is_plain", None)
-    if known is None:
+    traits = traits_of(model)
+    if traits.head_is_plain is None:
         training = model.training
         model.eval()
         ids = torch.arange(3, device=next(model.parameters()).device)[None]
         head = model.get_output_embeddings()
         if head is None:
-            known = False
+            traits.head_is_plain = False
         else:
             # The head's input is enlarged for both, so that a cap far above a new model's logits shows too.
             enlarge = head.register_forward_pre_hook(lambda _, inputs: (100 * inputs[0],))
             given = read_by(model.config, ids)
             plain = head(backbone_of(model)(**given, use_cache=False).last_hidden_state).float()
             # In float32: BART adds a bias of that to logits in bfloat16.
-            known = torch.allclose(plain, model(**given, use_cache=False).logits.float(), rtol=1e-4, atol=1e-5)
+            logits = model(**given, use_cache=False).logits.float()
+            traits.head_is_plain = torch.allclose(plain, logits, rtol=1e-4, atol=1e-5)
             enlarge.remove()
         model.train(training)
-        model._chatrlhf_head_is_plain = known
-    return known
+    return traits.head_is_plain
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from chatrlhf.compat import forget_adapters
 from chatrlhf.config.model import PeftConfig
 from chatrlhf.models.loading.adapter_loading import attach
 from chatrlhf.models.loading.backbone import backbone_of
@@ -81,8 +82,7 @@ def copy_without_adapters(model: nn.Module) -> nn.Module:
     copied = copy_sharing_frozen(model)
     for name, layer in adapted_weights(copied).items():
         copied.set_submodule(name.rpartition(".")[0], layer.get_base_layer())
-    for known in ("peft_config", "_hf_peft_config_loaded"):
-        copied.__dict__.pop(known, None)
+    forget_adapters(copied)
     return copied
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from chatrlhf.compat import foreach_copy
 from chatrlhf.models.kernels.attention import patch_attention
 from chatrlhf.models.kernels.rms_norm import patch_rms_norms
 from chatrlhf.models.kernels.swiglu import patch_swiglu
@@ -55,7 +56,7 @@ class MasterWeights:
     @torch.no_grad()
     def sync_working_copy(self) -> None:
         """Write the masters, as an optimizer step has left them, into the working copy."""
-        torch._foreach_copy_([each.data for each in self._working], [each.data for each in self._masters])
+        foreach_copy([each.data for each in self._working], [each.data for each in self._masters])
 
     @contextmanager
     def fp32_weights(self) -> Iterator[None]:

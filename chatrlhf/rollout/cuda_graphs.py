@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from chatrlhf.compat import attention_of
 from chatrlhf.models.kernels.attention import NAME, cudnn_for_decoding
 from chatrlhf.rollout.decoding import Decoding, Slots
 from chatrlhf.rollout.kv_cache import BatchKVCache
@@ -75,7 +76,7 @@ class StaticBatchKVCache(BatchKVCache):
     def __init__(self, model: nn.Module, layers: int, slots: int, width: int, device: torch.device) -> None:
         # A mask that is made already is taken as it is by these; what transformers does to make one is recorded with
         # the rest, if it can be (for BLOOM's, which needs one of two dimensions to know its positions, it cannot).
-        made = getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager", NAME)
+        made = attention_of(model.config) in ("sdpa", "eager", NAME)
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.added = next(model.parameters()).dtype if made and takes_positions else None
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # the last that is filled

@@ -2,7 +2,7 @@
 
 A launch of several processes (torchrun, accelerate, deepspeed) is data parallelism: every rank works on its own rows.
 Where a stage asks for nothing else, each holds all weights and gradients are added up once an optimizer step; how
-DeepSpeed or FSDP2 deal them out is `sharding`. In one process each function here is the identity.
+DeepSpeed or FSDP2 shard them is `sharding`. In one process each function here is the identity.
 
 What is agreed on goes through the CPU (gloo), gradients through the device they are on (nccl on GPUs).
 """
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from chatrlhf.compat import default_store
 from chatrlhf.errors import UserError
 from chatrlhf.errors.boundary import doing
 
@@ -92,7 +93,7 @@ def claims_failure_report() -> bool:
     if world_size() == 1:
         return True
     try:
-        return dist.distributed_c10d._get_default_store().add("chatrlhf/failures", 1) == 1
+        return default_store().add("chatrlhf/failures", 1) == 1
     except RuntimeError:  # whoever kept the count is gone
         return True
 

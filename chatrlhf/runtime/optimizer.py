@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from chatrlhf.compat import set_last_lr
+
 
 class Hyperparameters:
     """Learning rate, betas, weight decay, eps and base learning rates as this run's configuration has them.
@@ -35,5 +37,5 @@ class Hyperparameters:
             return scheduler.get_lr()
         scheduler.base_lrs = self.base_lrs
         factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler._last_lr = [base * factor for base, factor in zip(self.base_lrs, factors, strict=True)]
-        return scheduler._last_lr
+        rates = [base * factor for base, factor in zip(self.base_lrs, factors, strict=True)]
+        return set_last_lr(scheduler, rates)

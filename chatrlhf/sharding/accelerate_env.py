@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from chatrlhf.compat import reset_accelerate
 from chatrlhf.errors import ConfigError
 from chatrlhf.runtime.collectives import init_single_process_group
 
@@ -102,9 +103,8 @@ def environment_for(sharding: Sharding) -> Iterator[None]:
 def fresh_state() -> None:
     """Have accelerate know this launch's processes, and nothing of models that it has met."""
     from accelerate import PartialState
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     PartialState(cpu=not torch.cuda.is_available())
 
 

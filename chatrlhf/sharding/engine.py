@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from chatrlhf.compat import block_names, set_block_names
+
 Outputs = dict[str, Tensor]
 
 
@@ -45,8 +47,8 @@ class Root(nn.Module):
         self.parts = nn.ModuleList(modules)
         # By these engines know blocks, and the sizes that they work out from a width.
         self.config = next((each.config for each in self.modules() if hasattr(each, "config")), None)
-        named = {name for each in self.modules() for name in getattr(each, "_no_split_modules", None) or ()}
-        self._no_split_modules = sorted(named & {type(each).__name__ for each in self.modules()})
+        named = {name for each in self.modules() for name in block_names(each)}
+        set_block_names(self, sorted(named & {type(each).__name__ for each in self.modules()}))
         self.eval()
 
     def forward(self, work: Callable[[], Any]) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from chatrlhf.compat import has_fp32_master, own_parameters
+
 WRAPPER = "_checkpoint_wrapped_module."  # in names, where a wrapper computes activations again
 
 
@@ -29,13 +31,13 @@ def unshard(bare: nn.Module, model: nn.Module, keep: bool) -> nn.Module:
         return bare
     made: dict[int, nn.Parameter] = {}
     for prefix, module in bare.named_modules():
-        for name, empty in list(module._parameters.items()):
+        for name, empty in list(own_parameters(module).items()):
             if empty is None:
                 continue
             if id(empty) not in made:  # tied weights are one
                 value = weights[f"{prefix}.{name}" if prefix else name]
                 made[id(empty)] = nn.Parameter(value, empty.requires_grad)
-            module._parameters[name] = made[id(empty)]
+            own_parameters(module)[name] = made[id(empty)]
     return bare.train(model.training)
 
 
@@ -68,7 +70,7 @@ def whole_weight(parameter: nn.Parameter) -> Tensor:
 
     if isinstance(parameter, DTensor) or not parameter.requires_grad:
         return _gathered(parameter)
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+    if has_fp32_master(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)

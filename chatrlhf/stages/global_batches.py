@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
+from chatrlhf.compat import num_items_in_batch, without_unused_columns
 from chatrlhf.data.encoder import IGNORED
 from chatrlhf.data.row_sampler import RowOrder
 from chatrlhf.runtime.collectives import gather_objects, rank, world_size
@@ -70,7 +71,7 @@ class GlobalBatches(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if world_size() == 1:
             return super().get_train_dataloader()
-        dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        dataset = without_unused_columns(self, self.train_dataset, "training")
         batches = RankBatches(self.order, self.args.per_device_train_batch_size)
         return _Loader(dataset, batch_sampler=batches, collate_fn=_Collator(self.data_collator, dataset[0]))
 
@@ -78,7 +79,7 @@ class GlobalBatches(ResumableTrainer):
         """All held-out rows on every rank: they are few, and so none is counted twice to fill up a batch."""
         if world_size() == 1:
             return super().get_eval_dataloader(eval_dataset)
-        dataset = self._remove_unused_columns(self.eval_dataset, description="evaluation")
+        dataset = without_unused_columns(self, self.eval_dataset, "evaluation")
         return DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
@@ -109,7 +110,7 @@ class GlobalBatches(ResumableTrainer):
         return output
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        labels = self._get_num_items_in_batch([inputs], self.args.device)  # before the step takes them out
+        labels = num_items_in_batch(self, [inputs], self.args.device)  # before the step takes them out
         loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
         if labels is not None:
             self.evaluated.append((float(loss), int(labels)))

@@ -383,7 +383,7 @@ def test_bf16_keeps_frozen_bytes_shares_the_working_copy_and_captures_in_it():
     assert stats["ppo/first_ratio_error"] < 0.1 and abs(scored.kl_to_reference) < 1e-6
     frozen = {id(p) for p in policy.parameters() if not p.requires_grad}
     assert frozen <= {id(p) for p in reference.model.parameters()}
-    with steps.full_precision():
+    with steps.backend.full_precision():
         after = made.state_dict()
         trained = names(made)
         assert all(value.dtype == torch.float32 for value in after.values())

@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from chatrlhf.compat import attention_of, softmax_backward
+
 NAME = "chatrlhf"
 
 # PyTorch's fused attention on a CPU is made for long sequences. With plain matrix products a PPO update of 16
@@ -126,7 +128,7 @@ def patch_attention(model: nn.Module, device: torch.device) -> None:
     caps its attention scores (Gemma 2), which the fused kernel leaves out: the stages before ran without, too.
     """
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
-    fused = getattr(model.config, "_attn_implementation", None) == "sdpa"
+    fused = attention_of(model.config) == "sdpa"
     if device.type in ("cpu", "cuda") and fused and not capped:
         model.set_attn_implementation(NAME)
 
@@ -214,7 +216,7 @@ class _PlainAttention(torch.autograd.Function):
         query, key, value, shares = ctx.saved_tensors
         of_mixed = of_mixed.contiguous()
         of_shares = torch.bmm(of_mixed, value.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+        of_scores = softmax_backward(of_shares, shares, -1)
         of_query = torch.bmm(of_scores, key).mul_(ctx.scaling)
         of_key = torch.bmm(of_scores.transpose(1, 2), query).mul_(ctx.scaling)
         return of_query, of_key, torch.bmm(shares.transpose(1, 2), of_mixed), None, None

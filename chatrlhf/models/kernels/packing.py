@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chatrlhf.compat import attention_of
 from chatrlhf.models.kernels.attention import NAME, Segments
+from chatrlhf.models.traits import traits_of
 
 # Matrix products are compiled for their shape when it is first seen: on the CPU measured that took ten times as long
 # as the product. So shapes are made of whole quanta (rows of a product) and blocks (positions of a row).
@@ -61,15 +63,15 @@ def supports_packing(backbone: nn.Module) -> bool:
     """Whether a model gives packed rows the states that it gives padded ones.
 
     It has to use `attention` and to take positions; whether all that it needs to know arrives is tried once, on
-    a few tokens, and the answer kept on the model. Not so with ALiBi (BLOOM), or where scores are capped (Gemma 2).
+    a few tokens, and the answer kept with the model. Not so with ALiBi (BLOOM), or where scores are capped (Gemma 2).
     """
-    uses_ours = getattr(getattr(backbone, "config", None), "_attn_implementation", None) == NAME
+    uses_ours = attention_of(getattr(backbone, "config", None)) == NAME
     if not uses_ours or "position_ids" not in inspect.signature(backbone.forward).parameters:
         return False
-    known = getattr(backbone, "_chatrlhf_packs", None)
-    if known is None:
-        known = backbone._chatrlhf_packs = _packed_is_padded(backbone)
-    return known
+    traits = traits_of(backbone)
+    if traits.packed_is_padded is None:
+        traits.packed_is_padded = _packed_is_padded(backbone)
+    return traits.packed_is_padded
 
 
 def pad_to_multiple(slots: Tensor) -> Tensor:

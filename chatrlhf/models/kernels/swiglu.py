@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
+from chatrlhf.compat import storage_id
 from chatrlhf.models.kernels.equivalence import outputs_match
 
 
@@ -55,10 +56,10 @@ class _MemoryEfficientForward:
         mixed = swiglu(gate, up)
         if not mixed.requires_grad:
             return self.module.down_proj(mixed)
-        place, gate, up = _place(mixed), gate.detach(), up.detach()
+        place, gate, up = storage_id(mixed), gate.detach(), up.detach()
 
         def pack(saved: Tensor) -> Tensor | torch.Size:
-            whole = _place(saved) == place and saved.numel() == gate.numel() and saved.is_contiguous()
+            whole = storage_id(saved) == place and saved.numel() == gate.numel() and saved.is_contiguous()
             return saved.shape if whole else saved
 
         def unpack(kept: Tensor | torch.Size) -> Tensor:
@@ -66,11 +67,6 @@ class _MemoryEfficientForward:
 
         with saved_tensors_hooks(pack, unpack):
             return self.module.down_proj(mixed)
-
-
-def _place(tensor: Tensor) -> int:
-    """Of its memory; what has a shape alone, in a plan, has one too."""
-    return tensor.untyped_storage()._cdata
 
 
 class _SwiGLU(torch.autograd.Function):

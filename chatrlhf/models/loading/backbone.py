@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from chatrlhf.errors import ConfigError
 
-KEPT = "_chatrlhf_backbone"
+KEPT = "chatrlhf_backbone"  # attribute of the model
 
 
 def is_encoder_decoder(config: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from chatrlhf.compat import loaded_adapters
 from chatrlhf.errors import ConfigError, MissingError, UserError, WeightsError, one_line
 from chatrlhf.models.loading.error_texts import lost, misfit, not_finite, not_floating, surplus
 from chatrlhf.models.loading.lora import base_of
@@ -72,7 +73,7 @@ def load_reported(
     with explained(key, name, kwargs.get("revision")), _conversion_errors(key, name):
         # Mismatches are reported with the rest, instead of raised with a reference to a log.
         model, report = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if loaded_adapters(model):
         raise ConfigError(f"{key}: {name!r} holds adapters on the hub; download them into a folder and name that")
     absent = _check_report(model, report, key, name, fresh)
     _check_values(model, key, name, kwargs.get("revision"))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chatrlhf.compat import mark_adapters
 from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.strict_json import load_settings
 from chatrlhf.errors import ConfigError, WeightsError
@@ -71,7 +72,7 @@ def backbone_with_adapters(policy: nn.Module) -> nn.Module:
             if not isinstance(config.target_modules, str):  # 'all-linear' has become whole paths
                 prefix = f"{policy.base_model_prefix}."
                 config.target_modules = {name.removeprefix(prefix) for name in config.target_modules}
-        backbone._hf_peft_config_loaded = True  # by which transformers tells
+        mark_adapters(backbone)
     return backbone
 
 

@@ -16,13 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
-from transformers.integrations import moe
 
+from chatrlhf.compat import (
+    cpu_flash_attention,
+    dispatch_mode,
+    fake_tensor_mode,
+    grouped_products,
+    is_item_call,
+    own_buffers,
+    own_parameters,
+    storage_id,
+    tensors_in,
+)
 from chatrlhf.errors import ConfigError, UserError
 from chatrlhf.functional import logprobs
 from chatrlhf.models.kernels import attention
@@ -34,7 +41,7 @@ ACTIVATIONS, GRADIENTS, IDLE = "activations", "gradients", "holes in the heap"
 COMPARED = {torch.ops.aten.lt.Scalar, torch.ops.aten.lt.Tensor}
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(dispatch_mode()):
     """Bytes that are alive, by what they are; and what they were when they were most.
 
     A model may ask what its tensors hold: whether anything is padded, whether a batch is packed. It is answered yes to
@@ -57,12 +64,12 @@ class MemoryTracker(TorchDispatchMode):
         self._coin: Tensor | None = None  # the newest comparison of two numbers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+        if is_item_call(func) and args[0].dtype is torch.bool:
             return args[0] is not self._coin
         if func is torch.ops.aten.allclose.default:
             return True
         out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
+        for each in tensors_in(out):
             if isinstance(each, Tensor):
                 self._enter(each, self.kind, in_heap=True)
         if func in COMPARED and args[0].dim() == 0:
@@ -76,7 +83,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def rename(self, tensor: Tensor, kind: str) -> None:
         """A tensor that came up in a computation is of this kind."""
-        place = tensor.untyped_storage()._cdata
+        place = storage_id(tensor)
         reference, size, old = self._known[place]
         self._known[place] = (reference, size, kind)
         self.alive[old] -= size
@@ -93,7 +100,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _enter(self, tensor: Tensor, kind: str, in_heap: bool = False) -> None:
         storage = tensor.untyped_storage()
-        place = storage._cdata
+        place = storage_id(tensor)
         if place in self._known:
             return
         size = storage.nbytes()
@@ -160,15 +167,15 @@ class FakeDevice:
         made: dict[int, Tensor] = {}
         with self.fake:
             for module in model.modules():
-                for name, each in module._parameters.items():
+                for name, each in list(own_parameters(module).items()):
                     if each is not None:
                         if id(each) not in made:
                             new = torch.empty(each.shape, dtype=each.dtype, device="cpu")
                             made[id(each)] = nn.Parameter(new, requires_grad=each.requires_grad)
-                        module._parameters[name] = made[id(each)]
-                for name, each in module._buffers.items():
+                        own_parameters(module)[name] = made[id(each)]
+                for name, each in list(own_buffers(module).items()):
                     if each is not None:
-                        module._buffers[name] = torch.empty(each.shape, dtype=each.dtype, device="cpu")
+                        own_buffers(module)[name] = torch.empty(each.shape, dtype=each.dtype, device="cpu")
         return model
 
     @contextmanager
@@ -200,7 +207,7 @@ class FakeDevice:
             yield
 
 
-class _One(FakeTensorMode):
+class _One(fake_tensor_mode()):
     """A copy of a tensor is on the same paper."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _One:
@@ -221,12 +228,8 @@ def _two_pieces() -> Iterator[None]:
 @contextmanager
 def _experts() -> Iterator[None]:
     """Which expert reads which token is not known on fake tensors; how many tokens they read is."""
-    own = moe._grouped_mm
-    moe._grouped_mm = lambda states, weights, offs: _Grouped.apply(states.to(weights.dtype), weights)
-    try:
+    with grouped_products(lambda states, weights, offs: _Grouped.apply(states.to(weights.dtype), weights)):
         yield
-    finally:
-        moe._grouped_mm = own
 
 
 class _Grouped(torch.autograd.Function):
@@ -319,8 +322,7 @@ def _fused(
         # From bool: there is a number to add for each pair then. T5 learns it; the CPU's kernel has no gradient of it.
         attn_mask = attn_mask.to(query.dtype).detach()
     # The CPU's kernel keeps what a GPU's does: queries, keys, values, the result and a number a row.
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return cpu_flash_attention(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
 
 
 def _raised(value: Any) -> Any:

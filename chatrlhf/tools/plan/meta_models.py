@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from chatrlhf.compat import own_parameters
 from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.model import PeftConfig, QuantizationKeys
 from chatrlhf.config.schema import Config
@@ -22,6 +23,7 @@ from chatrlhf.models.loading.tiny import TINY, tiny_model
 from chatrlhf.models.loading.tokenizer import train_tokenizer
 from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.scalar_head import ScalarHead, state_size
+from chatrlhf.models.traits import traits_of
 from chatrlhf.runtime.device import resolve_precision, resolve_rl_precision
 from chatrlhf.tools.plan.fake_run import FakeDevice
 from chatrlhf.tools.plan.published_shapes import FOLDER, has_shape, shape_settings
@@ -121,10 +123,10 @@ class Models:
         model = self.paper.materialize(model)
         shared = {bare_name(name): each for name, each in backbone.named_parameters()}
         for name, module in model.named_modules():
-            for own, each in module._parameters.items():
+            for own, each in list(own_parameters(module).items()):
                 known = shared.get(bare_name(f"{name}.{own}"))
                 if each is not None and known is not None and known.shape == each.shape and not each.requires_grad:
-                    module._parameters[own] = known
+                    own_parameters(module)[own] = known
         return model
 
     def head(self, backbone: nn.Module, mlp_size: int | None) -> ScalarHead:
@@ -160,7 +162,7 @@ class Models:
         if actor.froze_embeddings:
             model.get_input_embeddings().requires_grad_(False)
         text = model.config.get_text_config()
-        model._chatrlhf_head_is_plain = not any(getattr(text, name, None) for name in CAPPED)
+        traits_of(model).head_is_plain = not any(getattr(text, name, None) for name in CAPPED)
         return model
 
     def _tiny(self) -> nn.Module:

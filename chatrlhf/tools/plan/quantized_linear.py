@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from chatrlhf.compat import modules_kept_in_fp32
 from chatrlhf.config.model import QuantizationKeys
 
 BLOCK, BLOCK_OF_SCALES = 64, 256  # weights with a scale of their own, and scales with one (Dettmers et al. 2023)
@@ -19,7 +20,7 @@ def quantize_linears(model: nn.Module, keys: QuantizationKeys, computes: torch.d
     It is done in place, and nothing of the model is trained then.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    whole = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    whole = modules_kept_in_fp32(model)
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head and child not in whole:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from chatrlhf.models.loading.backbone import backbone_of
+from chatrlhf.models.traits import traits_of
 from chatrlhf.tools.plan.fake_run import MemoryTracker
 from chatrlhf.tools.plan.meta_models import Models
 from chatrlhf.tools.plan.meta_rl_models import actor_critic_of, critic_of, made_ready, preparation, reward_of
@@ -40,7 +41,7 @@ def rl_stage(models: Models, batch: RolloutBatch, sharding: Sharding, has_functi
         actor_critic = actor_critic_of(config, policy, critic)
         reference = actor_critic.reference()
         for each in (*actor_critic.backbones(), reference.model):
-            backbone_of(each)._chatrlhf_packs = False  # rows of one length go side by side
+            traits_of(backbone_of(each)).packed_is_padded = False  # rows of one length go side by side
         frozen = [reference.model] + ([reward.backbone] if reward else [])
         # Where weights are sharded, models are in the CPU's memory by then.
         prepared = [] if sharding.stage == 3 else preparation(actor_critic, frozen, models)
