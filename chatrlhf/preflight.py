@@ -254,8 +254,8 @@ def _check_adapters(config: Config, stages: list[str], has_reward_fn: bool, run_
 
 def _made_on_the_spot(section: str) -> str:
     return (
-        f"{section}.peft_enable: adapters are saved without the weights they belong to, and those of 'tiny' are made "
-        "on the spot; name a model, or run --type ACTOR with peft_enable: False before"
+        f"{section}.peft_enable: adapters are saved without the weights they belong to, and those of 'tiny' are "
+        "created on the fly; name a model, or run --type ACTOR with peft_enable: False before"
     )
 
 

@@ -14,8 +14,8 @@ class DatasetEntry(Section):
 
     name: str = Field(description="a public dataset's name, or the path of a file of rows")
     source: str | None = Field(None, description="a local copy of a public dataset; null: the hub")
-    subset: str | None = None
-    split: str = "train"
+    subset: str | None = Field(None, description="configuration of a hub dataset")
+    split: str = Field("train", description="split of a hub dataset")
     lang: str | None = Field(None, description="of a dataset in many languages only this one")
     columns: dict[str, str] = Field(default_factory=dict, description="of a file: our field -> its column")
     fraction: float = Field(1.0, gt=0, le=1, description="of its training rows, in an epoch")

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,7 @@ WITHOUT_EFFECT = {
     "critic_config.model_folder": "everything goes below actor_config.model_folder or output_dir",
     "critic_config.max_sequence_length": "the critic reads what the actor reads",
     "trainer_config.ref_mean": "the mean is never subtracted from a score",
+    "trainer_config.gen_kwargs.pad_token_id": "padding is known by masks, never by an id",
 }
 
 
@@ -287,8 +289,9 @@ def _surprises(config: Config) -> list[str]:
     notes = []
     idle = []
     for key, reason in WITHOUT_EFFECT.items():
-        section, name = key.split(".")
-        if name in getattr(config, section).model_fields_set and getattr(getattr(config, section), name) is not None:
+        *sections, name = key.split(".")
+        section = reduce(getattr, sections, config)
+        if name in section.model_fields_set and getattr(section, name) is not None:
             idle.append(f"{key} ({reason})")
     if idle:
         notes.append("accepted without effect: " + "; ".join(idle))

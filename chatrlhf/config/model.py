@@ -12,9 +12,9 @@ from chatrlhf.config.base import Section
 class QuantizationKeys(Section):
     """The weights that these keys make small are frozen, and adapters are trained on them."""
 
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    load_in_4bit: bool = Field(False, description="weights of 4 bits under adapters (QLoRA), by bitsandbytes")
+    load_in_8bit: bool = Field(False, description="weights of 8 bits under adapters, by bitsandbytes")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="type of the 4 bits")
     bnb_4bit_use_double_quant: bool = Field(False, description="the scales of the weights are made small, too")
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="of the products; null: bfloat16 where the stage computes in that, float32 elsewhere"
@@ -69,7 +69,9 @@ class RopeScaling(Section):
     with the length of what is read; ``default`` changes theta alone.
     """
 
-    type: Literal["linear", "dynamic", "yarn", "default"]
+    type: Literal["linear", "dynamic", "yarn", "default"] = Field(
+        description="linear, dynamic, yarn, or default, which changes rope_theta alone"
+    )
     factor: float | None = Field(None, gt=1, description="the context becomes so many times the original one")
     original_max_position_embeddings: int | None = Field(None, ge=1, description="tokens; null: the model's own")
     rope_theta: float | None = Field(None, gt=0, description="base of the frequencies; null: the model's own")
@@ -106,13 +108,13 @@ Attention = Literal["sdpa", "flash_attention_2", "eager"]
 class ModelKeys(Section):
     """By transformers' names where it has them."""
 
-    revision: str | None = None
-    trust_remote_code: bool = False
+    revision: str | None = Field(None, description="commit, branch or tag of a model of the hub")
+    trust_remote_code: bool = Field(False, description="run the model's own Python code; never unless asked")
     attn_implementation: Attention | None = Field(
         None, description="null: PyTorch's fused attention, and in RL this package's, which takes packed rows"
     )
     resize_embeddings: bool = Field(
         False, description="a tokenizer with more tokens than the model has embeddings gets the rows that are missing"
     )
-    froze_embeddings: bool = False
+    froze_embeddings: bool = Field(False, description="embeddings are not trained")
     gradient_checkpointing: bool = Field(False, description="activations are computed again, not kept")

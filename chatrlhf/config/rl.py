@@ -39,19 +39,23 @@ DEFAULT_EPISODES = 3200
 class GenKwargs(Section):
     """How rollouts are sampled. What PPO cannot score is refused rather than ignored."""
 
-    max_new_tokens: int | None = Field(None, ge=1)
-    min_new_tokens: int | None = Field(None, ge=0)
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="response tokens at most; null: actor_config.max_tokens, or what max_length leaves"
+    )
+    min_new_tokens: int | None = Field(None, ge=0, description="EOS is forbidden before so many")
     max_length: int | None = Field(None, ge=2, description="prompt and response together")
     min_length: int | None = Field(None, ge=0, description="prompt and response together")
-    temperature: float | None = Field(None, gt=0)
+    temperature: float | None = Field(
+        None, gt=0, description="of the sampled distribution; null: actor_config.temperature, or 1"
+    )
     stop: list[str] = Field(default_factory=list, description="a response ends behind any of these strings")
     forbidden_tokens: list[int] = Field(default_factory=list, description="token ids that are never sampled")
-    do_sample: bool = True
-    top_k: float | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
+    do_sample: bool = Field(True, description="must be True: greedy rollouts are refused")
+    top_k: float | None = Field(None, description="must be 0 or null: PPO cannot score a cut distribution")
+    top_p: float | None = Field(None, description="must be 1 or null: PPO cannot score a cut distribution")
+    repetition_penalty: float | None = Field(None, description="must be 1 or null: PPO cannot score it")
     eos_token_id: int | list[int] | None = Field(None, description="null: all EOS of tokenizer, template and model")
-    pad_token_id: int | None = None
+    pad_token_id: int | None = Field(None, description="without effect: padding is known by masks, never by an id")
 
     @model_validator(mode="after")
     def _only_the_plain_sampler(self) -> GenKwargs:
@@ -70,8 +74,10 @@ class GenKwargs(Section):
 class TrainerConfig(OptimizerKeys, DataKeys):
     """The RL stage. An episode is one rollout; `batch_size` is sequences per optimizer step."""
 
-    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
-    examples_path: str | None = None
+    algorithm: Literal["ppo", "rloo", "grpo"] = Field(
+        "ppo", description="how advantages are made: a critic with GAE, or samples of one prompt compared"
+    )
+    examples_path: str | None = Field(None, description="rows of prompts; null: datasets")
     validation_examples_path: str | None = Field(None, description="held-out prompts")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="held out where no such file is named")
     total_episodes: int | None = Field(None, ge=1, description="null: ChatLLaMA's 3,200, in whole rollout batches")
@@ -80,26 +86,36 @@ class TrainerConfig(OptimizerKeys, DataKeys):
     chunk_size: int | None = Field(None, ge=1, description="sequences decoded side by side; null: num_rollouts")
     batch_size: int | None = Field(None, ge=1, description="null: a quarter of num_rollouts where that divides")
     micro_batch_size: int | None = Field(None, ge=1, description="longest sequences per backward; null: batch_size")
-    ppo_epochs: int = Field(4, ge=1)
-    actor_lr: float = Field(5e-6, ge=0)
-    critic_lr: float = Field(9e-6, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    init_kl_coef: float = Field(0.05, ge=0)
+    ppo_epochs: int = Field(4, ge=1, description="passes over a rollout batch")
+    actor_lr: float = Field(5e-6, ge=0, description="learning rate of the policy")
+    critic_lr: float = Field(9e-6, ge=0, description="learning rate of the critic")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
+    init_kl_coef: float = Field(
+        0.05, ge=0, description="beta: weight of the KL to the reference; fixed, or where the controller starts"
+    )
     target: float | None = Field(None, gt=0, description="nats per sequence; null: the coefficient stays fixed")
     horizon: int = Field(10000, ge=1, description="sequences")
-    gamma: float = Field(1.0, ge=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
-    cliprange: float = Field(0.2, gt=0)
-    cliprange_value: float | None = Field(0.2, gt=0)
-    cliprange_reward: float | None = Field(10.0, gt=0)
-    scale_reward: Literal["running", "ref"] | None = None
-    ref_mean: float | None = None
-    ref_std: float | None = Field(None, gt=0)
-    vf_coef: float = Field(1.0, ge=0)
+    gamma: float = Field(1.0, ge=0, le=1, description="discount a token")
+    lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE")
+    cliprange: float = Field(0.2, gt=0, description="epsilon of the policy's ratio")
+    cliprange_value: float | None = Field(
+        0.2, gt=0, description="how far a value may move from its old one; null: not clipped"
+    )
+    cliprange_reward: float | None = Field(
+        10.0, gt=0, description="scores are clipped to plus and minus this; null: not clipped"
+    )
+    scale_reward: Literal["running", "ref"] | None = Field(
+        None, description="scores are divided by their running deviation, or by ref_std"
+    )
+    ref_mean: float | None = Field(None, description="trlX's; without effect: a score's mean stays in it")
+    ref_std: float | None = Field(
+        None, gt=0, description="of scores, for scale_reward: ref; null: measured at the start"
+    )
+    vf_coef: float = Field(1.0, ge=0, description="weight of the value loss")
     entropy_coef: float = Field(0.0, ge=0, description="ChatLLaMA's beta_s")
-    whiten_advantages: bool = True
+    whiten_advantages: bool = Field(True, description="to mean 0 and deviation 1 over the batch's tokens")
     missing_eos_penalty: float | None = Field(None, ge=0, description="taken off where a response did not finish")
-    gen_kwargs: GenKwargs = Field(default_factory=GenKwargs)
+    gen_kwargs: GenKwargs = Field(default_factory=GenKwargs, description="how rollouts are sampled")
     rollout_backend: Literal["chatrlhf", "vllm"] = Field(
         "chatrlhf", description="what samples rollouts: this package's engine, or vLLM through TRL"
     )
@@ -113,20 +129,26 @@ class TrainerConfig(OptimizerKeys, DataKeys):
     gradient_checkpointing: bool = Field(
         False, description="the update computes activations of policy and critic again, and does not keep them"
     )
-    precision: Precision = "auto"
+    precision: Precision = Field(
+        "auto", description="auto: bfloat16 working weights under float32 masters where the device multiplies them"
+    )
     eval_interval: int | None = Field(None, ge=1, description="steps; null: only before and after")
     eval_fn: str | None = Field(None, description="'package.module:function': criteria of a completion, for the table")
     eval_best: float | None = Field(None, description="the best eval_fn can give, for the share of the gap closed")
     checkpoint_steps: int = Field(1000, ge=1, description="steps; a step is one rollout batch and its update")
-    n_checkpoints_to_keep: int = Field(2, ge=1)
-    checkpoint_name: str | None = None
+    n_checkpoints_to_keep: int = Field(2, ge=1, description="older checkpoints are deleted")
+    checkpoint_name: str | None = Field(
+        None, description="ChatLLaMA's; refused, --resume takes the newest valid checkpoint"
+    )
     num_layers_unfrozen: int = Field(-1, ge=-1, description="top blocks of the policy that are trained; -1: all")
 
     # What ChatLLaMA counts in; `aliases.py` turns them into total_episodes and num_rollouts.
-    num_episodes: int | None = Field(None, ge=1)
-    max_timesteps: int | None = Field(None, ge=1)
-    update_timesteps: int | None = Field(None, ge=1)
-    num_examples: int | None = Field(None, ge=1)
+    num_episodes: int | None = Field(
+        None, ge=1, description="ChatLLaMA's: with max_timesteps and num_examples gives total_episodes"
+    )
+    max_timesteps: int | None = Field(None, ge=1, description="ChatLLaMA's: see num_episodes")
+    update_timesteps: int | None = Field(None, ge=1, description="ChatLLaMA's: with num_examples gives num_rollouts")
+    num_examples: int | None = Field(None, ge=1, description="ChatLLaMA's: see num_episodes")
 
     @model_validator(mode="after")
     def _derive_and_divide(self) -> TrainerConfig:

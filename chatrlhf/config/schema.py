@@ -23,19 +23,21 @@ class PretrainConfig(OptimizerKeys, DataKeys):
     """How long, on what, how fast. Model, adapters, bits, launcher and `rope_scaling` are actor_config's."""
 
     train_dataset_path: str | None = Field(None, description="a text file, or rows with a field 'text'")
-    validation_dataset_path: str | None = None
+    validation_dataset_path: str | None = Field(None, description="held-out text; null: a part of the training text")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="of the documents; of one alone its end")
     max_sequence_length: int = Field(2048, ge=8, description="tokens of every row")
     steps: int = Field(100, ge=1, description="optimizer steps; text that does not suffice is seen again")
     batch_size: int = Field(8, ge=1, description="rows per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per backward; null: batch_size")
-    lr: float = Field(2e-5, ge=0)
+    lr: float = Field(2e-5, ge=0, description="peak learning rate of AdamW")
     gradient_checkpointing: bool = Field(False, description="activations are computed again, not kept")
-    precision: Precision = "auto"
+    precision: Precision = Field(
+        "auto", description="auto: bfloat16 products where the device has them, float32 weights"
+    )
     iteration_per_print: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
     eval_interval: int | None = Field(None, ge=1, description="optimizer steps; null: at the beginning and the end")
     checkpoint_steps: int = Field(100, ge=1, description="optimizer steps")
-    n_checkpoints_to_keep: int = Field(2, ge=1)
+    n_checkpoints_to_keep: int = Field(2, ge=1, description="older checkpoints are deleted")
 
     @model_validator(mode="after")
     def _no_surprises(self) -> PretrainConfig:
@@ -63,15 +65,15 @@ STAGES = ("PRETRAIN", "ACTOR", "REWARD", "RL")
 
 
 class TinyConfig(Section):
-    """Dimensions of the Llama that `model: tiny` makes on the spot, with a byte-level BPE tokenizer."""
+    """Dimensions of the Llama that `model: tiny` creates, with a byte-level BPE tokenizer."""
 
-    hidden_size: int = Field(128, ge=8, le=10**6)
-    num_hidden_layers: int = Field(4, ge=1, le=10**4)
-    num_attention_heads: int = Field(4, ge=1)
+    hidden_size: int = Field(128, ge=8, le=10**6, description="width of the hidden states")
+    num_hidden_layers: int = Field(4, ge=1, le=10**4, description="blocks")
+    num_attention_heads: int = Field(4, ge=1, description="attention heads of a block")
     intermediate_size: int | None = Field(None, ge=8, le=10**7, description="null: 8/3 of hidden_size, in steps of 32")
     vocab_size: int = Field(1024, ge=260, description="upper bound for the tokenizer trained on the data")
-    max_position_embeddings: int = Field(512, ge=8)
-    tie_word_embeddings: bool = True
+    max_position_embeddings: int = Field(512, ge=8, description="tokens that it can read")
+    tie_word_embeddings: bool = Field(True, description="the output head is the embeddings")
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
 
     @model_validator(mode="after")
@@ -87,21 +89,26 @@ class TinyConfig(Section):
 class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchKeys):
     """The ACTOR stage, and how text is rendered and bounded in every stage."""
 
-    model: str = "tiny"
+    model: str = Field("tiny", description="a hub id, a folder, or 'tiny' for a small Llama made for the data")
     tiny: TinyConfig = Field(default_factory=TinyConfig, description="read when model is 'tiny'")
-    tokenizer_path: str | None = None
-    model_folder: str | None = None
+    tokenizer_path: str | None = Field(None, description="null: the model's own tokenizer")
+    model_folder: str | None = Field(None, description="ChatLLaMA's output folder; output_dir wins")
     rope_scaling: RopeScaling | None = Field(None, description="stretches rotary positions; null: as the model has it")
-    train_dataset_path: str | None = None
-    validation_dataset_path: str | None = None
+    train_dataset_path: str | None = Field(None, description="rows of prompts and completions; null: datasets")
+    validation_dataset_path: str | None = Field(None, description="held-out rows; null: validation_fraction")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="held out where no validation file is named")
-    template: str = "chatllama"
+    template: str = Field(
+        "chatllama",
+        description="a built-in name, chat (the model's own), chat:NAME, a .jinja file, or a text around {user_input}",
+    )
     chat_template_kwargs: dict[str, bool | int | str] = Field(
         default_factory=dict, description="values that the template asks for, such as enable_thinking: false"
     )
-    loss_on: Literal["completion", "all_turns", "all"] = "completion"
-    lr: float = Field(9e-6, ge=0)
-    epochs: int = Field(1, ge=1)
+    loss_on: Literal["completion", "all_turns", "all"] = Field(
+        "completion", description="what is trained: the last completion, every reply, or all text"
+    )
+    lr: float = Field(9e-6, ge=0, description="peak learning rate of AdamW")
+    epochs: int = Field(1, ge=1, description="passes over the rows")
     batch_size: int = Field(2, ge=1, description="sequences per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per backward; null: batch_size")
     sort_by_length: bool = Field(False, description="batches are of rows of similar length, so that less is padding")
@@ -113,13 +120,19 @@ class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchKe
     min_tokens: int | None = Field(None, ge=0, description="EOS is forbidden before; gen_kwargs wins")
     additonal_prompt_tokens: int = Field(20, ge=0, description="ChatLLaMA's room beside a prompt; not needed here")
     temperature: float | None = Field(None, gt=0, description="of rollouts; gen_kwargs.temperature wins")
-    use_fairscale: bool = False
-    precision: Precision = "auto"
+    use_fairscale: bool = Field(
+        False, description="Meta's original LLaMA files; True is refused with the conversion command"
+    )
+    precision: Precision = Field(
+        "auto", description="auto: bfloat16 products where the device has them, float32 weights"
+    )
     iteration_per_print: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
     eval_interval: int | None = Field(None, ge=1, description="optimizer steps; null: once an epoch")
     checkpoint_steps: int = Field(5000, ge=1, description="optimizer steps")
-    n_checkpoints_to_keep: int = Field(2, ge=1)
-    checkpoint_name: str | None = None
+    n_checkpoints_to_keep: int = Field(2, ge=1, description="older checkpoints are deleted")
+    checkpoint_name: str | None = Field(
+        None, description="ChatLLaMA's; refused, --resume takes the newest valid checkpoint"
+    )
 
     @field_validator("tokenizer_path")
     @classmethod
@@ -143,34 +156,38 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchK
     """The REWARD stage, or what stands in its place."""
 
     model: str | None = Field("actor", description="'actor': start from the fine-tuned actor; or a model")
-    tokenizer_path: str | None = None
-    model_folder: str | None = None
+    tokenizer_path: str | None = Field(None, description="null: the model's own tokenizer")
+    model_folder: str | None = Field(None, description="ChatLLaMA's; the run's folder is used")
     rope_scaling: RopeScaling | None = Field(None, description="of a model of its own; the actor's has the actor's")
     model_head_hidden_size: int | None = Field(None, ge=1, description="null: a linear head; else an MLP")
     fresh_head: bool = Field(False, description="drop the head of a classifier or reward model that model names")
-    train_dataset_path: str | None = None
-    validation_dataset_path: str | None = None
-    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    train_dataset_path: str | None = Field(None, description="rows with scores or preferences; null: datasets")
+    validation_dataset_path: str | None = Field(None, description="held-out rows; null: validation_fraction")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="held out where no validation file is named")
     template: str | None = Field(None, description="null: the actor's; a head that is kept has its model's own")
     chat_template_kwargs: dict[str, bool | int | str] = Field(
         default_factory=dict, description="values that the template asks for, such as enable_thinking: false"
     )
     loss: Literal["regression", "pairwise"] | None = Field(None, description="null: chosen by the data")
     reward_fn: str | None = Field(None, description="'package.module:function' or an http(s) URL; no model needed")
-    lr: float = Field(9e-6, ge=0)
-    epochs: int = Field(1, ge=1)
+    lr: float = Field(9e-6, ge=0, description="peak learning rate of AdamW")
+    epochs: int = Field(1, ge=1, description="passes over the rows")
     batch_size: int = Field(8, ge=1, description="rows (a pair is one row) per optimizer step")
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, description="rows per backward; null: batch_size")
     sort_by_length: bool = Field(False, description="batches are of rows of similar length, so that less is padding")
-    max_sequence_length: int = Field(2048, ge=4)
+    max_sequence_length: int = Field(2048, ge=4, description="tokens of prompt and completion together")
     over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their start cut off")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on embeddings in training; null: none")
-    precision: Precision = "auto"
-    iteration_per_print: int = Field(10, ge=1)
-    eval_interval: int | None = Field(None, ge=1)
-    checkpoint_steps: int = Field(10000, ge=1)
-    n_checkpoints_to_keep: int = Field(2, ge=1)
-    checkpoint_name: str | None = None
+    precision: Precision = Field(
+        "auto", description="auto: bfloat16 products where the device has them, float32 weights"
+    )
+    iteration_per_print: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
+    eval_interval: int | None = Field(None, ge=1, description="optimizer steps; null: once an epoch")
+    checkpoint_steps: int = Field(10000, ge=1, description="optimizer steps")
+    n_checkpoints_to_keep: int = Field(2, ge=1, description="older checkpoints are deleted")
+    checkpoint_name: str | None = Field(
+        None, description="ChatLLaMA's; refused, --resume takes the newest valid checkpoint"
+    )
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -190,10 +207,12 @@ class CriticConfig(LaunchKeys):
     """Where PPO's value function comes from."""
 
     model: str | None = Field(None, description="null: the reward model; 'shared': on the actor's trunk; or a model")
-    model_head_hidden_size: int | None = Field(None, ge=1)
-    model_folder: str | None = None
-    max_sequence_length: int = Field(2048, ge=4)
-    checkpoint_name: str | None = None
+    model_head_hidden_size: int | None = Field(None, ge=1, description="null: a linear head; else an MLP")
+    model_folder: str | None = Field(None, description="ChatLLaMA's; the run's folder is used")
+    max_sequence_length: int = Field(2048, ge=4, description="ChatLLaMA's; rollouts are bounded by the actor's")
+    checkpoint_name: str | None = Field(
+        None, description="ChatLLaMA's; refused, --resume takes the newest valid checkpoint"
+    )
 
     @model_validator(mode="after")
     def _no_surprises(self) -> CriticConfig:
@@ -204,15 +223,23 @@ class CriticConfig(LaunchKeys):
 class Config(Section):
     """A whole run."""
 
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, description="of everything random in a run")
     output_dir: str | None = Field(None, description="null: actor_config.model_folder, or ./models")
     trackers: list[str] = Field(default_factory=list, description="any of accelerate's: tensorboard, wandb, ...")
     num_threads: int | None = Field(None, ge=1, le=65536, description="CPU threads of torch; null: its own choice")
-    pretrain_config: PretrainConfig = Field(default_factory=PretrainConfig)
-    actor_config: ActorConfig = Field(default_factory=ActorConfig)
-    reward_config: RewardConfig = Field(default_factory=RewardConfig)
-    critic_config: CriticConfig = Field(default_factory=CriticConfig)
-    trainer_config: TrainerConfig = Field(default_factory=TrainerConfig)
+    pretrain_config: PretrainConfig = Field(
+        default_factory=PretrainConfig, description="language modeling on long text before ACTOR"
+    )
+    actor_config: ActorConfig = Field(
+        default_factory=ActorConfig, description="the ACTOR stage, and how text is rendered in every stage"
+    )
+    reward_config: RewardConfig = Field(
+        default_factory=RewardConfig, description="the REWARD stage, or what gives rewards instead"
+    )
+    critic_config: CriticConfig = Field(
+        default_factory=CriticConfig, description="where the value function starts from"
+    )
+    trainer_config: TrainerConfig = Field(default_factory=TrainerConfig, description="the RL stage")
 
     @model_validator(mode="after")
     def _one_way_to_freeze(self) -> Config:

@@ -22,7 +22,9 @@ class LaunchKeys(Section):
     )
 
     peft_enable: bool = Field(False, description="train adapters, as peft_config_path says")
-    peft_config_path: str | None = None
+    peft_config_path: str | None = Field(
+        None, description="a YAML file of peft's LoRA keys; null: the defaults, or the actor's"
+    )
 
     @model_validator(mode="after")
     def _one_launcher(self) -> LaunchKeys:
@@ -43,10 +45,10 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 class OptimizerKeys(Section):
     """AdamW, its schedule and gradient clipping; the same keys in all three stages."""
 
-    lr_scheduler: Scheduler = "linear"
+    lr_scheduler: Scheduler = Field("linear", description="shape of the learning rate over the stage")
     warmup_steps: int = Field(0, ge=0, description="optimizer steps")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
 
     @field_validator("betas")

@@ -39,7 +39,7 @@ def datasets(tmp_path):
     start = "\n\nHuman: hi {}\n\nAssistant:"
     pairs = [{"chosen": start.format(i) + " ho", "rejected": start.format(i) + " ha"} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
-    (tmp_path / "story.txt").write_text(" ".join(f"story {i} of" for i in range(40)), encoding="utf-8")
+    (tmp_path / "story.txt").write_text(" ".join(f"once {i} long" for i in range(40)), encoding="utf-8")
     return tmp_path
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded with a model, or trained on the spot for `model: tiny`."""
+"""Tokenizers: loaded with a model, or trained on the data for `model: tiny`."""
 
 from __future__ import annotations
 
