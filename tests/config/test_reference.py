@@ -17,7 +17,7 @@ from chatrlhf.config.reference import page
 from chatrlhf.config.schema import Config
 
 PACKAGE = Path(chatrlhf.__file__).parent
-DEFINED_IN = {PACKAGE / "config" / name for name in ("reference.py", "on_resume.py", "aliases.py")}
+DEFINED_IN = {PACKAGE / "config" / name for name in ("reference.py", "on_resume.py")}
 # Read by pydantic itself, or handed over whole to the library whose names they have.
 HANDED_OVER = {"actor_config.rope_scaling", "reward_config.rope_scaling"}
 
@@ -35,7 +35,10 @@ def names_read() -> set[str]:
     """Attributes that code reads, and texts that stand alone in it (keys that are looked up by name)."""
     found = set()
     for path in set(PACKAGE.rglob("*.py")) - DEFINED_IN:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.name == "aliases.py":  # its tables name keys, and read none
+            tree.body = [node for node in tree.body if not isinstance(node, ast.Assign | ast.AnnAssign)]
+        for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 found.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
