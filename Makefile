@@ -19,7 +19,7 @@ PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytes
 .DELETE_ON_ERROR:
 # Two goals at once would run two pips in one environment.
 .NOTPARALLEL:
-.PHONY: help run test test-slow test-nightly lint bench clean distclean
+.PHONY: help run test test-slow test-nightly lint docs bench clean distclean
 
 help:  ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [ARGS='more arguments']"
@@ -38,9 +38,13 @@ test-slow: $(VENV)/.stamp-test  ## the tests that take minutes
 test-nightly: $(VENV)/.stamp-test  ## the widest matrices: every family by every way, further seeds
 	$(PYTEST) -m nightly $(ARGS)
 
-lint: $(VENV)/.stamp-test  ## check style and formatting
+lint: $(VENV)/.stamp-test  ## check style, formatting, types and words
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python tests/lint_words.py
+
+docs: $(VENV)/.stamp-docs  ## build the site, strictly, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.stamp-run $(PEER)/.stamp  ## time a PPO iteration against TRL 1.12.0's, a quarter of an hour
 	$(BIN)/python -m benchmarks.ppo_step --peer-python $(PEER)/bin/python $(ARGS)
@@ -61,6 +65,10 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.stamp-test: pyproject.toml constraints.txt | $(BIN)/python
 	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $(VENV)/.stamp-run $@
+
+$(VENV)/.stamp-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[docs]"
+	@touch $@
 
 $(PEER)/.stamp: constraints.txt
 	"$(PYTHON)" -m venv $(PEER)
