@@ -58,7 +58,7 @@ class Encoder:
         """
         return self._closed(self._renderer.reply(Prompt.of(prompt), text, self._eos))
 
-    def labeled(self, prompt: Prompt | str, completion: str, loss_on: str) -> tuple[list[int], list[int]]:
+    def labelled(self, prompt: Prompt | str, completion: str, loss_on: str) -> tuple[list[int], list[int]]:
         """Ids of prompt and completion with the labels of the SFT loss; what is not trained is `IGNORED`.
 
         Args:
@@ -73,7 +73,7 @@ class Encoder:
     def judged(self, prompt: Prompt | str, completion: str, finished: bool = True) -> list[int]:
         """Ids of prompt and completion as a reward model reads them; EOS at the end where the completion came to one.
 
-        They are those of `labeled`. Where a template shows a reply in another way than it asks for it, they are those
+        They are those of `labelled`. Where a template shows a reply in another way than it asks for it, they are those
         of the conversation as it is shown.
         """
         prompt = Prompt.of(prompt)
@@ -95,11 +95,11 @@ class Encoder:
         """Ids and labels of a row of the ACTOR stage; of plain text everything is trained.
 
         Args:
-            loss_on: as in `labeled`, where the row's dataset says nothing.
+            loss_on: as in `labelled`, where the row's dataset says nothing.
         """
         if isinstance(row, PlainText):
             return self.plain(row.text, row.ends)
-        return self.labeled(row.prompt, row.completion, row.loss_on or loss_on)
+        return self.labelled(row.prompt, row.completion, row.loss_on or loss_on)
 
     def cut_actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
         """As `actor_row`, within the context: without the oldest turns, and if that is not enough without its end."""

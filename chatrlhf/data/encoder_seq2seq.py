@@ -26,7 +26,7 @@ class Seq2SeqEncoder(Encoder):
             DataError: see `refuse_row`.
         """
         refuse_row(row)
-        return self.labeled(row.prompt, row.completion, loss_on)
+        return self.labelled(row.prompt, row.completion, loss_on)
 
     def cut_actor_row(self, row: ActorRow, loss_on: str) -> tuple[list[int], list[int]]:
         """As `actor_row`, within the context: without the oldest turns, and if that is not enough without its end."""
@@ -42,7 +42,7 @@ class Seq2SeqEncoder(Encoder):
     def prompt_lengths(self, prompts: Sequence[Prompt | str]) -> list[int]:
         return [length + len(self._closing) for length in super().prompt_lengths(prompts)]
 
-    def labeled(self, prompt: Prompt | str, completion: str, loss_on: str) -> tuple[list[int], list[int]]:
+    def labelled(self, prompt: Prompt | str, completion: str, loss_on: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt and of the completion, which are two texts here."""
         return self.prompt(prompt), self.completion(prompt, completion)
 

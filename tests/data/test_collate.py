@@ -81,7 +81,7 @@ def test_the_ids_of_a_prompt_are_the_same_for_every_use(template, bos, text):
     made = encoder(template, bos)
     prompt, answer = made.prompt(text), made.completion("a", "sat")
     for loss_on in LOSSES:
-        trained, labels = made.labeled(text, "sat", loss_on)
+        trained, labels = made.labelled(text, "sat", loss_on)
         assert trained == prompt + answer
         assert len(labels) == len(trained)
     scorer = RewardScorer(model=None, encoder=Encoder(made.tokenizer, made.template, max_length=1000))
@@ -95,7 +95,7 @@ def test_the_ids_of_a_prompt_are_the_same_for_every_use(template, bos, text):
 
 def trained_text(made: Encoder, text: str, completion: str, loss_on: str) -> list[str]:
     """The stretches of text that have labels."""
-    token_ids, labels = made.labeled(text, completion, loss_on)
+    token_ids, labels = made.labelled(text, completion, loss_on)
     assert all(label in (IGNORED, token) for token, label in zip(token_ids, labels, strict=True))
     runs: list[list[int]] = []
     before = IGNORED
@@ -137,7 +137,7 @@ def test_a_special_token_written_by_a_user_is_text(template, literal):
     special = set(tokenizer.all_special_ids)
 
     def specials(prompt: Prompt, completion: str) -> list[int]:
-        return [id for id in made.labeled(prompt, completion, "all")[0] if id in special]
+        return [id for id in made.labelled(prompt, completion, "all")[0] if id in special]
 
     def talk(text: str) -> Prompt:
         turns = (Turn("user", text, text), Turn("assistant", text, text), Turn("user", text))
@@ -161,17 +161,17 @@ def test_every_token_of_a_reply_is_trained_and_no_other(template):
                 Turn("assistant", chance.choice(["sat", "on {x}", "mat\n"]) + f" {i}"),
             ]
         prompt = Prompt((*turns, Turn("user", "and?")), system=chance.choice([None, "the hat"]))
-        token_ids, labels = made.labeled(prompt, "is on", "all_turns")
+        token_ids, labels = made.labelled(prompt, "is on", "all_turns")
         replies = [turn.text for turn in turns if turn.role == "assistant"]
         runs = trained_text(made, prompt, "is on", "all_turns")
         end = "" if template == "shurale" else tokenizer.eos_token
         lead = made.tokenizer.decode(made.completion("a", "is on")[:-1]).removesuffix("is on")
         assert runs == [lead + reply + end for reply in replies] + [f"{lead}is on{tokenizer.eos_token}"]
-        final = made.labeled(prompt, "is on", "completion")
+        final = made.labelled(prompt, "is on", "completion")
         assert final[0] == token_ids and [label for label in final[1] if label != IGNORED] == made.completion(
             "a", "is on"
         )
-        assert made.labeled(prompt, "is on", "all")[1] == token_ids
+        assert made.labelled(prompt, "is on", "all")[1] == token_ids
 
 
 def test_text_around_a_special_token_is_tokenised_as_the_tokenizer_itself_would():
@@ -242,7 +242,7 @@ def test_the_sft_collator_keeps_labels_and_ignores_padding(pad_is_eos):
     collators = pytest.importorskip("trl.trainer.sft_trainer", reason="the SFT stage trains with trl")
     tokenizer = tiny.tokenizer(pad_is_eos=pad_is_eos)
     made = Encoder(tokenizer, FORMATS["hh"], max_length=64)
-    rows = [made.labeled("the cat", text, "completion") for text in ("sat", "sat on the mat on the mat")]
+    rows = [made.labelled("the cat", text, "completion") for text in ("sat", "sat on the mat on the mat")]
     examples = [{"input_ids": token_ids, "labels": labels} for token_ids, labels in rows]
     batch = collators.DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(examples)
     for i, (token_ids, labels) in enumerate(rows):
@@ -268,13 +268,13 @@ def test_rows_that_do_not_fit_are_dropped_and_counted():
 
 def test_long_rows_lose_their_oldest_turns_and_then_their_end():
     made = encoder("hh")
-    whole = len(made.labeled(TALK, "is on", "completion")[0])
+    whole = len(made.labelled(TALK, "is on", "completion")[0])
     last = Prompt((TALK.turns[-1],), system=TALK.system)
     shorter = Prompt(TALK.turns[2:], system=TALK.system)
     for room, expected in ((whole, TALK), (whole - 1, shorter), (len(made.prompt(shorter)) + 3, last)):
         cut = Encoder(made.tokenizer, made.template, room)
         ids, labels = cut.cut_actor_row(Demonstration(TALK, "is on"), "completion")
-        want = made.labeled(expected, "is on", "completion")
+        want = made.labelled(expected, "is on", "completion")
         assert (ids, labels) == (want[0][:room], want[1][:room]) and len(ids) <= room
     tight = Encoder(made.tokenizer, made.template, 5)
     assert tight.cut_actor_row(Demonstration(TALK, "is on"), "all")[0] == made.prompt(last)[:5]
@@ -287,7 +287,7 @@ def test_long_rows_lose_their_oldest_turns_and_then_their_end():
 def test_what_a_row_is_trained_on_may_be_its_own():
     made = encoder("hh")
     row = Demonstration(TALK, "is on", loss_on="all")
-    assert made.actor_row(row, "completion") == made.labeled(TALK, "is on", "all")
+    assert made.actor_row(row, "completion") == made.labelled(TALK, "is on", "all")
 
 
 def sentence_pieces(kind: str) -> PreTrainedTokenizerFast:

@@ -47,7 +47,7 @@ def check(name: str, kind: str, count: int, folder) -> None:
         asked = encoder.prompt(prompt)
         assert asked == theirs(prompt, add_generation_prompt=True)
         try:
-            ids, _ = encoder.labeled(prompt, reply, "completion")
+            ids, _ = encoder.labelled(prompt, reply, "completion")
         except DataError as error:
             assert name in OPENS_A_THOUGHT and "asks for a reply by" in str(error)
             refused += 1

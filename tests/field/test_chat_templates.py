@@ -49,7 +49,7 @@ def shown(made: Encoder, prompt: Prompt, reply: str | None = None) -> str:
 def test_thoughts_are_where_the_template_puts_them(name, prompt, reply):
     made = encoder(public_template(name))
     assert made.tokenizer.decode(made.prompt(prompt)) == shown(made, prompt)
-    row = made.tokenizer.decode(made.labeled(prompt, reply, "completion")[0]).removesuffix(made.tokenizer.eos_token)
+    row = made.tokenizer.decode(made.labelled(prompt, reply, "completion")[0]).removesuffix(made.tokenizer.eos_token)
     assert shown(made, prompt, reply).startswith(row) and row.endswith(reply.rpartition("\n")[2])
 
 
@@ -71,7 +71,7 @@ def test_a_template_that_opens_a_thought(name, tmp_path):
     ):
         made.actor_row(row, "completion")
     if name == "nemotron_3_nano":  # shows a thought where a reply has one
-        ids, _ = made.labeled(PLAIN, THOUGHT, "completion")
+        ids, _ = made.labelled(PLAIN, THOUGHT, "completion")
         assert made.tokenizer.decode(ids) == shown(made, PLAIN, THOUGHT).removesuffix("\n")
 
 
@@ -201,7 +201,7 @@ def test_a_blank_of_the_first_word_is_kept_behind_bos():
 def test_one_bos(source):
     made = encoder(source, "Metaspace first", "chat" if source else "hh")
     bos = made.tokenizer.bos_token_id
-    for ids in (made.prompt(PLAIN), made.labeled(PLAIN, "yes", "all")[0], made.judged(PLAIN, "yes")):
+    for ids in (made.prompt(PLAIN), made.labelled(PLAIN, "yes", "all")[0], made.judged(PLAIN, "yes")):
         assert ids[0] == bos and ids.count(bos) == 1
 
 
@@ -217,8 +217,8 @@ def test_control_tokens_in_data_stay_text(name, place):
     )
     plain = Prompt((Turn("user", "hi"), Turn("assistant", "yes"), Turn("user", "so")), "Be brief.")
     special = set(made.tokenizer.all_special_ids)
-    ids, labels = made.labeled(attacked, "fine", "all_turns")
-    expected, _ = made.labeled(plain, "fine", "all_turns")
+    ids, labels = made.labelled(attacked, "fine", "all_turns")
+    expected, _ = made.labelled(plain, "fine", "all_turns")
     assert [id for id in ids if id in special] == [id for id in expected if id in special]
     assert text in made.tokenizer.decode(ids)
     assert sum(label != IGNORED for label in labels) > len(made.completion(plain, "fine"))
