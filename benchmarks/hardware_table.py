@@ -50,7 +50,7 @@ ADVICE = (
 TEXT = """# Which model fits which hardware
 
 ChatLLaMA's README advises hardware for sizes of actors. Below stands what a plan of this toolkit says of both ends of
-each range: gigabytes that one device needs with one row of {tokens} tokens in a backward, activations computed again,
+each range: gigabytes that one device needs with one row of {tokens} tokens in a backward, with activation checkpointing,
 and whether it has them. PPO has a value head on the policy, a reference and a reward model of the actor's size; under
 QLoRA one base in 4 bits carries them all. Where a card has no bfloat16 (T4), weights are float32.
 

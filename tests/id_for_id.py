@@ -173,12 +173,12 @@ def dialogues(count: int, seed: int = 0) -> Iterator[tuple[Prompt, str]]:
         turns = [Turn("user", text())]
         for _ in range(chance.choice([0, 0, 1, 2])):
             turns += [Turn("assistant", reply()), Turn("user", text())]
-        system = text() if chance.random() < 0.3 else None
+        system = chance.choice([text(), text(), text(), ""]) if chance.random() < 0.3 else None
         yield Prompt(tuple(turns), system=system), reply()
 
 
 def messages_of(prompt: Prompt, reply: str | None = None) -> list[dict[str, str]]:
     """As transformers' users write them."""
-    messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
     messages += [{"role": turn.role, "content": turn.text} for turn in prompt.turns]
     return messages + ([{"role": "assistant", "content": reply}] if reply is not None else [])

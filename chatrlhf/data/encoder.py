@@ -37,11 +37,14 @@ class Encoder:
         """An encoder whose replies end as the template closes them.
 
         Where the template closes a reply by a token that is not the tokenizer's EOS (``<|im_end|>`` with a base
-        model's tokenizer), it becomes that: it is what a policy has to give, and what ends a rollout.
+        model's tokenizer), it becomes that: it is what a policy has to give, and what ends a rollout. A template may
+        close earlier replies alone, and leave the last one open.
         """
-        closing = template.frame(special_tokens(tokenizer)).closing
-        pattern = Tokenization(tokenizer).closers
-        closers = pattern.findall(closing) if pattern else []
+        frame, pattern = template.frame(special_tokens(tokenizer)), Tokenization(tokenizer).closers
+        closers = pattern.findall(frame.closing) if pattern else []
+        if pattern and not closers:
+            opens_a_turn = set(pattern.findall(frame.opening))
+            closers = [token for token in pattern.findall(frame.between) if token not in opens_a_turn]
         if closers and tokenizer.eos_token not in closers:
             tokenizer.eos_token = closers[0]
         return cls(tokenizer, template, max_length)
@@ -175,7 +178,7 @@ class Encoder:
     @cached_property
     def ids_inside_replies(self) -> frozenset[int]:
         """Ids that the template puts into a reply of plain words, before its EOS."""
-        lead, closing, _ = self.chat_template.frame(self._renderer.special_tokens)
+        lead, closing, *_ = self.chat_template.frame(self._renderer.special_tokens)
         behind, eos, _ = closing.partition(self._eos)
         return frozenset(self._following(Rendered(f"{lead}a{behind if eos else ''}")))
 
@@ -232,7 +235,7 @@ class Encoder:
 
         Some tokenizers put a blank before the words, and not before all words.
         """
-        lead, closing, _ = self.chat_template.frame(self._renderer.special_tokens)
+        lead, closing, *_ = self.chat_template.frame(self._renderer.special_tokens)
         behind, eos, _ = closing.partition(self._eos)
         opening, whole = (self._tokens.text(self._following(Rendered(lead + end))) for end in ("a", f"a{behind}"))
         before = opening.removesuffix("a")

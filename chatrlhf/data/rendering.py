@@ -101,8 +101,8 @@ class Renderer:
         arguments = arguments_of(prompt, self.template.takes_narrative)
         if self.template.marks_replies:
             return self.template.marked_replies(arguments, self.special_tokens)
-        closing = self.template.frame(self.special_tokens).closing.partition(eos_token)
-        ends = "".join(closing[:2]) if closing[1] else ""
+        behind, eos, _ = self.template.frame(self.special_tokens).between.partition(eos_token)
+        ends = behind + eos if eos else ""
         spans = []
         for i, turn in enumerate(prompt.turns):
             if turn.role != "assistant":

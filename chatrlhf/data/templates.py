@@ -42,6 +42,8 @@ class ReplyFrame(NamedTuple):
     lead: str  # between what asks for a reply and its text: the blank behind "Assistant:", an empty thought
     closing: str  # behind its text, to the end
     asks: str  # the template's own text at the end of a prompt, behind the last text of the data
+    opening: str  # from the start to the first user's text
+    between: str  # from a reply to the next user's text; empty where the template shows no second turn
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,9 @@ class Template:
 def arguments_of(prompt: Prompt, takes_narrative: bool, reply: str | None = None) -> dict[str, Any]:
     """What a template is given to show a prompt, or a prompt with its reply."""
     narrative = prompt.narrative if takes_narrative else None
-    system = "\n\n".join(part for part in (prompt.system, None if takes_narrative else prompt.narrative) if part)
-    messages = [{"role": "system", "content": system}] if system else []
+    parts = [part for part in (prompt.system, None if takes_narrative else prompt.narrative) if part is not None]
+    # An empty system text is one: templates then leave out the text that they have for conversations without any.
+    messages = [{"role": "system", "content": "\n\n".join(filter(None, parts))}] if parts else []
     for turn in prompt.turns:
         messages.append({"role": turn.role, "content": turn.text, **({"name": turn.name} if turn.name else {})})
     name = {"name": prompt.reply_name} if prompt.reply_name else {}
@@ -192,7 +195,17 @@ def _frames(template: Template, special_tokens: SpecialTokens) -> ReplyFrame:
         raise ConfigError(f"{template.origin}: the template does not show the reply of a turn; choose another")
     lead = before[len(asked) :] if before.startswith(asked) else ""
     asks = re.split("|".join(map(re.escape, (USER, USER_NAME, REPLY_NAME))), asked)[-1]
-    return ReplyFrame(lead, closing, asks)
+    return ReplyFrame(lead, closing, asks, asked.partition(USER)[0], _between(template, special_tokens, arguments))
+
+
+def _between(template: Template, special_tokens: SpecialTokens, arguments: dict[str, Any]) -> str:
+    """What stands between a reply and the next user's text."""
+    messages = [*arguments["messages"], {"role": "user", "content": USER, "name": USER_NAME}]
+    try:
+        shown = template.render(arguments | {"messages": messages}, special_tokens, True)
+    except DataError:  # a template of one turn
+        return ""
+    return shown.partition(REPLY)[2].partition(USER)[0]
 
 
 def _line_of(error: BaseException) -> int | None:

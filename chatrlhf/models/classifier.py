@@ -172,4 +172,4 @@ def _texts(tokenizer: Any, prompt: Prompt | str, completion: str) -> tuple[str, 
 
 
 def _shape(prompt: Prompt) -> tuple[Any, ...]:
-    return bool(prompt.system or prompt.narrative), tuple(turn.role for turn in prompt.turns)
+    return prompt.system is not None or bool(prompt.narrative), tuple(turn.role for turn in prompt.turns)

@@ -40,7 +40,7 @@ def check(name: str, kind: str, count: int, folder) -> None:
 
     refused = 0
     for prompt, reply in dialogues(count):
-        if prompt.system and name in REFUSES_SYSTEM:
+        if prompt.system is not None and name in REFUSES_SYSTEM:
             with pytest.raises(DataError, match="System role not supported"):
                 encoder.prompt(prompt)
             continue

@@ -137,7 +137,7 @@ class Words:
 def test_a_models_own_template(tmp_path):
     own = get_template("chat", tokenizer=Words())
     assert shown(own, "Hi?") == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
-    assert own.frame(SPECIAL) == ("", "<|im_end|>\n", "<|im_end|>\n<|im_start|>assistant\n")
+    assert own.frame(SPECIAL)[:3] == ("", "<|im_end|>\n", "<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(ConfigError, match=r"actor_config.template: the tokenizer of .* brings no chat template"):
         get_template("chat", tokenizer=object())
 
