@@ -50,9 +50,9 @@ ADVICE = (
 TEXT = """# Which model fits which hardware
 
 ChatLLaMA's README advises hardware for sizes of actors. Below stands what a plan of this toolkit says of both ends of
-each range: gigabytes that one device needs with one row of {tokens} tokens in a backward, with activation checkpointing,
-and whether it has them. PPO has a value head on the policy, a reference and a reward model of the actor's size; under
-QLoRA one base in 4 bits carries them all. Where a card has no bfloat16 (T4), weights are float32.
+each range: gigabytes that one device needs with one row of {tokens} tokens in a backward under activation
+checkpointing, and whether it has them. PPO has a value head on the policy, a reference and a reward model of the
+actor's size; under QLoRA one base in 4 bits carries them all. Where a card has no bfloat16 (T4), weights are float32.
 
 `python -m benchmarks.hardware_table` makes this page; `chatrlhf plan --compare opt-1.3b,llama-7b --gpu 24GB` compares
 models of your choice, and `--dry-run --gpu NAME` plans a run of yours. All of it is arithmetic; `benchmarks/memory.py`

@@ -30,7 +30,15 @@ LONG = (
 )
 
 
+# Folders of whole runs: their tests are slow, but for the few that are marked quick.
+RUNS = ("end_to_end", "oracle", "recipes")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in RUNS and item.get_closest_marker("quick") is None:
+            item.add_marker("slow")
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 

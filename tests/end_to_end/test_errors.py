@@ -11,6 +11,8 @@ from small_run import write_config, write_files
 
 from chatrlhf.cli import main
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:

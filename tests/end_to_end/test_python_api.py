@@ -28,6 +28,7 @@ def whole(files, tmp_path_factory):
     return run(configured(files, tmp_path_factory.mktemp("whole") / "run"), type="ALL")
 
 
+@pytest.mark.quick
 def test_each_stage_gives_its_checkpoint_and_last_metrics(whole):
     assert list(whole.stages) == ["ACTOR", "REWARD", "RL"]
     for stage, folder in (("ACTOR", "actor"), ("REWARD", "reward"), ("RL", "actor_rl")):
@@ -39,6 +40,7 @@ def test_each_stage_gives_its_checkpoint_and_last_metrics(whole):
     assert "loss/eval" in whole.stages["ACTOR"].metrics and "reward/accuracy" in whole.stages["REWARD"].metrics
 
 
+@pytest.mark.quick
 def test_metrics_have_the_names_that_are_promised(whole):
     metrics = whole.stages["RL"].metrics
     promised = (
@@ -48,6 +50,7 @@ def test_metrics_have_the_names_that_are_promised(whole):
     assert set(promised.split()) <= metrics.keys()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["actor", "actor_rl"])
 def test_policies_load_with_transformers(whole, name):
     folder = whole.output_dir / name
@@ -57,6 +60,7 @@ def test_policies_load_with_transformers(whole, name):
     assert (folder / "model.safetensors").exists()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["reward", "critic"])
 def test_reward_model_and_critic_load(whole, name):
     folder = whole.output_dir / name
@@ -65,6 +69,7 @@ def test_reward_model_and_critic_load(whole, name):
     assert first == load_reward_model(folder)(["hello there 1"], ["well hello"]) and isinstance(first[0], float)
 
 
+@pytest.mark.quick
 def test_the_manifest_says_what_was_done(whole, files):
     manifest = json.loads((whole.output_dir / "manifest.json").read_text())
     assert {stage: entry["status"] for stage, entry in manifest["stages"].items()} == dict.fromkeys(
@@ -77,6 +82,7 @@ def test_the_manifest_says_what_was_done(whole, files):
     assert manifest["config"]["trainer_config"]["num_rollouts"] == 8
 
 
+@pytest.mark.quick
 def test_samples_are_recorded(whole):
     rows = [json.loads(line) for line in (whole.output_dir / "samples.jsonl").read_text().splitlines()]
     assert {"stage", "step", "prompt", "completion", "score"} <= rows[0].keys()
@@ -128,12 +134,14 @@ def test_the_main_settings_run_through(files, tmp_path, changes):
     assert metrics["ppo/first_ratio_error"] < (0.1 if "trainer_config.precision" in changes else 1e-5)
 
 
+@pytest.mark.quick
 def test_rl_changes_the_policy_and_not_the_reference(whole):
     before = AutoModelForCausalLM.from_pretrained(whole.output_dir / "actor").state_dict()
     after = AutoModelForCausalLM.from_pretrained(whole.output_dir / "actor_rl").state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.quick
 def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, capsys):
     from chatrlhf.cli import main
 
@@ -152,5 +160,6 @@ def test_trackers_that_are_named_get_the_metrics(files, tmp_path):
     assert list((run_dir / "trackers").rglob("events.out.tfevents*"))
 
 
+@pytest.mark.quick
 def test_the_package_exports_its_api():
     assert {"load_config", "run", "load_reward_model"} <= set(chatrlhf.__all__)
