@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from chatrlhf.data.json_row import Row
 from chatrlhf.data.json_rows import MARK, JsonLines, decoded, is_by_line, lines_of, list_of
 from chatrlhf.data.parquet_rows import parquet_rows
 from chatrlhf.errors import DataError
+from chatrlhf.runtime.atomic_files import replace_file
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
@@ -71,12 +71,9 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     text = "".join(f"{line}\n" for line in lines) if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]\n"
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    replace_file(path, text)
 
 
 class WholeText(Sequence[Row]):

@@ -105,13 +105,22 @@ def _why_other(path: Path, name: str, expected: Any) -> str | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file by one rename."""
-    beside = path.with_name(f"{WRITING}{path.name}")
+    """As `replace_file`; what the disk refuses is one line that names the file."""
     with doing("writing", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        _sync(beside)
-        os.replace(beside, path)
+        replace_file(path, text)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file by one rename: a kill at any moment leaves the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = path.with_name(f"{WRITING}{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(text, encoding="utf-8", newline="\n")
+    _sync(beside)
+    os.replace(beside, path)
 
 
 def _describe(path: Path) -> dict[str, int | str]:

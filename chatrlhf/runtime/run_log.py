@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.errors.boundary import doing
+from chatrlhf.runtime.atomic_files import write_atomically
 from chatrlhf.runtime.collectives import is_main
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -120,9 +121,7 @@ class RunLog:
             kept = [line for line in lines if _belongs(line, stage, step)]
             if name == METRICS:
                 self._remember(stage, kept)
-            beside = path.with_name(f".writing-{name}")
-            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(beside, path)
+            write_atomically(path, "".join(line + "\n" for line in kept))
 
     def _remember(self, stage: str, lines: Sequence[str]) -> None:
         """Take up the newest value of each of a stage's metrics, as if this process had recorded them."""

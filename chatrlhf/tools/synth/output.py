@@ -15,6 +15,7 @@ from typing import Any
 
 from chatrlhf.data.files import write_rows
 from chatrlhf.errors import DataError
+from chatrlhf.runtime.atomic_files import replace_file
 from chatrlhf.runtime.file_hash import sha256_of
 
 
@@ -61,7 +62,7 @@ class Output:
                 write_rows(self.quarantine, aside)
             about = {**about, "rows": len(rows), "quarantined": len(aside), "sha256": sha256_of(self.path)}
             text = json.dumps(about, indent=2, ensure_ascii=False)
-            self.meta.write_text(f"{text}\n", encoding="utf-8", newline="\n")
+            replace_file(self.meta, f"{text}\n")
         except OSError as error:
             raise DataError(f"{self.path}: it cannot be written ({error}); what was answered is kept") from None
 
