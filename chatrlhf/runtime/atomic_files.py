@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.errors.boundary import doing
-from chatrlhf.runtime.collectives import barrier, is_main
 from chatrlhf.runtime.file_hash import sha256_of
 
 CONTENTS = "contents.json"
@@ -29,6 +28,8 @@ def publish_folder(target: Path, write: Callable[[Path], None], by_all: Callable
         write: what rank 0 puts into the folder it is given.
         by_all: what every rank puts there before.
     """
+    from chatrlhf.runtime.collectives import barrier, is_main  # brings torch, which small files can do without
+
     writing = target.parent / f"{WRITING}{target.name}"
     barrier()
     with doing("writing the folder", target):
