@@ -86,7 +86,7 @@ RULES = (
     Rule("trainer_config", EFFECT, RL, "total_episodes num_rollouts samples_per_prompt chunk_size"),
     Rule("trainer_config", EFFECT, RL, "init_kl_coef target horizon gamma lam cliprange cliprange_value vf_coef"),
     Rule("trainer_config", EFFECT, RL, "entropy_coef whiten_advantages cliprange_reward scale_reward ref_std"),
-    Rule("trainer_config", EFFECT, RL, "missing_eos_penalty rollout_backend importance_cap"),
+    Rule("trainer_config", EFFECT, RL, "missing_eos_penalty rollout_backend importance_cap model_kernels"),
     Rule("trainer_config", EFFECT, RL, "eval_interval checkpoint_steps n_checkpoints_to_keep"),
     Rule("trainer_config", REFUSED, RL, f"{DATA} algorithm num_layers_unfrozen eval_fn"),
     Rule("trainer_config", CONTENT, RL, "examples_path validation_examples_path"),

@@ -129,6 +129,9 @@ class TrainerConfig(OptimizerKeys, DataKeys):
     gradient_checkpointing: bool = Field(
         False, description="the update computes activations of policy and critic again, and does not keep them"
     )
+    model_kernels: Literal["auto", "off"] = Field(
+        "auto", description="off: models compute as transformers made them; CHATRLHF_MODEL_KERNELS=off does the same"
+    )
     precision: Precision = Field(
         "auto", description="auto: bfloat16 working weights under float32 masters where the device multiplies them"
     )

@@ -78,13 +78,15 @@ def prepare_models(
     precision: str,
     device: torch.device,
     own_attention: bool = True,
+    kernels: bool = True,
 ) -> MasterWeights | None:
     """Have models, and this process, compute as fast as they can on this device; in place.
 
     Args:
         trained, frozen: transformers models on ``device``; frozen ones may share weights with trained ones.
         precision: ``bf16`` or ``fp32``.
-        own_attention: whether this package's may take the place of PyTorch's.
+        own_attention: whether this package's attention may replace PyTorch's.
+        kernels: whether any of `models/kernels` may replace what transformers computes.
 
     Returns:
         The masters of the trained models' weights, which are what an optimizer has to improve; None in float32,
@@ -92,7 +94,7 @@ def prepare_models(
     """
     if device.type == "cpu":
         tune_malloc()
-    for model in (*trained, *frozen):
+    for model in (*trained, *frozen) if kernels else ():
         if own_attention:
             patch_attention(model, device)
         patch_rms_norms(model, device)

@@ -41,6 +41,7 @@ class RolloutEngine:
     chunk_size: int | None = None
     look_every: int | None = None  # steps between two looks at who has ended; None: as the device likes it
     static: bool | None = None  # decode by recorded steps (`cuda_graphs.py`); None: on a GPU
+    fused_step: bool = True  # a Llama-like model's step may be taken without its modules, on a CPU (`llama_cpu.py`)
     moves_weights: bool = True  # may put them elsewhere in memory, for `llama_cpu.py`
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ class RolloutEngine:
 
     def _context(self, static: bool) -> DecodeContext:
         """What this rollout's decoders read; the model's step on a CPU is made anew where its weights have moved."""
-        if static or not self.in_place or not self.moves_weights:
+        if static or not self.in_place or not self.moves_weights or not self.fused_step:
             self.direct = None
         elif self.direct is None or not self.direct.is_valid:
             self.direct = llama_step(self.model)

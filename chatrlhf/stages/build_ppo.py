@@ -17,6 +17,7 @@ from chatrlhf.data.inputs import Rows
 from chatrlhf.errors import DataError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.actor_critic import ActorCritic
+from chatrlhf.models.kernels import use_kernels
 from chatrlhf.models.kernels.activation_checkpointing import recompute_activations
 from chatrlhf.models.loading.lora import has_adapters
 from chatrlhf.models.reference import Reference
@@ -149,7 +150,7 @@ def _updater(
     trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
     precision = resolve_rl_precision(trainer.precision, device)
     groups = actor_critic.parameter_groups(trainer.actor_lr, trainer.critic_lr)
-    own_attention = config.actor_config.attn_implementation is None
+    own_attention, kernels = config.actor_config.attn_implementation is None, use_kernels(trainer.model_kernels)
 
     def recompute(trained: ActorCritic) -> None:
         if trainer.gradient_checkpointing:
@@ -157,7 +158,7 @@ def _updater(
                 recompute_activations(model, "trainer_config.gradient_checkpointing")
 
     if sharding is not None:
-        prepare_models(actor_critic.backbones(), frozen, "fp32", device, own_attention)
+        prepare_models(actor_critic.backbones(), frozen, "fp32", device, own_attention, kernels)
         sharded = shard_actor_critic(
             actor_critic,
             frozen,
@@ -173,7 +174,7 @@ def _updater(
         log.note(f"RL: trained by {sharding} in {world_size()} processes ({', '.join(kinds)})")
         schedulers = [_schedule(engine.optimizer, config, done) for engine in sharded.engines]
         return Updater(sharded.trained, algorithm, settings, device, EngineBackend(sharded, schedulers, device))
-    masters = prepare_models(actor_critic.backbones(), frozen, precision, device, own_attention)
+    masters = prepare_models(actor_critic.backbones(), frozen, precision, device, own_attention, kernels)
     recompute(actor_critic)
     if masters is not None:
         groups = masters.groups(groups)
@@ -230,6 +231,7 @@ def _sampler(
             trainer.chunk_size,
             static=False if gathered else None,  # gathered weights have other addresses in each rollout
             moves_weights=sharding is None or gathered,  # otherwise they are parts of DeepSpeed's buffers
+            fused_step=use_kernels(trainer.model_kernels),
         )
     log.note("RL: vLLM samples, with random numbers of its own: a run that is resumed or repeated goes another way")
     return VllmSampler(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatrlhf import load_config, load_reward_model, run
 from chatrlhf.errors import ConfigError
+from chatrlhf.models.kernels import VARIABLE
 from chatrlhf.models.kernels.attention import NAME
 from chatrlhf.rl.ppo import PPOTrainer
 from chatrlhf.rl.update import Updater
@@ -60,6 +61,28 @@ def test_attention_is_the_one_that_is_named(files, sft, tmp_path, trained, actor
 def test_attention_of_nobodys_choice_is_this_packages_in_rl(files, sft, actor_critics):
     run(config(files, output_dir=str(sft)), type="RL", reward_fn=length)
     assert actor_critics[-1].policy.config._attn_implementation == NAME
+
+
+@pytest.mark.parametrize("by", ["key", "environment"])
+def test_without_kernels_models_are_transformers_own_and_learn_the_same(files, sft, actor_critics, monkeypatch, by):
+    runs = {}
+    for kernels in ("auto", "off"):
+        if by == "environment":
+            monkeypatch.setenv(VARIABLE, kernels)
+        keys = {"trainer_config__model_kernels": kernels} if by == "key" else {}
+        out = sft.parent / f"{by}-{kernels}"
+        made = config(
+            files, output_dir=str(out), actor_config__model=str(sft / "actor"), trainer_config__precision="fp32", **keys
+        )
+        run(made, type="RL", reward_fn=length)
+        own = actor_critics[-1].policy
+        assert (own.config._attn_implementation == NAME) == (kernels == "auto")
+        assert any("forward" in vars(each) for each in own.modules()) == (kernels == "auto")
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        runs[kernels] = [json.loads(line) for line in lines if '"loss/policy"' in line]
+    for auto, off in zip(runs["auto"][:2], runs["off"][:2], strict=True):
+        for name in ("reward/mean", "kl/ref", "loss/value", "response/length", "ppo/approx_kl"):
+            assert off[name] == pytest.approx(auto[name], rel=1e-3, abs=1e-5), name
 
 
 def test_frozen_embeddings_stay_through_all_stages(files, sft, tmp_path):

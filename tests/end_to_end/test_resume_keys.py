@@ -297,6 +297,7 @@ IN_RL = {
     "trainer_config.ref_std": (0.5, of_scaling("ref_std")),
     "trainer_config.missing_eos_penalty": (0.5, of_scaling("missing_eos_penalty")),
     "trainer_config.rollout_backend": ("vllm", lambda trainer: trainer.engine.name),
+    "trainer_config.model_kernels": ("off", lambda trainer: "auto" if trainer.engine.fused_step else "off"),
     "trainer_config.importance_cap": (0.5, of_settings("importance_cap")),
     "trainer_config.eval_interval": (5, lambda trainer: trainer.eval_interval),
     "trainer_config.checkpoint_steps": (7, lambda trainer: trainer.checkpoint_steps),

@@ -12,6 +12,7 @@ from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
 from chatrlhf.models.critic_init import ALL_BLOCKS
 from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
+from chatrlhf.models.kernels import use_kernels
 from chatrlhf.models.kernels.activation_checkpointing import recompute_activations
 from chatrlhf.models.kernels.attention import patch_attention
 from chatrlhf.models.kernels.rms_norm import patch_rms_norms
@@ -95,7 +96,8 @@ def _alike(backbone: nn.Module, policy: nn.Module) -> bool:
 
 def made_ready(actor_critic: ActorCritic, frozen: list[nn.Module], models: Models) -> MasterWeights | None:
     """As `prepare_models` does, which tries out what it changes; an activation can be tried out here, too."""
-    for model in (*actor_critic.backbones(), *frozen):
+    kernels = use_kernels(models.config.trainer_config.model_kernels)
+    for model in (*actor_critic.backbones(), *frozen) if kernels else ():
         if models.config.actor_config.attn_implementation is None:
             patch_attention(model, models.paper.device)
         patch_rms_norms(model, models.paper.device)
