@@ -42,6 +42,7 @@ lint: $(VENV)/.stamp-test  ## check style, formatting, types and words
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python tests/lint_words.py
+	$(BIN)/python -m mypy
 
 docs: $(VENV)/.stamp-docs  ## build the site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

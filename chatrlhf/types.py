@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,11 +130,13 @@ class Experience:
     @property
     def own_trunk_states(self) -> Tensor | None:
         """The states of these rows, row by row, where there are any and all of them lie here."""
-        return self.trunk_states if self.trunk_rows is None else self.trunk_states[self.trunk_rows]
+        if self.trunk_states is None or self.trunk_rows is None:
+            return self.trunk_states
+        return self.trunk_states[self.trunk_rows]
 
     def to(self, device: torch.device | str) -> Experience:
         """The same experience on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: None if (value := getattr(self, field.name)) is None else value.to(device)
             for field in dataclasses.fields(self)
         }

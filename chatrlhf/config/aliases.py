@@ -124,8 +124,8 @@ def count_episodes(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(trainer, dict):
         return config
 
-    def product(*keys: str) -> int | None:
-        values = [trainer.get(key, 1 if key == "num_examples" else None) for key in keys]
+    def product(*keys: str, trainer: dict[str, Any] = trainer) -> int | None:
+        values: list[Any] = [trainer.get(key, 1 if key == "num_examples" else None) for key in keys]
         if any(not isinstance(value, int) or isinstance(value, bool) for value in values):
             return None  # absent or malformed: the schema says which
         return math.prod(values)

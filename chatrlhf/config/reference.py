@@ -96,8 +96,8 @@ def _type(annotation: Any) -> str:
         kinds = [_type(each) for each in arguments if each is not type(None)]
         return " or ".join([*kinds, *(["null"] if type(None) in arguments else [])])
     if origin in (list, tuple):
-        kinds = dict.fromkeys(_type(each) for each in arguments if each is not Ellipsis)
-        return f"list of {', '.join(kinds)}" if origin is list else f"{len(arguments)} of {', '.join(kinds)}"
+        inner = ", ".join(dict.fromkeys(_type(each) for each in arguments if each is not Ellipsis))
+        return f"list of {inner}" if origin is list else f"{len(arguments)} of {inner}"
     if origin is dict:
         return f"map of {_type(arguments[0])} to {_type(arguments[1])}"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false"}

@@ -182,8 +182,10 @@ class TrainerConfig(OptimizerKeys, DataKeys):
     @property
     def num_steps(self) -> int:
         """Rollout batches, each followed by one update."""
+        assert self.total_episodes is not None  # filled in by a validator
         return self.total_episodes // self.num_rollouts
 
     @property
     def num_optimizer_steps(self) -> int:
+        assert self.batch_size is not None  # filled in by a validator
         return self.num_steps * self.ppo_epochs * (self.num_rollouts // self.batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,15 @@ def token_logprobs(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, position, min_new_tokens, distribution, with_entropy):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        position: Tensor,
+        min_new_tokens: Tensor,
+        distribution: SamplingDistribution,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(ids), device=logits.device)
         entropy = torch.empty(len(ids) if with_entropy else 0, device=logits.device)
         for rows in _chunks(logits, len(ids)):
@@ -113,7 +122,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, of_logprobs, of_entropy):
+    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
         """d log p_i / dz = onehot_i - p;  dH / dz = -p (log p + H); and dz / d logits = 1 / temperature."""
         logits, ids, position, min_new_tokens, entropy = ctx.saved_tensors
         gradient = torch.empty_like(logits)

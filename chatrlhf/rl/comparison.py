@@ -21,8 +21,9 @@ def gap_closed(before: HeldOutReport, after: HeldOutReport, best: float) -> floa
 def show_comparison(console: Console, before: HeldOutReport, after: HeldOutReport, best: float | None) -> None:
     """Print the comparison, each criterion before and after, and some completions side by side."""
     table = Table(title=f"{len(before.prompts)} held-out prompts, one sample each", title_justify="left")
-    for name, justify in (("", "left"), ("SFT actor", "right"), ("RL actor", "right"), ("change", "right")):
-        table.add_column(name, justify=justify)
+    table.add_column("")
+    for name in ("SFT actor", "RL actor", "change"):
+        table.add_column(name, justify="right")
 
     def row(name: str, first: float, second: float, digits: int = 2) -> None:
         table.add_row(name, f"{first:.{digits}f}", f"{second:.{digits}f}", f"{second - first:+.{digits}f}")

@@ -44,7 +44,7 @@ def merge_shards(shares: list[Any], rows: list[Tensor]) -> Any:
     first = shares[0]
     if first is None or len(shares) == 1:
         return first
-    if dataclasses.is_dataclass(first):
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first)]
         return type(first)(**{name: merge_shards([getattr(each, name) for each in shares], rows) for name in names})
     size = max(int(each.max()) for each in rows) + 1

@@ -35,6 +35,7 @@ def gae_advantages(scored: ScoredRollout, how: Estimation) -> tuple[Tensor, Tens
     """GAE over per-token rewards that carry the KL term."""
     mask = scored.rollout.response_mask
     rewards = token_rewards(scored.scores, scored.old_logprobs, scored.ref_logprobs, mask, how.kl_coef)
+    assert scored.values is not None
     advantages, returns = gae(rewards, scored.values, mask, how.gamma, how.lam)
     return whiten(advantages, mask) if how.whiten_advantages else advantages, returns
 

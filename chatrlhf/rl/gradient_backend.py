@@ -142,7 +142,7 @@ class PlainBackend(GradientBackend):
         elif self.actor_critic.critic_is_apart:
             run_in_parallel(losses[0].backward, losses[1].backward, self.device)
         else:
-            sum(losses).backward()
+            sum(losses[1:], losses[0]).backward()
         self.gradients.collect()
 
     def reduce(self) -> None:

@@ -33,6 +33,7 @@ class Progress:
             if "progress" in state:
                 return Progress(**state["progress"])
             steps = int(state["step"])
+        assert config.samples_per_prompt is not None  # the schema fills it in
         return Progress().after(steps, config.num_rollouts, config.samples_per_prompt, _minibatches(config))
 
     def after(self, steps: int, num_rollouts: int, samples_per_prompt: int, minibatches: int) -> Progress:
@@ -50,10 +51,11 @@ class Progress:
         Raises:
             ConfigError: `num_rollouts` does not divide those.
         """
+        assert config.total_episodes is not None  # the schema fills it in
         left = max(config.total_episodes - self.episodes, 0)
         if left % config.num_rollouts:  # it divides all episodes, so what is wrong is those that are done
-            working_params = [n for n in range(1, self.episodes + 1) if self.episodes % n == 0]
-            near = sorted(sorted(working_params, key=lambda n: abs(n - config.num_rollouts))[:3])
+            fitting = [n for n in range(1, self.episodes + 1) if self.episodes % n == 0]
+            near = sorted(sorted(fitting, key=lambda n: abs(n - config.num_rollouts))[:3])
             raise ConfigError(
                 f"trainer_config.num_rollouts: {config.num_rollouts} does not divide the {left} episodes that are left "
                 f"({self.episodes} of {config.total_episodes} are done); set it to one of {', '.join(map(str, near))}"
@@ -70,4 +72,5 @@ class Progress:
 
 def _minibatches(config: TrainerConfig) -> int:
     """Optimizer steps of one step."""
+    assert config.batch_size is not None  # the schema fills it in
     return config.ppo_epochs * (config.num_rollouts // config.batch_size)

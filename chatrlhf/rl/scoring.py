@@ -114,6 +114,7 @@ class Scorer:
             )
             sequences.trunk_states = self.actor_critic.trunk_states(sequences)
             evaluation = self.actor_critic.evaluate(sequences, with_entropy=True)
+            assert evaluation.entropy is not None
             read.ref_logprobs[rows] = self.reference.logprobs(sequences).cpu()
             read.logprobs[rows], read.entropy[rows] = evaluation.logprobs.cpu(), evaluation.entropy.cpu()
             if evaluation.values is not None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -169,15 +170,15 @@ class EngineBackend(GradientBackend):
         return all_reduce_max(max(pieces, 1))
 
     def evaluate(self, sequences: Sequences, with_entropy: bool) -> Evaluation:
-        found: dict[str, Tensor | None] = {"values": None, "entropy": None}
+        found: dict[str, Any] = {"values": None, "entropy": None}
         with sequential():
             for part, engine in zip(self.sharded.parts, self.sharded.engines, strict=True):
-                found |= engine(lambda part=part: part.evaluate(sequences, with_entropy))
+                found |= engine(partial(part.evaluate, sequences, with_entropy))
         return Evaluation(**found)
 
     def backward(self, losses: list[Tensor], detach_point: DetachPoint | None, last: bool) -> None:
         if len(self.sharded.engines) == 1:
-            losses = [sum(losses)]
+            losses = [sum(losses[1:], losses[0])]
         for engine, loss in zip(self.sharded.engines, losses, strict=True):
             engine.backward(loss, last)
 

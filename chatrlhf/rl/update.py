@@ -143,6 +143,7 @@ class Updater:
         losses = [policy]
         stats = {"loss/policy": policy.detach()}
         if evaluation.values is not None:
+            assert micro.old_values is not None and micro.returns is not None
             per_value = value_loss(evaluation.values, micro.old_values, micro.returns, settings.cliprange_value)
             value = (token_mean * per_value).sum()
             losses.append(settings.vf_coef * value)
