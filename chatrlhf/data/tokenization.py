@@ -181,7 +181,7 @@ class Tokenization:
             AddedToken(
                 self._stand_in[token.content],
                 special=False,
-                normalized=False,
+                normalized=token.normalized,
                 lstrip=token.lstrip,
                 rstrip=token.rstrip,
                 single_word=token.single_word,
@@ -189,7 +189,18 @@ class Tokenization:
             for token in self._special.values()
         ]
         copy.add_tokens([*stand_ins, AddedToken(ANCHOR, special=False, normalized=False)])
-        return copy
+        return copy if self._stands_for_them(copy) else None
+
+    def _stands_for_them(self, copy: Tokenizer) -> bool:
+        """Whether stand-ins give what special tokens give, alone, inside words and beside blanks."""
+        own = {copy.token_to_id(self._stand_in[token.content]): id for id, token in self._special.items()}
+        for token in self._special.values():
+            for around in ("{}two", "one{}two", "one {}\ntwo", "one\n{} two"):
+                shown, meant = around.format(self._stand_in[token.content]), around.format(token.content)
+                ids = [own.get(id, id) for id in copy.encode(shown, add_special_tokens=False).ids]
+                if ids != self.tokenizer(meant, add_special_tokens=False)["input_ids"]:
+                    return False
+        return True
 
     @cached_property
     def _stand_in(self) -> dict[str, str]:
