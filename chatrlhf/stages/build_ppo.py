@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from chatrlhf.config.rl import TrainerConfig
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import prompt_batch
@@ -33,7 +35,7 @@ from chatrlhf.rl.prompt_schedule import PromptSchedule
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.rl.scoring import Scorer
-from chatrlhf.rl.sharded_backend import EngineBackend, shard_actor_critic
+from chatrlhf.rl.sharded_backend import EngineBackend, ShardedModels, shard_actor_critic
 from chatrlhf.rl.update import Updater, UpdateSettings
 from chatrlhf.rl.user_functions import load_function
 from chatrlhf.rollout.context import Limits
@@ -52,140 +54,214 @@ DEFAULT_NEW_TOKENS = 128
 NOTHING = Progress()
 
 
-def assemble_ppo(
-    config: Config,
-    actor_critic: ActorCritic,
-    reference: Reference,
-    encoder: Encoder,
-    reward: RewardSource,
-    rows: Rows,
-    device: torch.device,
-    log: RunLog,
-    checkpoints: CheckpointStore,
-    sharding: Sharding = None,
-    done: Progress = NOTHING,
-) -> PPOTrainer:
-    """The trainer that the configuration describes.
+@dataclass(frozen=True)
+class PPOModels:
+    """What PPO works with.
+
+    ``actor_critic`` and ``reference`` have one sampling distribution. They are on the builder's device or, where
+    weights are sharded, in the CPU's memory. A reward model is one of its own: what else was made from its weights has a copy.
+    """
+
+    actor_critic: ActorCritic
+    reference: Reference
+    encoder: Encoder
+    reward: RewardSource
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The models that are not trained."""
+        judge = [self.reward.scorer.model.backbone] if isinstance(self.reward, ModelReward) else []
+        return [self.reference.model, *judge]
+
+
+@dataclass(frozen=True)
+class PPOBuilder:
+    """Builds the trainer of the RL stage from its keys, a method a part.
 
     Args:
-        actor_critic, reference: with one sampling distribution; on ``device``, or, where weights are sharded, in the
-            CPU's memory.
         sharding: who shards what is trained; None: every process has all of it.
-        reward: a reward model of its own: what else was made from its weights has a copy.
-        rows: prompts, and held-out prompts where there are any.
         done: before the run is resumed.
-
-    Raises:
-        DataError: no prompt leaves room for a response.
     """
-    trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
-    limits = _limits(config, encoder)
-    pad_id = encoder.tokenizer.pad_token_id
-    source = trainer.reads_from("trainer_config", "examples_path")
-    prompt_ids, prompts, kept = _encoded_prompts(rows.train, encoder, limits, log, source)
-    epochs = rows.epochs.only(kept, source)
-    engine = _sampler(config, actor_critic, encoder, limits, log, sharding)
-    scaling = RewardScaling(
-        trainer.scale_reward, trainer.cliprange_reward, trainer.missing_eos_penalty, ref_std=trainer.ref_std
-    )
-    # A forward alone keeps less than half of what the update's forward and backward do.
-    scorer = Scorer(actor_critic, reference, reward, scaling, device, 2 * max(trainer.micro_batch_size, 1))
-    frozen = [reference.model]
-    if isinstance(reward, ModelReward):
-        frozen.append(reward.scorer.model.backbone)
-    settings = UpdateSettings(
-        epochs=trainer.ppo_epochs,
-        batch_size=trainer.batch_size,
-        micro_batch_size=trainer.micro_batch_size,
-        cliprange=trainer.cliprange,
-        cliprange_value=trainer.cliprange_value,
-        vf_coef=trainer.vf_coef,
-        entropy_coef=trainer.entropy_coef,
-        max_grad_norm=trainer.max_grad_norm,
-        foreign_sampler=isinstance(engine, VllmSampler),
-        importance_cap=trainer.importance_cap,
-    )
-    updater = _updater(config, actor_critic, frozen, settings, device, sharding, log, done)
-    held_out = None
-    if rows.held_out:
-        held_ids, held_prompts, _ = _encoded_prompts(rows.held_out, encoder, limits, log, "the held-out prompts")
-        batch = prompt_batch(held_ids, held_prompts, pad_id)
-        eval_fn = load_function(trainer.eval_fn, "trainer_config.eval_fn") if trainer.eval_fn else None
-        held_out = HeldOut(batch, engine, scorer, eval_fn, step_seed(config.seed, 0, "held-out"))
-    samples = trainer.samples_per_prompt
-    prompts_a_step = trainer.num_rollouts // samples
-    return PPOTrainer(
-        prompts=PromptSchedule(
-            prompt_ids, prompts, pad_id, prompts_a_step, samples, config.seed, epochs, done.steps, done.prompts
-        ),
-        engine=engine,
-        scorer=scorer,
-        updater=updater,
-        algorithm=algorithm,
-        estimation=lambda coef: Estimation(coef, trainer.gamma, trainer.lam, trainer.whiten_advantages),
-        kl=KLController(trainer.init_kl_coef, trainer.target, trainer.horizon),
-        num_steps=done.num_steps(trainer),
-        seed=config.seed,
-        log=log,
-        checkpoints=checkpoints,
-        checkpoint_steps=trainer.checkpoint_steps,
-        held_out=held_out,
-        eval_interval=trainer.eval_interval,
-        sharding=sharding,
-        done=done,
-    )
 
+    config: Config
+    device: torch.device
+    log: RunLog
+    sharding: Sharding = None
+    done: Progress = NOTHING
 
-def _updater(
-    config: Config,
-    actor_critic: ActorCritic,
-    frozen: list[nn.Module],
-    settings: UpdateSettings,
-    device: torch.device,
-    sharding: Sharding,
-    log: RunLog,
-    done: Progress,
-) -> Updater:
-    """What improves the actor-critic, whose models and the frozen ones are made ready for the hot path."""
-    trainer, algorithm = config.trainer_config, ALGORITHMS[config.trainer_config.algorithm]
-    precision = resolve_rl_precision(trainer.precision, device)
-    groups = actor_critic.parameter_groups(trainer.actor_lr, trainer.critic_lr)
-    own_attention, kernels = config.actor_config.attn_implementation is None, use_kernels(trainer.model_kernels)
+    def build(self, models: PPOModels, rows: Rows, checkpoints: CheckpointStore) -> PPOTrainer:
+        """The trainer that the configuration describes.
 
-    def recompute(trained: ActorCritic) -> None:
-        if trainer.gradient_checkpointing:
-            for model in trained.backbones():
-                recompute_activations(model, "trainer_config.gradient_checkpointing")
+        Args:
+            rows: prompts, and held-out prompts where there are any.
 
-    if sharding is not None:
-        prepare_models(actor_critic.backbones(), frozen, "fp32", device, own_attention, kernels)
+        Raises:
+            DataError: no prompt leaves room for a response.
+        """
+        keys, limits = self.keys, _limits(self.config, models.encoder)
+        prompts = self.prompts(rows, models.encoder, limits)
+        engine = self.sampler(models, limits)
+        scorer = self.scorer(models)
+        return PPOTrainer(
+            prompts=prompts,
+            engine=engine,
+            scorer=scorer,
+            updater=self.updater(models, foreign_sampler=isinstance(engine, VllmSampler)),
+            algorithm=ALGORITHMS[keys.algorithm],
+            estimation=lambda coef: Estimation(coef, keys.gamma, keys.lam, keys.whiten_advantages),
+            kl=KLController(keys.init_kl_coef, keys.target, keys.horizon),
+            num_steps=self.done.num_steps(keys),
+            seed=self.config.seed,
+            log=self.log,
+            checkpoints=checkpoints,
+            checkpoint_steps=keys.checkpoint_steps,
+            held_out=self.held_out(rows, models.encoder, limits, engine, scorer),
+            eval_interval=keys.eval_interval,
+            sharding=self.sharding,
+            done=self.done,
+        )
+
+    @property
+    def keys(self) -> TrainerConfig:
+        return self.config.trainer_config
+
+    def prompts(self, rows: Rows, encoder: Encoder, limits: Limits) -> PromptSchedule:
+        """Which prompts each step samples."""
+        source = self.keys.reads_from("trainer_config", "examples_path")
+        ids, prompts, kept = _encoded_prompts(rows.train, encoder, limits, self.log, source)
+        samples, done = self.keys.samples_per_prompt, self.done
+        return PromptSchedule(
+            ids,
+            prompts,
+            encoder.tokenizer.pad_token_id,
+            self.keys.num_rollouts // samples,
+            samples,
+            self.config.seed,
+            rows.epochs.only(kept, source),
+            done.steps,
+            done.prompts,
+        )
+
+    def sampler(self, models: PPOModels, limits: Limits) -> Sampler:
+        """What samples the rollouts, from the policy as it is at any time."""
+        keys, encoder = self.keys, models.encoder
+        policy, distribution = models.actor_critic.policy, models.actor_critic.distribution
+        pad_id, stop = encoder.tokenizer.pad_token_id, keys.gen_kwargs.stop
+        if keys.rollout_backend == "chatrlhf":
+            gathered = shards_params(self.sharding)
+            return RolloutEngine(
+                policy,
+                distribution,
+                limits,
+                pad_id,
+                encoder.reply,
+                stop,
+                keys.chunk_size,
+                static=False if gathered else None,  # gathered weights have other addresses in each rollout
+                moves_weights=self.sharding is None or gathered,  # otherwise they are parts of DeepSpeed's buffers
+                fused_step=use_kernels(keys.model_kernels),
+            )
+        self.log.note(
+            "RL: vLLM samples, with random numbers of its own: a run that is resumed or repeated goes another way"
+        )
+        return VllmSampler(
+            policy,
+            encoder.tokenizer,
+            distribution,
+            limits,
+            encoder.reply,
+            keys.vllm,
+            pad_id,
+            stop,
+            keys.chunk_size,
+            self.config.actor_config.trust_remote_code,
+        )
+
+    def scorer(self, models: PPOModels) -> Scorer:
+        """What scores rollouts, and reads them with policy, critic and reference."""
+        keys = self.keys
+        scaling = RewardScaling(
+            keys.scale_reward, keys.cliprange_reward, keys.missing_eos_penalty, ref_std=keys.ref_std
+        )
+        # A forward alone keeps less than half of what the update's forward and backward do.
+        rows = 2 * max(keys.micro_batch_size, 1)
+        return Scorer(models.actor_critic, models.reference, models.reward, scaling, self.device, rows)
+
+    def held_out(self, rows: Rows, encoder: Encoder, limits: Limits, engine: Sampler, scorer: Scorer) -> HeldOut | None:
+        """The judgment of held-out prompts, where there are any."""
+        if not rows.held_out:
+            return None
+        ids, prompts, _ = _encoded_prompts(rows.held_out, encoder, limits, self.log, "the held-out prompts")
+        batch = prompt_batch(ids, prompts, encoder.tokenizer.pad_token_id)
+        eval_fn = load_function(self.keys.eval_fn, "trainer_config.eval_fn") if self.keys.eval_fn else None
+        return HeldOut(batch, engine, scorer, eval_fn, step_seed(self.config.seed, 0, "held-out"))
+
+    def updater(self, models: PPOModels, foreign_sampler: bool) -> Updater:
+        """What improves the actor-critic, whose models and the frozen ones are made ready for the hot path."""
+        keys, actor_critic, algorithm = self.keys, models.actor_critic, ALGORITHMS[self.keys.algorithm]
+        settings = UpdateSettings(
+            epochs=keys.ppo_epochs,
+            batch_size=keys.batch_size,
+            micro_batch_size=keys.micro_batch_size,
+            cliprange=keys.cliprange,
+            cliprange_value=keys.cliprange_value,
+            vf_coef=keys.vf_coef,
+            entropy_coef=keys.entropy_coef,
+            max_grad_norm=keys.max_grad_norm,
+            foreign_sampler=foreign_sampler,
+            importance_cap=keys.importance_cap,
+        )
+        precision = resolve_rl_precision(keys.precision, self.device)
+        prepare = partial(
+            prepare_models,
+            actor_critic.backbones(),
+            models.frozen,
+            device=self.device,
+            own_attention=self.config.actor_config.attn_implementation is None,
+            kernels=use_kernels(keys.model_kernels),
+        )
+        if self.sharding is not None:
+            prepare(precision="fp32")
+            sharded = self._sharded(models, DTYPES[precision])
+            schedulers = [_schedule(engine.optimizer, self.config, self.done) for engine in sharded.engines]
+            return Updater(
+                sharded.trained, algorithm, settings, self.device, EngineBackend(sharded, schedulers, self.device)
+            )
+        masters = prepare(precision=precision)
+        self._checkpoint_activations(actor_critic)
+        groups = actor_critic.parameter_groups(keys.actor_lr, keys.critic_lr)
+        optimizer = torch.optim.AdamW(
+            masters.groups(groups) if masters is not None else groups,
+            betas=keys.betas,
+            weight_decay=keys.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        scheduler = _schedule(optimizer, self.config, self.done)
+        backend = PlainBackend(actor_critic, optimizer, scheduler, self.device, masters)
+        return Updater(actor_critic, algorithm, settings, self.device, backend)
+
+    def _sharded(self, models: PPOModels, dtype: torch.dtype) -> ShardedModels:
+        """The models in the hands of engines."""
+        actor_critic, keys = models.actor_critic, self.keys
         sharded = shard_actor_critic(
             actor_critic,
-            frozen,
-            recompute,
-            partial(engine_of, sharding, config),
-            groups,
-            shards_params(sharding),
-            DTYPES[precision],
-            device,
+            models.frozen,
+            self._checkpoint_activations,
+            partial(engine_of, self.sharding, self.config),
+            actor_critic.parameter_groups(keys.actor_lr, keys.critic_lr),
+            shards_params(self.sharding),
+            dtype,
+            self.device,
             keep_frozen=is_main() and not has_adapters(actor_critic.policy),
         )
         kinds = dict.fromkeys(type(engine.model).__name__ for engine in sharded.engines)
-        log.note(f"RL: trained by {sharding} in {world_size()} processes ({', '.join(kinds)})")
-        schedulers = [_schedule(engine.optimizer, config, done) for engine in sharded.engines]
-        return Updater(sharded.trained, algorithm, settings, device, EngineBackend(sharded, schedulers, device))
-    masters = prepare_models(actor_critic.backbones(), frozen, precision, device, own_attention, kernels)
-    recompute(actor_critic)
-    if masters is not None:
-        groups = masters.groups(groups)
-    optimizer = torch.optim.AdamW(
-        groups,
-        betas=trainer.betas,
-        weight_decay=trainer.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
-    backend = PlainBackend(actor_critic, optimizer, _schedule(optimizer, config, done), device, masters)
-    return Updater(actor_critic, algorithm, settings, device, backend)
+        self.log.note(f"RL: trained by {self.sharding} in {world_size()} processes ({', '.join(kinds)})")
+        return sharded
+
+    def _checkpoint_activations(self, trained: ActorCritic) -> None:
+        if self.keys.gradient_checkpointing:
+            for model in trained.backbones():
+                recompute_activations(model, "trainer_config.gradient_checkpointing")
 
 
 def sampling_distribution(
@@ -210,42 +286,6 @@ def sampling_distribution(
     forbidden = {*gen.forbidden_tokens, *({tokenizer.pad_token_id, *unused} - {*eos_ids})}
     temperature = gen.temperature or config.actor_config.temperature or 1.0
     return SamplingDistribution(temperature, eos_ids, tuple(sorted(forbidden)))
-
-
-def _sampler(
-    config: Config, actor_critic: ActorCritic, encoder: Encoder, limits: Limits, log: RunLog, sharding: Sharding
-) -> Sampler:
-    """What samples the rollouts, from the policy as it is at any time."""
-    trainer, tokenizer = config.trainer_config, encoder.tokenizer
-    policy, distribution, stop = actor_critic.policy, actor_critic.distribution, trainer.gen_kwargs.stop
-
-    if trainer.rollout_backend == "chatrlhf":
-        gathered = shards_params(sharding)
-        return RolloutEngine(
-            policy,
-            distribution,
-            limits,
-            tokenizer.pad_token_id,
-            encoder.reply,
-            stop,
-            trainer.chunk_size,
-            static=False if gathered else None,  # gathered weights have other addresses in each rollout
-            moves_weights=sharding is None or gathered,  # otherwise they are parts of DeepSpeed's buffers
-            fused_step=use_kernels(trainer.model_kernels),
-        )
-    log.note("RL: vLLM samples, with random numbers of its own: a run that is resumed or repeated goes another way")
-    return VllmSampler(
-        policy,
-        tokenizer,
-        distribution,
-        limits,
-        encoder.reply,
-        trainer.vllm,
-        tokenizer.pad_token_id,
-        stop,
-        trainer.chunk_size,
-        config.actor_config.trust_remote_code,
-    )
 
 
 def _limits(config: Config, encoder: Encoder) -> Limits:

@@ -27,7 +27,7 @@ from chatrlhf.runtime.collectives import broadcast, rank
 from chatrlhf.runtime.device import resolve_rl_precision
 from chatrlhf.sharding.accelerate_env import Sharding, environment_for, shards_params
 from chatrlhf.sharding.launch import sharding_of
-from chatrlhf.stages.build_ppo import assemble_ppo, sampling_distribution
+from chatrlhf.stages.build_ppo import PPOBuilder, PPOModels, sampling_distribution
 from chatrlhf.stages.context import RunContext, policy_encoder, publish_policy, record, require
 
 
@@ -83,9 +83,8 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
     ctx.log.note(
         f"RL: {trainer_config.algorithm}, {trained_count(actor_critic):,} parameters in training; {critic_line}"
     )
-    trainer = assemble_ppo(
-        config, actor_critic, reference, encoder, reward, rows, ctx.device, ctx.log, files.store, sharding, done
-    )
+    builder = PPOBuilder(config, ctx.device, ctx.log, sharding, done)
+    trainer = builder.build(PPOModels(actor_critic, reference, encoder, reward), rows, files.store)
     files.begin(actor_critic)
     if rank() > 0:
         from transformers import set_seed
