@@ -59,7 +59,8 @@ class PPOModels:
     """What PPO works with.
 
     ``actor_critic`` and ``reference`` have one sampling distribution. They are on the builder's device or, where
-    weights are sharded, in the CPU's memory. A reward model is one of its own: what else was made from its weights has a copy.
+    weights are sharded, in the CPU's memory. A reward model is one of its own: what else was made from its weights has
+    a copy.
     """
 
     actor_critic: ActorCritic
