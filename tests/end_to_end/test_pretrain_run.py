@@ -301,7 +301,14 @@ StageCallback.on_log = dying
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, calls", [("SIGKILL", 2), ("SIGKILL", 5), ("SIGTERM", 4)])
+@pytest.mark.parametrize(
+    "name, calls",
+    [
+        ("SIGKILL", 2),
+        pytest.param("SIGKILL", 5, marks=pytest.mark.nightly),
+        pytest.param("SIGTERM", 4, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(config_file, undisturbed, tmp_path, name, calls):
     words = (str(config_file), "--output-dir", str(tmp_path / "run"), "--type", "PRETRAIN")
     status, _, err = finish(start(*words, code=KILL.format(calls=calls, signal=name)))

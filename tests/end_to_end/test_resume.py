@@ -65,6 +65,9 @@ pathlib.Path.rename = dying
 """,
 }
 
+# The other places are killed at nightly.
+IN_CI = ("during a rollout", "while an RL checkpoint is written", "while an SFT checkpoint is published")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
@@ -107,7 +110,9 @@ def test_one_stage_at_a_time_leaves_what_all_leaves(config, undisturbed, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", KILLS)
+@pytest.mark.parametrize(
+    "place", [place if place in IN_CI else pytest.param(place, marks=pytest.mark.nightly) for place in KILLS]
+)
 def test_killed_at_a_chosen_place(config, undisturbed, tmp_path, place):
     killed(config, tmp_path / "run", place)
     resume_and_compare(config, tmp_path / "run", undisturbed)
@@ -142,7 +147,7 @@ def test_killed_at_ten_random_moments(config, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("stage", ["ACTOR", "RL"])
 def test_a_signal_leaves_a_valid_checkpoint(config, undisturbed, tmp_path, number, stage):
     run_dir = tmp_path / "run"

@@ -22,7 +22,9 @@ PLANS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name", [name if name == "shurale_7b" else pytest.param(name, marks=pytest.mark.nightly) for name in PLANS]
+)
 def test_a_recipe_is_planned_at_its_real_size(name, capsys, tmp_path, monkeypatch):
     stage, gpu, rows, parameters, said = PLANS[name]
     monkeypatch.chdir(tmp_path)

@@ -114,6 +114,7 @@ def test_all_three_stages_are_those_of_one_process(config, undisturbed, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_pairs_with_accumulation_and_a_last_batch_of_one_row(config, tmp_path):
     """56 rows in batches of 6 leave 2, then 55 leave 1: a rank has none of it. REWARD on pairs, RL by RLOO.
 
@@ -160,7 +161,9 @@ def resume_and_compare(config: Path, run_dir: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place, stage", [(AT_LOG, "ACTOR"), (AT_UPDATE, "RL")], ids=["ACTOR", "RL"])
+@pytest.mark.parametrize(
+    "place, stage", [pytest.param(AT_LOG, "ACTOR", marks=pytest.mark.nightly), (AT_UPDATE, "RL")], ids=["ACTOR", "RL"]
+)
 def test_a_signal_to_one_rank_stops_both_behind_a_checkpoint(config, undisturbed, tmp_path, place, stage):
     run_dir = tmp_path / "run"
     code = ON_RANK_1.format(**place, act=f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
@@ -172,7 +175,7 @@ def test_a_signal_to_one_rank_stops_both_behind_a_checkpoint(config, undisturbed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [AT_LOG, AT_UPDATE], ids=["ACTOR", "RL"])
+@pytest.mark.parametrize("place", [pytest.param(AT_LOG, marks=pytest.mark.nightly), AT_UPDATE], ids=["ACTOR", "RL"])
 def test_what_two_ranks_began_one_process_can_finish(config, undisturbed, tmp_path, place):
     run_dir = tmp_path / "run"
     code = ON_RANK_1.format(**place, act=f"os.kill(os.getpid(), {int(signal.SIGTERM)})")

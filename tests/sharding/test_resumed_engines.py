@@ -33,6 +33,7 @@ def test_rl_over_engines(tmp_path, monkeypatch):
     assert [group["lr"] for group in groups] == [0.25, 0.125]  # half of the steps are done
 
 
+@pytest.mark.nightly
 def test_a_stage_on_trl_with_deepspeeds_own_optimizer_and_schedule(tmp_path):
     tree = write_case(tmp_path)
     optimizer = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}

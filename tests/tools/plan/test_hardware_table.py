@@ -19,9 +19,8 @@ def test_every_line_of_chatllamas_is_there():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "advice", [ADVICE[0], pytest.param(ADVICE[3], marks=pytest.mark.nightly)], ids=lambda advice: advice.gpus
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("advice", [ADVICE[0], ADVICE[3]], ids=lambda advice: advice.gpus)
 def test_its_figures_are_those_of_the_plan(advice):
     page = PAGE.read_text(encoding="utf-8").splitlines()
     assert all(row in page for row in rows(advice))

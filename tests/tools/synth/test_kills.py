@@ -70,7 +70,7 @@ def keys_of(body) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "kills"),
-    [("rewards", 2), *(pytest.param(name, 10, marks=pytest.mark.slow) for name in COMMANDS)],
+    [("rewards", 2), *(pytest.param(name, 10, marks=pytest.mark.nightly) for name in COMMANDS)],
 )
 def test_killed_and_run_again(tmp_path, name, kills):
     _, output, requests = COMMANDS[name]
