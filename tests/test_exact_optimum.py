@@ -67,6 +67,7 @@ def test_the_optimum_by_hand():
 # What PPO reaches.
 
 
+@pytest.mark.slow
 def test_half_the_episodes_come_close_to_the_optimum(task: Task):
     assert run(task, beta=0.3, seed=0, steps=STEPS // 2).failures(0.3) == []
 

@@ -162,6 +162,11 @@ def _of_accelerate(config: Config, stage: str) -> Sharding:
     return DeepSpeed(completed(_settings_of_accelerate(), source, step), source)
 
 
+def supports_fsdp() -> bool:
+    """Whether accelerate has FSDP for this launch."""
+    return world_size() == 1 or pick_device().type != "cpu"
+
+
 def _fsdp() -> Fsdp2:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
@@ -171,7 +176,7 @@ def _fsdp() -> Fsdp2:
             "accelerate's configuration: fsdp_cpu_ram_efficient_loading: true leaves all processes but one without "
             "weights when RL's models are loaded; set it to false"
         )
-    if world_size() > 1 and pick_device().type == "cpu":
+    if not supports_fsdp():
         raise ConfigError(
             "accelerate's configuration: it has FSDP on GPUs only (accelerate.state.AcceleratorState leaves a launch "
             "on CPUs at DDP); set use_cpu to false, or use DeepSpeed"

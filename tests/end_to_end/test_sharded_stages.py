@@ -37,7 +37,7 @@ import os, sharded_ranks
 os.environ |= sharded_ranks.FSDP2 | {"ACCELERATE_MIXED_PRECISION": "no"}
 sharded_ranks.have_fsdp_on_cpus()
 import chatrlhf.sharding.launch
-chatrlhf.sharding.launch.world_size = lambda: 1
+chatrlhf.sharding.launch.supports_fsdp = lambda: True
 """
 STAGES = {"ACTOR": ("loss/train",), "REWARD": ("loss/train",), "RL": ("loss/policy", "loss/value")}
 

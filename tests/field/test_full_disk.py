@@ -19,6 +19,8 @@ from chatrlhf.runtime import disk_space
 from chatrlhf.runtime.atomic_files import why_invalid
 from chatrlhf.stages.hf_trainer import StageCallback
 
+pytestmark = pytest.mark.slow
+
 LARGEST = 40_000  # bytes of a file: the traceback's log has room, weights and optimizer states have none
 
 

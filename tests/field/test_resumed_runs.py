@@ -17,6 +17,8 @@ from chatrlhf import run
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.runtime.checkpoints import CheckpointStore
 
+pytestmark = pytest.mark.slow
+
 STOPS_IN_ACTOR = 4  # of 7 optimizer steps of 8 rows an epoch, 54 rows
 
 

@@ -42,6 +42,7 @@ def close(got, want, tolerance: float) -> None:
     assert (got - want).abs().max() <= tolerance * want.abs().max().clamp(min=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ranks.CASES)
 def test_two_ranks_sample_estimate_and_learn_as_one_process(by_two, one_thread, case):
     got, want = by_two[case], ranks.ppo_steps(*ranks.CASES[case])

@@ -84,6 +84,7 @@ def test_rows_are_read_as_they_are_counted(monkeypatch, kind):
     assert rows.most <= 3 and records.most <= 10 * (2 + 2 + 2), (rows.most, records.most)
 
 
+@pytest.mark.slow
 def test_a_few_bytes_of_a_row_are_kept(monkeypatch):
     monkeypatch.setattr(token_lengths, "CHUNK", 2000)
     made = encoder()

@@ -60,6 +60,7 @@ def marked(name: str) -> object:
     return pytest.param(name, marks=marks if name in (*AT_ONCE, *IN_CI) else [*marks, pytest.mark.nightly])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [marked(name) for name in FAMILIES])
 def test_a_family_has_a_plan_in_every_way(family, tmp_path):
     settings = copy.deepcopy(FAMILIES[family])
@@ -86,6 +87,7 @@ def test_a_gpu_without_bfloat16_computes_in_float32(tmp_path):
     assert with_bf16 < without
 
 
+@pytest.mark.slow
 def test_what_cannot_be_laid_out_is_said(tmp_path):
     MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="SFT: there is no plan for this model.*num_attention_heads.*a run may"):

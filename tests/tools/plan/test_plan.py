@@ -57,6 +57,7 @@ def test_rows_and_tokens_are_counted_where_the_data_are_here(files):
     assert 0 < actor.counted.mean <= actor.counted.longest <= 96
 
 
+@pytest.mark.slow
 def test_without_data_or_tokenizer_there_is_a_plan_that_says_so(tmp_path, capsys):
     tree = {"actor_config": {"model": "facebook/opt-125m", "train_dataset_path": "nowhere.json", "batch_size": 8}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))

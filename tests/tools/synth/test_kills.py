@@ -17,6 +17,8 @@ from standins.chat_server import Answer, ChatServer
 
 from chatrlhf.tools.synth.llm import Message, Request
 
+pytestmark = pytest.mark.slow
+
 CONCURRENCY, DELAY = 4, 0.02
 ROWS = [{"user_input": f"question {i}", "completion": f"answer {i}", "score": None} for i in range(60)]
 PROMPTS = [{"user_input": " ".join(f"{letter}{i}" for letter in "abcdef")} for i in range(12)]
