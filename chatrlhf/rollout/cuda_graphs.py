@@ -10,7 +10,6 @@ All but the few lines of `Graphs.run` that record and replay runs on any device,
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -23,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from chatrlhf.compat import attention_of
 from chatrlhf.models.kernels.attention import NAME, cudnn_for_decoding
+from chatrlhf.rollout.context import forward_arguments
 from chatrlhf.rollout.decoding import Decoding, Slots
 from chatrlhf.rollout.kv_cache import BatchKVCache
 
@@ -77,7 +77,7 @@ class StaticBatchKVCache(BatchKVCache):
         # A mask that is made already is taken as it is by these; what transformers does to make one is recorded with
         # the rest, if it can be (for BLOOM's, which needs one of two dimensions to know its positions, it cannot).
         made = attention_of(model.config) in ("sdpa", "eager", NAME)
-        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        takes_positions, _ = forward_arguments(model)
         self.added = next(model.parameters()).dtype if made and takes_positions else None
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # the last that is filled
         self.held_mask = torch.zeros(slots, width, dtype=torch.bool, device=device)
