@@ -1,27 +1,31 @@
 """Mutants: one-line changes that a suite has to notice, drawn once from a seed and kept in `tests/mutants.json`.
 
-    python tests/mutants.py draw            # draw them anew from the sources as they are
-    python tests/mutants.py run --out FILE  # run the suite on each; who kills it is written down
-    python tests/mutants.py check FILE      # compare a run with the one that is kept: nothing may be lost
+    python tests/mutants.py draw           # draw them anew from the sources as they are
+    python tests/mutants.py calls          # run the suite once, to learn which test calls which function
+    python tests/mutants.py run --out FILE # run on each the tests that call its function; who kills it is written down
+    python tests/mutants.py check FILE     # compare a run with the one that is kept: nothing may be lost
 
-A mutant lives in a process that is forked off one with PyTorch loaded: an import hook gives the changed source, and
-pytest runs the tests that concern the module until one fails. Tests that start processes of their own see the sources
-as they are, so a mutant that only they would kill counts as alive. Tests of the default suite come first; where they
-all pass, those marked slow.
+A mutant is a copy of this tree with one line changed. A process forked off one that has PyTorch loaded runs in it the
+tests that call the changed function, also those that call it in a process of their own (tests/callers), until one
+fails: first those of `make test`, and where they all pass those that are slow, the nearest and quickest first, up to a
+limit. So what is alive is alive as far as was looked.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import importlib.abc
-import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,20 +33,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "chatrlhf"
 KEPT = Path(__file__).with_suffix(".json")
-COUNT, SEED, SECONDS = 150, 20261126, 150
+CALLS = ROOT / "build" / "calls"
+SEED = 20261126
+SUITES = {"default": "not slow", "slow": "slow and not nightly"}
+SECONDS = {"default": 90, "slow": 240}  # of the tests that call a function so many are run, the nearest first
 
-# Sources, how many mutants are drawn from each, and the tests that concern them, the nearest first.
-AREAS = [
-    ("functional/*.py", 35, "functional test_trl_equality.py rl test_ppo_in_one_file.py"),
-    ("rl/*.py", 41, "rl test_trl_equality.py models/test_actor_critic.py end_to_end/test_batches.py"),
-    ("rollout/[cdeks]*.py", 30, "rollout rl/test_scoring.py rl/test_scoring_seq2seq.py"),
-    ("rollout/llama_cpu.py", 5, "rollout"),
-    ("data/encoder*.py", 15, "data field/test_chat_templates.py"),
-    ("data/tokenization.py", 8, "data field/test_chat_templates.py"),
-    ("runtime/checkpoints.py", 6, "runtime stages field/test_resumed_runs.py end_to_end/test_batches.py"),
-    ("runtime/atomic_files.py", 6, "runtime stages field/test_resumed_runs.py tools/export/test_delta.py"),
-    ("sharding/checkpoint_layout.py", 5, "sharding stages runtime"),
-]
+# Sources, and how many mutants are drawn from each.
+AREAS = {
+    "functional/*.py": 35,
+    "rl/*.py": 41,
+    "rollout/[cdeks]*.py": 30,
+    "rollout/llama_cpu.py": 5,
+    "data/encoder*.py": 15,
+    "data/tokenization.py": 8,
+    "runtime/checkpoints.py": 6,
+    "runtime/atomic_files.py": 6,
+    "sharding/checkpoint_layout.py": 5,
+}
 SWAPS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -114,7 +121,7 @@ class Mutate(ast.NodeTransformer):
 def draw() -> list[dict[str, Any]]:
     """The mutants, as file, number of the place, line and what the line says."""
     rng, found = random.Random(SEED), []
-    for pattern, count, _ in AREAS:
+    for pattern, count in AREAS.items():
         places = []
         for path in sorted(PACKAGE.glob(pattern)):
             counted = Mutate()
@@ -123,36 +130,108 @@ def draw() -> list[dict[str, Any]]:
             places += [(path, n, line, lines[line - 1].strip()) for n, line in enumerate(counted.lines)]
         for path, number, line, text in sorted(rng.sample(places, min(count, len(places)))):
             file = str(path.relative_to(PACKAGE))
-            found.append({"file": file, "place": number, "line": line, "text": text, "area": pattern})
+            found.append({"file": file, "place": number, "line": line, "text": text})
     return found
 
 
-class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives one module of the package with a change."""
+def learn_calls() -> None:
+    """Run each suite with every call of the package's functions recorded, and every test timed."""
+    CALLS.mkdir(parents=True, exist_ok=True)
+    for suite, marks in SUITES.items():
+        record = CALLS / f"{suite}.tsv"
+        record.unlink(missing_ok=True)
+        path = os.pathsep.join([str(ROOT / "tests" / "callers"), str(ROOT)])
+        words = [
+            "-n",
+            "auto",
+            "--dist",
+            "loadfile",
+            "-q",
+            "-p",
+            "sitecustomize",
+            "-m",
+            marks,
+            "--junitxml",
+            str(CALLS / f"{suite}.xml"),
+        ]
+        environment = os.environ | {"PYTHONPATH": path, "CALLERS": str(record), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, env=environment, check=True)
 
-    def __init__(self, mutant: dict[str, Any]) -> None:
-        self.name = "chatrlhf." + mutant["file"].removesuffix(".py").replace("/", ".")
-        self.path = PACKAGE / mutant["file"]
-        tree = Mutate(mutant["place"]).visit(ast.parse(self.path.read_text(encoding="utf-8")))
-        self.code = compile(ast.fix_missing_locations(tree), str(self.path), "exec")
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.name:
-            return None
-        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+class Calls:
+    """What `learn_calls` has found of one suite: the tests that call a function, and the seconds each takes."""
 
-    def create_module(self, spec: Any) -> None:
-        return None
+    def __init__(self, suite: str) -> None:
+        self.seconds = {}
+        for case in ElementTree.parse(CALLS / f"{suite}.xml").iter("testcase"):
+            file = case.get("classname").replace(".", "/") + ".py"
+            self.seconds[f"{file}::{case.get('name')}"] = float(case.get("time"))
+        self.tests: dict[tuple[str, int], set[str]] = defaultdict(set)
+        of_file, set_up = defaultdict(set), set()
+        for line in (CALLS / f"{suite}.tsv").read_text(encoding="utf-8").splitlines():
+            test, file, first, _ = line.split("\t")
+            name, _, phase = test.rpartition(" (")
+            if name in self.seconds:
+                self.tests[file, int(first)].add(name)
+                of_file[name.partition("::")[0]].add(name)
+                if phase == "setup)":
+                    set_up.add((file, int(first), name.partition("::")[0]))
+        # What a fixture calls for the first test of a file, it may have called for all of them.
+        for file, first, tests in set_up:
+            self.tests[file, first] |= of_file[tests]
 
-    def exec_module(self, module: Any) -> None:
-        exec(self.code, module.__dict__)
+    def of(self, mutant: dict[str, Any]) -> list[str]:
+        """The tests to run, file by file: its own folder's first, then the quickest.
+
+        Of a line outside all functions: all that call a function of the file.
+        """
+        functions = (
+            [function_at(mutant)] if function_at(mutant) else {f for file, f in self.tests if file == mutant["file"]}
+        )
+        found = set().union(*(self.tests[mutant["file"], first] for first in functions))
+        files = defaultdict(list)
+        for test in found:
+            files[test.partition("::")[0]].append(test)
+        own = f"tests/{Path(mutant['file']).parent}/"
+        files = sorted(files.values(), key=lambda tests: (not tests[0].startswith(own), self.sum(tests)))
+        return [test for tests in files for test in sorted(tests)]
+
+    def sum(self, tests: list[str]) -> float:
+        return sum(self.seconds.get(test, 0.1) for test in tests)
+
+    def up_to(self, seconds: float, tests: list[str]) -> list[str]:
+        kept = []
+        for test in tests:
+            seconds -= self.seconds.get(test, 0.1)
+            if seconds < 0 and kept:
+                break
+            kept.append(test)
+        return kept
 
 
-class Killer:
-    """A pytest plugin that remembers the first test that failed."""
+def function_at(mutant: dict[str, Any]) -> int | None:
+    """The first line, decorators included, of the innermost function around a mutant's line."""
+    tree = ast.parse((PACKAGE / mutant["file"]).read_text(encoding="utf-8"))
+    around = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.lineno <= mutant["line"] <= node.end_lineno
+    ]
+    innermost = max(around, key=lambda node: node.lineno, default=None)
+    return innermost and min([innermost.lineno, *(each.lineno for each in innermost.decorator_list)])
 
-    def __init__(self) -> None:
+
+class Chosen:
+    """A pytest plugin: of what was collected only the chosen tests, in their order, and the first that fails."""
+
+    def __init__(self, tests: list[str]) -> None:
+        self.order = {test: number for number, test in enumerate(tests)}
         self.failed: str | None = None
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = sorted(
+            (each for each in items if each.nodeid in self.order), key=lambda each: self.order[each.nodeid]
+        )
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed and self.failed is None:
@@ -163,63 +242,89 @@ class Killer:
             self.failed = f"{report.nodeid} (import)"
 
 
-def killer_of(mutant: dict[str, Any], marks: str) -> str | None:
-    """The test that a mutant fails, "(time)" where it does not end, None where all pass."""
-    tests = next(tests for pattern, _, tests in AREAS if pattern == mutant["area"]).split()
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
-        import pytest
+def changed_tree(mutant: dict[str, Any], into: str) -> Path:
+    """A copy of this tree, by links, in which one line is another."""
+    tree = Path(into) / ROOT.name
+    leave = shutil.ignore_patterns(".git", ".venv*", "build", "__pycache__", ".*_cache", "site", "*.log")
+    shutil.copytree(ROOT, tree, copy_function=os.link, ignore=leave, symlinks=True)
+    file = tree / "chatrlhf" / mutant["file"]
+    changed = Mutate(mutant["place"]).visit(ast.parse(file.read_text(encoding="utf-8")))
+    file.unlink()
+    file.write_text(ast.unparse(ast.fix_missing_locations(changed)) + "\n", encoding="utf-8")
+    return tree
 
-        sys.meta_path.insert(0, Finder(mutant))
-        plugin = Killer()
-        words = [str(ROOT / "tests" / test) for test in tests]
-        pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", marks, *words], plugins=[plugin])
-        os.write(write, (plugin.failed or "").encode())
-        os._exit(0)
-    os.close(write)
-    ends = time.monotonic() + SECONDS
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() > ends:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os.close(read)
-            return "(time)"
-        time.sleep(0.05)
-    failed = os.read(read, 4096).decode()
-    os.close(read)
-    return failed or None
+
+def killer_of(mutant: dict[str, Any], tests: list[str], seconds: float) -> str | None:
+    """The test that a mutant fails, "(time)" where it does not end, None where all pass."""
+    with tempfile.TemporaryDirectory(dir=ROOT.parent, prefix="mutant-") as into:
+        tree = changed_tree(mutant, into)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+            os.chdir(tree)
+            sys.path.insert(0, str(tree))
+            os.environ["PYTHONPATH"] = str(tree)
+            import pytest
+
+            plugin = Chosen(tests)
+            files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+            pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files], plugins=[plugin])
+            os.write(write, (plugin.failed or "").encode())
+            os._exit(0)
+        os.close(write)
+        ends = time.monotonic() + seconds
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > ends:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                os.close(read)
+                return "(time)"
+            time.sleep(0.05)
+        failed = os.read(read, 4096).decode()
+        os.close(read)
+        return failed or None
 
 
 def run(mutants: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    os.chdir(ROOT)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
-    import peft  # noqa: F401  (loaded once, for all that are forked off)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    import datasets  # noqa: F401  (loaded once, for all that are forked off)
+    import peft  # noqa: F401
     import pytest  # noqa: F401
     import torch
     import transformers.models.auto.modeling_auto  # noqa: F401
+    import trl  # noqa: F401
 
     torch.set_num_threads(1)
     for mutant in mutants:
-        began = time.monotonic()
-        suite, killer = "default", killer_of(mutant, "not slow and not nightly")
-        if killer is None:
-            suite, killer = "slow", killer_of(mutant, "slow and not nightly")
-        mutant |= {"suite": suite if killer else None, "killer": killer, "seconds": round(time.monotonic() - began, 1)}
+        text = (PACKAGE / mutant["file"]).read_text(encoding="utf-8").splitlines()[mutant["line"] - 1].strip()
+        if text != mutant["text"]:
+            sys.exit(f"{mutant['file']}:{mutant['line']} was {mutant['text']!r} when it was drawn; draw anew")
+    suites = {suite: Calls(suite) for suite in SUITES if (CALLS / f"{suite}.tsv").exists()}
+    for mutant in mutants:
+        began, mutant["suite"], mutant["killer"] = time.monotonic(), None, None
+        for suite, calls in suites.items():
+            tests = calls.up_to(SECONDS[suite], calls.of(mutant))
+            if tests and (killer := killer_of(mutant, tests, 60 + 5 * calls.sum(tests))):
+                mutant |= {"suite": suite, "killer": killer}
+                break
+        mutant["seconds"] = round(time.monotonic() - began, 1)
         yield mutant
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["draw", "run", "check"])
+    parser.add_argument("what", choices=["draw", "calls", "run", "check"])
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--out", type=Path, default=KEPT)
     parser.add_argument("--alive", action="store_true", help="run those alone that nothing has killed yet")
     parser.add_argument("--part", default="0/1", help="every n-th, from the k-th on: k/n")
     options = parser.parse_args()
+    if options.what == "calls":
+        learn_calls()
+        return 0
     if options.what == "draw":
         mutants = draw()
     else:

@@ -56,34 +56,44 @@ def make_actor_critic(
     """
     if unfrozen != ALL_BLOCKS:
         freeze_trunk(policy, unfrozen)
-    inner, line = _with_critic(
-        policy, tokenizer, reward, config, distribution, needs_critic, reward_name, adapters, base
-    )
-    if unfrozen == ALL_BLOCKS:
-        return inner, line
-    return FrozenTrunk(inner, unfrozen), f"{line}; all but the top {unfrozen} blocks are frozen and shared"
+    critic, line = _critic(policy, tokenizer, reward, config, needs_critic, reward_name, adapters, base)
+    if unfrozen != ALL_BLOCKS:
+        line += f"; all but the top {unfrozen} blocks are frozen and shared"
+    return assemble(policy, critic, distribution, unfrozen), line
 
 
-def _with_critic(
+def assemble(
+    policy: nn.Module, critic: tuple[nn.Module | None, ScalarHead] | None, distribution: Any, unfrozen: int = ALL_BLOCKS
+) -> ActorCritic:
+    """The policy beside its critic: a backbone, None where that is the policy's, and a head; None without critic."""
+    if critic is None:
+        made = PolicyOnly(policy, distribution)
+    elif critic[0] is None:
+        made = SharedTrunk(policy, critic[1], distribution)
+    else:
+        made = SeparateCritic(policy, *critic, distribution)
+    return made if unfrozen == ALL_BLOCKS else FrozenTrunk(made, unfrozen)
+
+
+def _critic(
     policy: nn.Module,
     tokenizer: Any,
     reward: RewardScorer | None,
     config: CriticConfig,
-    distribution: Any,
     needs_critic: bool,
     reward_name: str | None,
     adapters: PeftConfig | None,
     base: str,
-) -> tuple[ActorCritic, str]:
-    """The policy and its value function, and where that starts from."""
+) -> tuple[tuple[nn.Module | None, ScalarHead] | None, str]:
+    """The critic's backbone, None where that is the policy's, and its head; and where it starts from."""
     if not needs_critic:
-        return PolicyOnly(policy, distribution), "no critic: this algorithm compares samples of one prompt"
+        return None, "no critic: this algorithm compares samples of one prompt"
     device = next(policy.parameters()).device
     mlp = config.model_head_hidden_size
     hidden = state_size(policy)
     if config.model == "shared":
         head = ScalarHead(hidden, mlp).zero_().to(device)
-        return SharedTrunk(policy, head, distribution), "critic: a value head on the policy's trunk, starting at 0"
+        return (None, head), "critic: a value head on the policy's trunk, starting at 0"
     named = config.model is not None and not (config.model == reward_name and reward is not None)
     start = reward
     if named:
@@ -112,7 +122,7 @@ def _with_critic(
         critic = copy_sharing_frozen(backbone)
     else:
         critic = merged_copy(backbone)
-    return SeparateCritic(policy, critic, head, distribution), f"critic: {line}"
+    return (critic, head), f"critic: {line}"
 
 
 def refuse_critic_head(name: str) -> None:

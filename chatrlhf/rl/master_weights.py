@@ -11,6 +11,7 @@ from torch import nn
 
 from chatrlhf.compat import foreach_copy
 from chatrlhf.models.kernels.attention import patch_attention
+from chatrlhf.models.kernels.equivalence import Matches, outputs_match
 from chatrlhf.models.kernels.rms_norm import patch_rms_norms
 from chatrlhf.models.kernels.swiglu import patch_swiglu
 from chatrlhf.models.loading.lora import has_adapters
@@ -79,6 +80,7 @@ def prepare_models(
     device: torch.device,
     own_attention: bool = True,
     kernels: bool = True,
+    matches: Matches = outputs_match,
 ) -> MasterWeights | None:
     """Have models, and this process, compute as fast as they can on this device; in place.
 
@@ -87,6 +89,7 @@ def prepare_models(
         precision: ``bf16`` or ``fp32``.
         own_attention: whether this package's attention may replace PyTorch's.
         kernels: whether any of `models/kernels` may replace what transformers computes.
+        matches: tries whether a replacement computes the same.
 
     Returns:
         The masters of the trained models' weights, which are what an optimizer has to improve; None in float32,
@@ -97,8 +100,8 @@ def prepare_models(
     for model in (*trained, *frozen) if kernels else ():
         if own_attention:
             patch_attention(model, device)
-        patch_rms_norms(model, device)
-        patch_swiglu(model, device)
+        patch_rms_norms(model, device, matches)
+        patch_swiglu(model, device, matches)
     if precision != "bf16":
         return None
     # First, because it takes what it keeps in float32 from the models.

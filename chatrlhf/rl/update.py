@@ -11,6 +11,7 @@ from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
 from chatrlhf.models.actor_critic import ActorCritic, DetachPoint
+from chatrlhf.models.sequences import Sequences
 from chatrlhf.rl.data_parallel import update_rows
 from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradient_backend import GradientBackend
@@ -110,26 +111,26 @@ class Updater:
                 rows = lengths.argmin()[None].to(self.device)
                 micro, share = _without_states(minibatch.select(rows)), 0 * weights[rows]
                 token_share = 0 * token_mean[rows]
-            losses, detach_point, stats = self._losses(micro, share, token_share, kl_coef)
+            losses, detach_point, stats = self.losses(self._sequences(micro), micro, share, token_share, kl_coef)
             self.backend.backward(losses, detach_point, last=number == backwards - 1)
             for name, value in stats.items():
                 sums[name] = sums[name] + value if name in sums else value
         self.backend.reduce()
         return sums
 
-    def _losses(
-        self, micro: Experience, weights: Tensor, token_mean: Tensor, kl_coef: float
+    def losses(
+        self, sequences: Sequences, micro: Experience, weights: Tensor, token_mean: Tensor, kl_coef: float
     ) -> tuple[list[Tensor], DetachPoint | None, dict[str, Tensor]]:
-        """This microbatch's share of the policy's loss, of the critic's where there is one, and of the statistics."""
+        """This microbatch's share of the policy's loss, of the critic's where there is one, and of the statistics.
+
+        Args:
+            sequences: the microbatch as the actor-critic reads it.
+            weights, token_mean: [B, R], of each token in the policy's loss, and in plain means over the minibatch.
+
+        Returns:
+            One or two 0-d losses; where the trunk's backward is to begin, if it is to wait; 0-d sums by metric name.
+        """
         settings = self.settings
-        sequences = self.actor_critic.sequences(
-            micro.prompt_ids,
-            micro.prompt_mask,
-            micro.response_ids,
-            micro.response_mask,
-            micro.min_new_tokens,
-            micro.own_trunk_states,
-        )
         evaluation = self.backend.evaluate(sequences, with_entropy=settings.entropy_coef > 0)
         logprobs = evaluation.logprobs
         per_token = policy_loss(logprobs, micro.old_logprobs, micro.advantages, settings.cliprange)
@@ -161,6 +162,16 @@ class Updater:
                 ratios = importance_ratios(micro.old_logprobs, micro.sampling_logprobs)
                 stats["sampling/truncated"] = (token_mean * (ratios > settings.importance_cap)).sum()
         return losses, evaluation.detach_point, stats
+
+    def _sequences(self, micro: Experience) -> Sequences:
+        return self.actor_critic.sequences(
+            micro.prompt_ids,
+            micro.prompt_mask,
+            micro.response_ids,
+            micro.response_mask,
+            micro.min_new_tokens,
+            micro.own_trunk_states,
+        )
 
 
 def _without_states(micro: Experience) -> Experience:

@@ -200,18 +200,7 @@ class PPOBuilder:
     def updater(self, models: PPOModels, foreign_sampler: bool) -> Updater:
         """What improves the actor-critic, whose models and the frozen ones are made ready for the hot path."""
         keys, actor_critic, algorithm = self.keys, models.actor_critic, ALGORITHMS[self.keys.algorithm]
-        settings = UpdateSettings(
-            epochs=keys.ppo_epochs,
-            batch_size=keys.batch_size,
-            micro_batch_size=keys.micro_batch_size,
-            cliprange=keys.cliprange,
-            cliprange_value=keys.cliprange_value,
-            vf_coef=keys.vf_coef,
-            entropy_coef=keys.entropy_coef,
-            max_grad_norm=keys.max_grad_norm,
-            foreign_sampler=foreign_sampler,
-            importance_cap=keys.importance_cap,
-        )
+        settings = update_settings(keys, foreign_sampler)
         precision = resolve_rl_precision(keys.precision, self.device)
         prepare = partial(
             prepare_models,
@@ -287,6 +276,22 @@ def sampling_distribution(
     forbidden = {*gen.forbidden_tokens, *({tokenizer.pad_token_id, *unused} - {*eos_ids})}
     temperature = gen.temperature or config.actor_config.temperature or 1.0
     return SamplingDistribution(temperature, eos_ids, tuple(sorted(forbidden)))
+
+
+def update_settings(keys: TrainerConfig, foreign_sampler: bool = False) -> UpdateSettings:
+    """The update's knobs, from the keys of the same names."""
+    return UpdateSettings(
+        epochs=keys.ppo_epochs,
+        batch_size=keys.batch_size,
+        micro_batch_size=keys.micro_batch_size,
+        cliprange=keys.cliprange,
+        cliprange_value=keys.cliprange_value,
+        vf_coef=keys.vf_coef,
+        entropy_coef=keys.entropy_coef,
+        max_grad_norm=keys.max_grad_norm,
+        foreign_sampler=foreign_sampler,
+        importance_cap=keys.importance_cap,
+    )
 
 
 def _limits(config: Config, encoder: Encoder) -> Limits:

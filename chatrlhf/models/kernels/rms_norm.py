@@ -7,23 +7,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from chatrlhf.models.kernels.equivalence import outputs_match
+from chatrlhf.models.kernels.equivalence import Matches, outputs_match
 
 
 @torch.no_grad()
-def patch_rms_norms(model: nn.Module, device: torch.device) -> None:
+def patch_rms_norms(model: nn.Module, device: torch.device, matches: Matches = outputs_match) -> None:
     """Replace the forward of a CPU model's norms by `rms_norm`, wherever that gives the same numbers.
 
     Families write theirs as some twenty passes, there and back, through float32 copies; next to products in bfloat16
     that is a tenth of an update. Which modules qualify is not read off a list: each that looks like one is tried on
     a few states. Weights, their names and what is saved stay as they are.
+
+    Args:
+        matches: tries a module; another where its weights have no content.
     """
     if device.type != "cpu":
         return
     for module in model.modules():
         fast = _recognised(module)
         # Not the same where 1 is added to the weight (Gemma), for instance.
-        if fast is not None and outputs_match(module.forward, fast, len(module.weight), module.weight):
+        if fast is not None and matches(module.forward, fast, len(module.weight), module.weight):
             module.forward = fast
 
 

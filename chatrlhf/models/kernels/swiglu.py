@@ -10,16 +10,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import silu
 
 from chatrlhf.compat import storage_id
-from chatrlhf.models.kernels.equivalence import outputs_match
+from chatrlhf.models.kernels.equivalence import Matches, outputs_match
 
 
 @torch.no_grad()
-def patch_swiglu(model: nn.Module, device: torch.device) -> None:
+def patch_swiglu(model: nn.Module, device: torch.device, matches: Matches = outputs_match) -> None:
     """Replace the forward of a CPU model's SwiGLU networks by one that keeps less; the numbers stay what they are.
 
     A Llama keeps gate, silu(gate), up and their product, each 2.7 times as wide as the model: half of all it keeps.
     Gate and up give the other two again in two quick passes. Which modules qualify is not read off a list: each that
     looks like one is tried on a few states. Weights, their names and what is saved stay as they are.
+
+    Args:
+        matches: tries a module; another where its weights have no content.
     """
     if device.type != "cpu":
         return
@@ -28,7 +31,7 @@ def patch_swiglu(model: nn.Module, device: torch.device) -> None:
             continue
         lean, width = _MemoryEfficientForward(module), getattr(module.up_proj, "in_features", None)
         # Not the same with another activation, for instance.
-        if width is not None and outputs_match(module.forward, lean, width, _states_like(module)):
+        if width is not None and matches(module.forward, lean, width, _states_like(module)):
             module.forward = lean
 
 

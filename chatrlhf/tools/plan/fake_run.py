@@ -208,7 +208,7 @@ class FakeDevice:
 
 
 class _One(fake_tensor_mode()):
-    """A copy of a tensor is on the same paper."""
+    """A copy of a tensor belongs to the same mode."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _One:
         return self

@@ -40,7 +40,7 @@ class Models:
     """Draws the models of one configuration; what it had to take for granted is noted once."""
 
     config: Config
-    paper: FakeDevice
+    fake_device: FakeDevice
     notes: list[str] = field(default_factory=list)
 
     def settings(self, name: str, key: str, section: Any = None) -> Any:
@@ -69,7 +69,7 @@ class Models:
             self._compress(model, actor, self.in_bf16(actor.precision))
             with META:
                 model = with_adapters(model, load_peft_config(self.config), actor.model)
-        return self.paper.materialize(model)
+        return self.fake_device.materialize(model)
 
     def policy(self) -> nn.Module:
         """As RL trains it: whole or by adapters."""
@@ -78,7 +78,7 @@ class Models:
             self._compress(model, actor, self.rl_in_bf16())
             with META:
                 add_adapters(model, load_peft_config(self.config), actor.model)
-        return self.paper.materialize(model).eval()
+        return self.fake_device.materialize(model).eval()
 
     def actor_is_paired(self) -> bool:
         """Whether the actor is an encoder–decoder."""
@@ -100,15 +100,15 @@ class Models:
         elif reward.froze_embeddings:
             backbone.get_input_embeddings().requires_grad_(False)
         head = self.head(backbone, reward.model_head_hidden_size)
-        return RewardModel(self.paper.materialize(backbone), head, pooling_of(backbone.config))
+        return RewardModel(self.fake_device.materialize(backbone), head, pooling_of(backbone.config))
 
     def backbone(self, name: str, key: str) -> nn.Module:
         """A model without a head, whole."""
-        return self.paper.materialize(self._drawn(AutoModel, self.settings(name, key), None))
+        return self.fake_device.materialize(self._drawn(AutoModel, self.settings(name, key), None))
 
     def like(self, backbone: nn.Module) -> nn.Module:
         """Another of the same build, with whole weights of its own."""
-        return self.paper.materialize(self._drawn(AutoModel, backbone.config, None))
+        return self.fake_device.materialize(self._drawn(AutoModel, backbone.config, None))
 
     def on_base(self, backbone: nn.Module, adapters: PeftConfig, keys: QuantizationKeys) -> nn.Module:
         """Another on the same weights, trained by adapters of its own.
@@ -120,7 +120,7 @@ class Models:
         self._compress(model, keys, self.rl_in_bf16())
         with META:
             add_adapters(model, adapters, "")
-        model = self.paper.materialize(model)
+        model = self.fake_device.materialize(model)
         shared = {bare_name(name): each for name, each in backbone.named_parameters()}
         for name, module in model.named_modules():
             for own, each in list(own_parameters(module).items()):
@@ -133,20 +133,20 @@ class Models:
         """What makes one number of a model's states."""
         with META:
             head = ScalarHead(state_size(backbone), mlp_size)
-        return self.paper.materialize(head)
+        return self.fake_device.materialize(head)
 
     def in_bf16(self, precision: str) -> bool:
         """Whether a stage on TRL's trainers computes in bfloat16 there."""
-        if precision == "auto" and self.paper.device.type == "cuda":
-            return self.paper.has_bf16
-        return resolve_precision(precision, self.paper.device) == "bf16"
+        if precision == "auto" and self.fake_device.device.type == "cuda":
+            return self.fake_device.has_bf16
+        return resolve_precision(precision, self.fake_device.device) == "bf16"
 
     def rl_in_bf16(self) -> bool:
         """Whether RL does."""
         precision = self.config.trainer_config.precision
-        if precision == "auto" and self.paper.device.type == "cuda":
-            return self.paper.has_bf16
-        return resolve_rl_precision(precision, self.paper.device) == "bf16"
+        if precision == "auto" and self.fake_device.device.type == "cuda":
+            return self.fake_device.has_bf16
+        return resolve_rl_precision(precision, self.fake_device.device) == "bf16"
 
     def _language_model(self) -> nn.Module:
         actor = self.config.actor_config

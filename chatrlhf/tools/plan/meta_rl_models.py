@@ -7,49 +7,40 @@ from torch import nn
 
 from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.model import QuantizationKeys
-from chatrlhf.config.schema import Config
 from chatrlhf.functional.logprobs import SamplingDistribution
-from chatrlhf.models.actor_critic import ActorCritic, PolicyOnly, SeparateCritic, SharedTrunk
-from chatrlhf.models.critic_init import ALL_BLOCKS
-from chatrlhf.models.frozen_trunk import FrozenTrunk, freeze_trunk
+from chatrlhf.models.actor_critic import ActorCritic
+from chatrlhf.models.critic_init import ALL_BLOCKS, assemble
+from chatrlhf.models.frozen_trunk import freeze_trunk
 from chatrlhf.models.kernels import use_kernels
 from chatrlhf.models.kernels.activation_checkpointing import recompute_activations
-from chatrlhf.models.kernels.attention import patch_attention
-from chatrlhf.models.kernels.rms_norm import patch_rms_norms
-from chatrlhf.models.kernels.swiglu import patch_swiglu
 from chatrlhf.models.loading.backbone import backbone_of
 from chatrlhf.models.loading.lora import has_adapters
 from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.models.weight_sharing import copy_sharing_frozen
 from chatrlhf.rl.experience import ALGORITHMS
-from chatrlhf.rl.master_weights import MasterWeights, to_bfloat16
+from chatrlhf.rl.master_weights import MasterWeights, prepare_models
 from chatrlhf.tools.plan.meta_models import Models, pooling_of
 from chatrlhf.tools.plan.rl_memory import PREPARATION
 from chatrlhf.tools.plan.sft_reward_memory import Phase
+from chatrlhf.tools.plan.small_twins import small_twins_match
 
 
 def actor_critic_of(
-    config: Config, policy: nn.Module, critic: tuple[nn.Module | None, ScalarHead] | None
+    models: Models, policy: nn.Module, critic: tuple[nn.Module | None, ScalarHead] | None
 ) -> ActorCritic:
     """What `make_actor_critic` gives, without tokenizers.
 
     Args:
-        critic: its backbone, None where that is the policy's or shares its frozen blocks, and its head; None without.
+        critic: as `critic_of` gives it.
     """
-    trainer = config.trainer_config
+    config, trainer = models.config, models.config.trainer_config
     distribution = SamplingDistribution(trainer.gen_kwargs.temperature or config.actor_config.temperature or 1.0, (0,))
-    unfrozen = trainer.num_layers_unfrozen
-    if unfrozen != ALL_BLOCKS:
-        freeze_trunk(policy, unfrozen)
-    if critic is None:
-        made = PolicyOnly(policy, distribution)
-    elif config.critic_config.model == "shared":
-        made = SharedTrunk(policy, critic[1], distribution)
-    else:
-        backbone, head = critic
-        made = SeparateCritic(policy, backbone or copy_sharing_frozen(backbone_of(policy)), head, distribution)
-    return made if unfrozen == ALL_BLOCKS else FrozenTrunk(made, unfrozen)
+    if trainer.num_layers_unfrozen != ALL_BLOCKS:
+        freeze_trunk(policy, trainer.num_layers_unfrozen)
+    if critic is not None and critic[0] is None and config.critic_config.model != "shared":
+        critic = copy_sharing_frozen(backbone_of(policy)), critic[1]
+    return assemble(policy, critic, distribution, trainer.num_layers_unfrozen)
 
 
 def reward_of(models: Models, policy: nn.Module) -> RewardModel:
@@ -68,7 +59,7 @@ def reward_of(models: Models, policy: nn.Module) -> RewardModel:
 def critic_of(
     models: Models, policy: nn.Module, reward: RewardModel | None
 ) -> tuple[nn.Module | None, ScalarHead] | None:
-    """The critic's backbone, where it shares no trained weight with a copy of the policy, and its head."""
+    """The critic's backbone, None where it is the policy's or a copy of it, and its head; None without a critic."""
     config, named = models.config.critic_config, models.config.critic_config.model
     if not ALGORITHMS[models.config.trainer_config.algorithm].needs_critic:
         return None
@@ -95,19 +86,18 @@ def _alike(backbone: nn.Module, policy: nn.Module) -> bool:
 
 
 def made_ready(actor_critic: ActorCritic, frozen: list[nn.Module], models: Models) -> MasterWeights | None:
-    """As `prepare_models` does, which tries out what it changes; an activation can be tried out here, too."""
-    kernels = use_kernels(models.config.trainer_config.model_kernels)
-    for model in (*actor_critic.backbones(), *frozen) if kernels else ():
-        if models.config.actor_config.attn_implementation is None:
-            patch_attention(model, models.paper.device)
-        patch_rms_norms(model, models.paper.device)
-        if _is_swiglu(model):
-            patch_swiglu(model, models.paper.device)
-    masters = None
-    if models.rl_in_bf16():
-        masters = MasterWeights(*actor_critic.backbones())
-        to_bfloat16(*frozen)
-    if models.config.trainer_config.gradient_checkpointing:
+    """As `PPOBuilder.updater` has it before the update."""
+    trainer = models.config.trainer_config
+    masters = prepare_models(
+        actor_critic.backbones(),
+        frozen,
+        "bf16" if models.rl_in_bf16() else "fp32",
+        models.fake_device.device,
+        models.config.actor_config.attn_implementation is None,
+        use_kernels(trainer.model_kernels),
+        small_twins_match,
+    )
+    if trainer.gradient_checkpointing:
         for model in actor_critic.backbones():
             recompute_activations(model, "trainer_config.gradient_checkpointing")
     return masters
@@ -128,7 +118,7 @@ def preparation(actor_critic: ActorCritic, frozen: list[nn.Module], models: Mode
         stays = model in actor_critic.backbones()
         kept = sum(each.nbytes for each in own if stays and (each.requires_grad or not has_adapters(model)))
         sizes.append((sum(each.nbytes for each in own), kept))
-    if models.paper.device.type == "cpu":
+    if models.fake_device.device.type == "cpu":
         most = done = 0
         for whole, kept in sizes:
             most = max(most, done + whole + whole // 2)
@@ -136,8 +126,3 @@ def preparation(actor_critic: ActorCritic, frozen: list[nn.Module], models: Mode
     else:
         most = sum(whole + kept // 2 for whole, kept in sizes)
     return [Phase(PREPARATION, {"models in float32 and bfloat16": most})]
-
-
-def _is_swiglu(model: nn.Module) -> bool:
-    config = model.config.get_text_config()
-    return getattr(config, "hidden_act", getattr(config, "hidden_activation", None)) in ("silu", "swish")

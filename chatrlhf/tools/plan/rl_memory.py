@@ -1,4 +1,4 @@
-"""What the RL stage holds in each of its phases: sampling, scoring, learning."""
+"""What the RL stage holds while it samples and scores, on any number of devices."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from chatrlhf.config.schema import Config
 from chatrlhf.functional.logprobs import sample_by_inversion
-from chatrlhf.functional.losses import policy_loss, value_loss
 from chatrlhf.models.actor_critic import ActorCritic
 from chatrlhf.models.loading.backbone import is_encoder_decoder
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.reward_model import RewardModel
 from chatrlhf.models.sequences import Sequences
 from chatrlhf.models.sequences_seq2seq import sequences_for
-from chatrlhf.rl.gradients import Gradients
-from chatrlhf.rl.master_weights import MasterWeights
 from chatrlhf.rollout.kv_cache import make_cache, width_for
 from chatrlhf.rollout.seq2seq import Seq2SeqCache
-from chatrlhf.runtime.cpu_parallel import run_in_parallel
 from chatrlhf.stages.build_ppo import DEFAULT_NEW_TOKENS
-from chatrlhf.tools.plan.fake_run import ACTIVATIONS, GRADIENTS, FakeDevice, MemoryTracker
+from chatrlhf.tools.plan.fake_run import GRADIENTS, FakeDevice, MemoryTracker
 from chatrlhf.tools.plan.sft_reward_memory import OPTIMIZER, Phase, scores_of
 from chatrlhf.tools.plan.zero_memory import Sharding
 
@@ -75,7 +71,7 @@ def rollout_batch(config: Config, ranks: int, context: int, prompt: int | None) 
     return RolloutBatch(rollouts, slots, own, response, scored, micro, -(-minibatch // micro))
 
 
-def sequences_of(rows: int, actor_critic: ActorCritic, batch: RolloutBatch, paper: FakeDevice) -> Sequences:
+def sequences_of(rows: int, actor_critic: ActorCritic, batch: RolloutBatch, fake_device: FakeDevice) -> Sequences:
     """Rows of one length as the policy reads them, on fake tensors."""
     prompt = torch.zeros(rows, batch.prompt, dtype=torch.long)
     response = torch.zeros(rows, batch.response, dtype=torch.long)
@@ -83,7 +79,7 @@ def sequences_of(rows: int, actor_critic: ActorCritic, batch: RolloutBatch, pape
     tokens, slots = real.tokens, real.padded_slots
 
     def drawn(tensor: Tensor) -> Tensor:
-        return paper.fake.from_tensor(tensor)
+        return fake_device.fake.from_tensor(tensor)
 
     given = {each.name: getattr(real, each.name) for each in fields(real)}
     made = type(real)(**{name: None if value is None else drawn(value) for name, value in given.items()})
@@ -91,19 +87,20 @@ def sequences_of(rows: int, actor_critic: ActorCritic, batch: RolloutBatch, pape
     return made
 
 
-def _opened(resident: list[tuple[str, list[Tensor]]], paper: FakeDevice) -> MemoryTracker:
-    tracker = paper.tracker(keeps_freed=True)
+def opened(resident: list[tuple[str, list[Tensor]]], fake_device: FakeDevice) -> MemoryTracker:
+    """A tracker of what is there before a phase begins."""
+    tracker = fake_device.tracker(keeps_freed=True)
     for name, tensors in resident:
         tracker.track(tensors, name)
     return tracker
 
 
 @torch.no_grad()
-def rollout(actor_critic: ActorCritic, resident: list, batch: RolloutBatch, paper: FakeDevice) -> Phase:
+def rollout(actor_critic: ActorCritic, resident: list, batch: RolloutBatch, fake_device: FakeDevice) -> Phase:
     """Prompts are read, room is made for the longest response, and its last token is drawn, which no one reads."""
-    policy, tracker = actor_critic.policy, _opened(resident, paper)
+    policy, tracker = actor_critic.policy, opened(resident, fake_device)
     read = _read_by_encoder if is_encoder_decoder(policy.config) else _read_as_one
-    with paper.tracking(tracker, padded=True):
+    with fake_device.tracking(tracker, padded=True):
         ids = torch.zeros(batch.slots, batch.prompt, dtype=torch.long)
         logits, caches, one_more = read(policy, ids, batch)
         _draw(actor_critic, logits)
@@ -178,11 +175,11 @@ def scoring(
     reward: RewardModel | None,
     resident: list,
     batch: RolloutBatch,
-    paper: FakeDevice,
+    fake_device: FakeDevice,
 ) -> Phase:
-    sequences = sequences_of(batch.scored, actor_critic, batch, paper)
-    tracker = _opened(resident, paper)
-    with paper.tracking(tracker):
+    sequences = sequences_of(batch.scored, actor_critic, batch, fake_device)
+    tracker = opened(resident, fake_device)
+    with fake_device.tracking(tracker):
         sequences = replace_states(sequences, actor_critic.trunk_states(sequences))
         if sequences.trunk_states is not None:
             states = sequences.trunk_states
@@ -193,72 +190,6 @@ def scoring(
         if reward is not None:
             scores_of(reward, torch.zeros(min(ROWS_SCORED, batch.rollouts), batch.tokens, dtype=torch.long))
     return Phase("RL scoring", tracker.peak)
-
-
-def update(
-    actor_critic: ActorCritic,
-    groups: list[dict],
-    masters: MasterWeights | None,
-    resident: list,
-    batch: RolloutBatch,
-    paper: FakeDevice,
-    config: Config,
-) -> Phase:
-    """Two backwards, where a minibatch has as many: behind the first there is room for the sums of gradients."""
-    tracker = _opened(resident, paper)
-    sequences = sequences_of(batch.learned, actor_critic, batch, paper)
-    improved = [each for group in groups for each in group["params"]]
-    weights = masters.working_params(improved) if masters is not None else improved
-    gradients = Gradients([group["params"] for group in groups], weights)
-    hooks = [
-        each.register_post_accumulate_grad_hook(lambda weight: tracker.rename(weight.grad, GRADIENTS))
-        for each in weights
-    ]
-    gradients.forget()
-    with paper.tracking(tracker):
-        with torch.no_grad():
-            states = actor_critic.trunk_states(sequences)
-            sequences = replace_states(sequences, states)
-            if states is not None:
-                kept = states.new_zeros(batch.rollouts, *states.shape[1:])
-                tracker.rename(kept, TRUNK)
-        # A second minibatch finds the optimizer's states in between what the first has left.
-        states = []
-        for _ in range(1 if tracker.heap is None else 2):
-            for _ in range(min(batch.backwards, 2)):
-                _backward(actor_critic, sequences, config, paper)
-                tracker.kind = GRADIENTS
-                gradients.collect()
-                tracker.kind = ACTIVATIONS
-            if tracker.heap is not None:
-                tracker.kind = OPTIMIZER
-                states = states or [torch.zeros_like(each) for each in improved for _ in range(2)]
-                tracker.kind = ACTIVATIONS
-            gradients.forget()
-        del states
-    for each in hooks:
-        each.remove()
-    gradients.forget()
-    return Phase("RL update", tracker.peak)
-
-
-def _backward(actor_critic: ActorCritic, sequences: Sequences, config: Config, paper: FakeDevice) -> None:
-    """As `Updater.backward` has it for a microbatch."""
-    trainer = config.trainer_config
-    evaluation = actor_critic.evaluate(sequences, with_entropy=trainer.entropy_coef > 0, detach_point=True)
-    zeros = torch.zeros_like(evaluation.logprobs)
-    losses = [policy_loss(evaluation.logprobs, zeros, zeros, trainer.cliprange).sum()]
-    if evaluation.entropy is not None:
-        losses[0] = losses[0] - trainer.entropy_coef * evaluation.entropy.sum()
-    if evaluation.values is not None:
-        losses.append(value_loss(evaluation.values, zeros, zeros, trainer.cliprange_value).sum())
-    if evaluation.detach_point is not None:
-        losses[0].backward()
-        run_in_parallel(evaluation.detach_point.backward, losses[1].backward, torch.device("meta"))
-    elif actor_critic.critic_is_apart:
-        run_in_parallel(losses[0].backward, losses[1].backward, torch.device("meta"))
-    else:
-        sum(losses).backward()
 
 
 def replace_states(sequences: Sequences, states: Tensor | None) -> Sequences:

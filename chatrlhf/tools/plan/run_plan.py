@@ -150,7 +150,7 @@ def _pretrain(models: Models, where: Hardware) -> Planned:
     shared = {name: getattr(keys, name) for name in ("max_sequence_length", "gradient_checkpointing", "precision")}
     alone = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "epochs": 1, "batch_size": keys.batch_size}
     actor = config.actor_config.model_copy(update=shared | alone)
-    models = Models(config.model_copy(update={"actor_config": actor}), models.paper)
+    models = Models(config.model_copy(update={"actor_config": actor}), models.fake_device)
     micro, backwards = microbatching(keys, "pretrain_config", where.count)
     length, rows = keys.max_sequence_length, keys.steps * keys.batch_size
     held_out = micro if keys.validation_fraction or keys.validation_dataset_path else 0

@@ -83,6 +83,8 @@ def actor_stage(models: Models, batch: Batch, sharding: Sharding, name: str = "A
 
 def reward_stage(models: Models, batch: Batch, sharding: Sharding, pairs: bool) -> StagePlan:
     """Training of a reward model; a pair is two rows."""
+    from trl.trainer.utils import disable_dropout_in_model
+
     config = models.config.reward_config
     model = models.reward_model()
     counts = numbers(model)
@@ -91,7 +93,7 @@ def reward_stage(models: Models, batch: Batch, sharding: Sharding, pairs: bool) 
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         if config.peft_enable:
             model.backbone.enable_input_require_grads()
-    disable_dropout(model)
+    disable_dropout_in_model(model)
 
     def of_rows(rows: int) -> Tensor:
         ids = torch.zeros(rows * (1 + pairs), batch.tokens, dtype=torch.long)
@@ -109,13 +111,6 @@ def scores_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, torch.ones_like(ids)).logits[:, 0]
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """As TRL's RewardTrainer does."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
 def _phases(
     stage: str,
     model: nn.Module,
@@ -125,19 +120,19 @@ def _phases(
     sharding: Sharding,
     models: Models,
 ) -> list[Phase]:
-    paper, autocast = models.paper, models.in_bf16(config.precision)
+    fake_device, autocast = models.fake_device, models.in_bf16(config.precision)
     if sharding.low and autocast:  # DeepSpeed has the model itself in 16 bit
-        with paper.fake:
+        with fake_device.fake:
             for each in model.parameters():
                 if each.is_floating_point():
                     each.data = each.data.bfloat16()
         autocast = False
     trained = [each for each in model.parameters() if each.requires_grad]
-    tracker = paper.tracker()
+    tracker = fake_device.tracker()
     tracker.track(model.parameters(), WEIGHTS)
     tracker.track(model.buffers(), WEIGHTS)
     _file_gradients(tracker, trained, sharding)
-    with paper.tracking(tracker, autocast, batch.padded):
+    with fake_device.tracking(tracker, autocast, batch.padded):
         # A second step finds the optimizer's states in between what the first has left.
         states = []
         for _ in range(1 if tracker.heap is None else 2):
@@ -152,11 +147,11 @@ def _phases(
         del states
     phases = [_dealt_out(f"{stage} step", tracker.peak, model, trained, sharding)]
     if batch.held_out:
-        tracker = paper.tracker()
+        tracker = fake_device.tracker()
         tracker.track(model.parameters(), WEIGHTS)
         tracker.track(model.buffers(), WEIGHTS)
         model.eval()
-        with torch.no_grad(), paper.tracking(tracker, autocast, batch.padded):
+        with torch.no_grad(), fake_device.tracking(tracker, autocast, batch.padded):
             loss(batch.held_out)
         phases.append(_dealt_out(f"{stage} held-out rows", tracker.peak, model, trained, sharding))
     return phases

@@ -16,11 +16,11 @@ def two_layers() -> nn.Module:
 
 
 def test_the_ledger_counts_what_a_forward_and_its_backward_hold():
-    paper, tracker = FakeDevice("cpu"), MemoryTracker()
-    model = paper.materialize(two_layers())
+    fake_device, tracker = FakeDevice("cpu"), MemoryTracker()
+    model = fake_device.materialize(two_layers())
     tracker.track(model.parameters(), "weights")
     assert tracker.alive["weights"] == 4 * (8 * 16 + 16 * 4)
-    with paper.tracking(tracker):
+    with fake_device.tracking(tracker):
         states = torch.zeros(10, 8)
         out = model(states)
         # Input, the first product (freed: ReLU keeps its result), the ReLU's result, the result.
@@ -33,8 +33,8 @@ def test_the_ledger_counts_what_a_forward_and_its_backward_hold():
 
 
 def test_what_is_let_go_of_is_not_alive():
-    paper, tracker = FakeDevice("cpu"), MemoryTracker()
-    with paper.tracking(tracker):
+    fake_device, tracker = FakeDevice("cpu"), MemoryTracker()
+    with fake_device.tracking(tracker):
         first = torch.zeros(1000)
         second = torch.zeros(250)
         tracker.rename(second, GRADIENTS)
@@ -44,13 +44,13 @@ def test_what_is_let_go_of_is_not_alive():
 
 
 def test_tied_weights_stay_one():
-    paper = FakeDevice("cpu")
+    fake_device = FakeDevice("cpu")
     with torch.device("meta"):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50))
     before = sum(each.numel() for each in model.parameters())
-    model = paper.materialize(model)
+    model = fake_device.materialize(model)
     assert sum(each.numel() for each in model.parameters()) == before
     assert model.lm_head.weight is model.transformer.wte.weight
 
