@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from tiny import llama, tokenizer
 from chatrlhf import load_config, run
 from chatrlhf.config import Config
 from chatrlhf.errors import Interrupted
-from chatrlhf.rl.ppo import PPOTrainer
-from chatrlhf.stages.hf_trainer import StageCallback
+from chatrlhf.runtime import fault_points
 
 REWARDED = """
 def length(prompts, completions):
@@ -63,21 +62,14 @@ def configured(tree: dict[str, Any], **changes: Any) -> Config:
 @contextmanager
 def stopped_after(steps: int) -> Iterator[None]:
     """Inside, a stage gets a SIGTERM in its optimizer step (of RL: its step) of this number."""
-    with pytest.MonkeyPatch.context() as patch:
-        log, record = StageCallback.on_step_end, PPOTrainer._record
 
-        def on_step_end(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> Any:
-            if state.global_step == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return log(self, args, state, control, **rest)
+    def signalled(step: int) -> None:
+        if step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        def recorded(self: Any, step: int, *rest: Any) -> None:
-            if step == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-            record(self, step, *rest)
-
-        patch.setattr(StageCallback, "on_step_end", on_step_end)
-        patch.setattr(PPOTrainer, "_record", recorded)
+    with ExitStack() as stack:
+        for place in ("trainer.step", "rl.step"):
+            stack.callback(fault_points.at(place, signalled))
         yield
 
 
@@ -91,17 +83,12 @@ def resumed(config: Config, stage: str) -> Any:
     """The trainer of a resumed stage with the checkpoint in it, before its first step."""
     from transformers import Trainer
 
-    with pytest.MonkeyPatch.context() as patch:
+    def ready(trainer: Any, **rest: Any) -> None:
+        raise Ready(trainer)
 
-        def train(self: PPOTrainer, checkpoint: Path | None = None) -> None:
-            self._resume(checkpoint)
-            raise Ready(self)
-
-        def run_epoch(self: Any, **rest: Any) -> None:
-            raise Ready(self)
-
-        patch.setattr(PPOTrainer, "train", train)
-        patch.setattr(Trainer, "_run_epoch", run_epoch)
-        with pytest.raises(Ready) as ready:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        stack.callback(fault_points.at("rl.steps", ready))
+        patch.setattr(Trainer, "_run_epoch", ready)
+        with pytest.raises(Ready) as raised:
             run(config, type=stage, resume=True)
-    return ready.value.trainer
+    return raised.value.trainer

@@ -15,18 +15,16 @@ ROOT = Path(__file__).parent.parent
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
-# Patches the product so that rank 1 alone does something at a call of a method.
-ON_RANK_1 = """
-import importlib, os, signal
-owner = getattr(importlib.import_module("{module}"), "{owner}")
-original, calls = owner.{method}, [0]
-def patched(self, *args, **kwargs):
-    calls[0] += 1
-    if calls[0] == {call} and os.environ["RANK"] == "1":
-        {act}
-    return original(self, *args, **kwargs)
-owner.{method} = patched
+
+def signal_at(place: str, number: int, call: int, rank: int | None = None) -> str:
+    """Code for `start`: at the ``call``-th time that a process (of a rank) is at a place, a signal to itself."""
+    return f"""
+import os
+from chatrlhf.runtime import fault_points
+if os.environ.get("RANK") in {(None if rank is None else str(rank),)}:
+    fault_points.at("{place}", lambda *facts: os.kill(os.getpid(), {int(number)}), {call})
 """
+
 
 GREETINGS = ("hello there", "good day", "how are you", "what is new", "who is it", "where to", "see you", "thank you")
 

@@ -32,7 +32,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Which files may import a package, and never while they are imported themselves.
 ONLY_IN = {
-    "trl": {"stages/sft.py", "stages/reward.py", "rollout/vllm.py"},
+    "trl": {"stages/sft.py", "stages/reward.py", "rollout/vllm.py", "tools/plan/sft_reward_memory.py"},
     "deepspeed": {"sharding/gather.py", "sharding/deepspeed.py"},
     "bitsandbytes": set(),
     "openai": {"tools/synth/llm/openai_endpoint.py"},

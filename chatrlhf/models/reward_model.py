@@ -42,6 +42,7 @@ from chatrlhf.models.scalar_head import ScalarHead, state_size
 from chatrlhf.models.sequences import response_states
 from chatrlhf.models.sequences_seq2seq import sequences_for
 from chatrlhf.models.weight_sharing import Base
+from chatrlhf.runtime.fault_points import reached
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
 OWN = "own"  # the pooling of a classifier that is kept whole
@@ -101,6 +102,7 @@ class RewardScorer:
         model = self.model
         save_model(model.trunk if has_adapters(model.backbone) else model.backbone, folder)
         self.encoder.save(folder)
+        reached("reward_model.head", folder)
         save_file({name: t.contiguous() for name, t in model.head_weights().items()}, folder / HEAD)
         settings = {name: getattr(model, name) for name in KEPT} | {
             "mlp_size": model.head.mlp_size if model.head is not None else None,

@@ -26,6 +26,7 @@ from chatrlhf.rl.update import Updater
 from chatrlhf.rollout.sampler import Sampler
 from chatrlhf.runtime.checkpoints import CheckpointStore
 from chatrlhf.runtime.collectives import gather_objects, rank
+from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.seeding import generator_states, set_generator_states, step_generator, step_seed
 from chatrlhf.runtime.signals import StopRequest
@@ -82,6 +83,7 @@ class PPOTrainer:
         start = self.done.steps
         if checkpoint is not None:
             self._resume(checkpoint)
+        reached("rl.steps", self)
         if start == 0:
             self.log.rewind(STAGE, -1)
             if self.held_out is not None:
@@ -128,6 +130,7 @@ class PPOTrainer:
     def _record(
         self, step: int, scored: ScoredRollout, stats: dict[str, float], coef: float, clock: list[float]
     ) -> None:
+        reached("rl.step", step)
         rollout = scored.rollout
         lengths, tokens = rollout.lengths.float(), int(rollout.lengths.sum())
         gap, largest_gap = logprob_gap(scored.old_logprobs, rollout.sampling_logprobs, rollout.response_mask)
@@ -187,6 +190,7 @@ class PPOTrainer:
 
     def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
         self.updater.backend.save_weights(folder)
+        reached("rl.weights_saved", folder)
         write_sharding(folder, self.sharding)
         torch.save(self.updater.backend.state_dict() | {"generators": generators}, folder / "training.pt")
         state = {

@@ -17,6 +17,7 @@ from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradient_backend import GradientBackend
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.runtime.collectives import sum_over_ranks
+from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.malloc import trim_malloc
 from chatrlhf.types import Experience
 
@@ -74,6 +75,7 @@ class Updater:
 
     def step(self, minibatch: Experience, kl_coef: float) -> dict[str, float]:
         """One optimizer step on a minibatch; its statistics are left on the device until the step is done."""
+        reached("rl.optimizer_step")
         sums = sum_over_ranks(self.backward(minibatch, kl_coef))
         sums["ppo/grad_norm"] = self.backend.step(self.settings.max_grad_norm)
         # One transfer a step, not one a number.

@@ -13,6 +13,7 @@ from torch import Tensor
 from chatrlhf.functional.logprobs import id_tensor, sample_by_inversion
 from chatrlhf.rollout.context import DecodeContext
 from chatrlhf.rollout.kv_cache import BatchKVCache, make_cache
+from chatrlhf.runtime.fault_points import reached
 from chatrlhf.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Decoding:
 
     def _draw(self, logits: Tensor) -> None:
         """One token of each row from its next-token logits, [n, V]. Nothing is asked of the device."""
+        reached("rollout.draw")
         slots, distribution, place = self.slots, self.context.distribution, self.slots.length[:, None]
         logits = distribution.adjust(logits, slots.length, slots.min_new_tokens)
         tokens, logprobs = sample_by_inversion(logits, slots.uniforms.gather(1, place).squeeze(1))

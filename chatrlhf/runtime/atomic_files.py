@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.errors.boundary import doing
+from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.file_hash import sha256_of
 
 CONTENTS = "contents.json"
@@ -69,6 +70,7 @@ def _finish(target: Path, writing: Path) -> None:
     replaced = _replaced(target)
     if target.exists():
         target.rename(replaced)
+    reached("publish.between_renames", target)
     writing.rename(target)
     _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)

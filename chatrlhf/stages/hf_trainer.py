@@ -24,6 +24,7 @@ from chatrlhf.models.loading.model_info import fingerprint
 from chatrlhf.runtime.checkpoints import CheckpointStore, StageFiles
 from chatrlhf.runtime.collectives import barrier, is_main, world_size
 from chatrlhf.runtime.device import resolve_precision
+from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.signals import StopRequest
 from chatrlhf.sharding.accelerate_env import DeepSpeed, Sharding, environment_for
@@ -130,6 +131,7 @@ class StageCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
+        reached("trainer.log")
         metrics = {METRIC_NAMES[name]: value for name, value in logs.items() if name in METRIC_NAMES}
         if "loss/eval" in metrics and self.extra_metrics is not None:
             metrics |= self.extra_metrics()  # by all ranks, which may each hold a part of the model
@@ -137,6 +139,7 @@ class StageCallback(TrainerCallback):
             self.log.step(self.stage, state.global_step, metrics)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> Any:
+        reached("trainer.step", state.global_step)
         if state.global_step >= state.max_steps:
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = True
@@ -149,6 +152,7 @@ class StageCallback(TrainerCallback):
 
         def move(folder: Path) -> None:
             for path in written.iterdir():
+                reached("trainer.publish")
                 shutil.move(str(path), folder / path.name)
             (folder / FINGERPRINT).write_text(self.fingerprint, encoding="utf-8")
             (folder / ORDER).write_text(json.dumps(self.order.state_dict()) + "\n", encoding="utf-8")

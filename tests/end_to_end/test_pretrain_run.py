@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_run import differences, finish, left_behind, length, settings, start, write_files
+from small_run import differences, finish, left_behind, length, settings, signal_at, start, write_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatrlhf import load_config, run
@@ -287,19 +287,6 @@ def left(run_dir: Path) -> dict:
     return found | {"pretrained": (run_dir / "pretrained" / "model.safetensors").read_bytes()}
 
 
-KILL = """
-import os, signal
-from chatrlhf.stages.hf_trainer import StageCallback
-log, calls = StageCallback.on_log, [0]
-def dying(self, *args, **kwargs):
-    calls[0] += 1
-    if calls[0] == {calls}:
-        os.kill(os.getpid(), signal.{signal})
-    return log(self, *args, **kwargs)
-StageCallback.on_log = dying
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, calls",
@@ -311,7 +298,7 @@ StageCallback.on_log = dying
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(config_file, undisturbed, tmp_path, name, calls):
     words = (str(config_file), "--output-dir", str(tmp_path / "run"), "--type", "PRETRAIN")
-    status, _, err = finish(start(*words, code=KILL.format(calls=calls, signal=name)))
+    status, _, err = finish(start(*words, code=signal_at("trainer.log", signal.Signals[name], calls)))
     assert status == (-signal.SIGKILL if name == "SIGKILL" else 128 + signal.SIGTERM), err
     status, _, err = finish(start(*words, "--resume"))
     assert status == 0, err

@@ -9,59 +9,31 @@ import time
 from pathlib import Path
 
 import pytest
-from small_run import differences, finish, left_behind, start, write_config, write_files
+from small_run import differences, finish, left_behind, signal_at, start, write_config, write_files
 
-# Each patches one place of the product so that the process dies there, as if the power had gone.
-DIE = "import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n"
-DIE_AT_UPDATE = """
-import chatrlhf.rl.update as update
-step, calls = update.Updater.step, [0]
-def dying(self, *args):
-    calls[0] += 1
-    return die() if calls[0] == {} else step(self, *args)
-update.Updater.step = dying
-"""
+KILL = signal.SIGKILL
+# The process dies there, as if the power had gone.
 KILLS = {
-    "during a rollout": """
-import chatrlhf.rollout.decoding as slots
-draw, calls = slots.Decoding._draw, [0]
-def dying(self, *args):
-    calls[0] += 1
-    return die() if calls[0] == 30 else draw(self, *args)
-slots.Decoding._draw = dying
-""",
-    "before the first RL checkpoint": DIE_AT_UPDATE.format(3),
-    "inside a PPO epoch": DIE_AT_UPDATE.format(15),
+    "during a rollout": signal_at("rollout.draw", KILL, 30),
+    "before the first RL checkpoint": signal_at("rl.optimizer_step", KILL, 3),
+    "inside a PPO epoch": signal_at("rl.optimizer_step", KILL, 15),
     "while an RL checkpoint is written": """
-import chatrlhf.rl.gradient_backend as gradient_backend
-save, calls = gradient_backend.save_trained, [0]
-def dying(model, path):
-    save(model, path)
-    calls[0] += 1
-    if calls[0] == 2:
-        open(path, "r+b").truncate(100)
-        die()
-gradient_backend.save_trained = dying
+import os, signal
+from chatrlhf.runtime import fault_points
+def half(folder):
+    open(folder / "model.safetensors", "r+b").truncate(100)
+    os.kill(os.getpid(), signal.SIGKILL)
+fault_points.at("rl.weights_saved", half, 2)
 """,
-    "while an SFT checkpoint is published": """
-import chatrlhf.stages.hf_trainer as stage
-move, calls = stage.shutil.move, [0]
-def dying(source, target):
-    calls[0] += 1
-    return die() if calls[0] == 12 else move(source, target)
-stage.shutil.move = dying
-""",
-    "between training a reward model and its publication": """
-import chatrlhf.models.reward_model as reward
-def dying(*args): die()
-reward.save_file = dying
-""",
+    "while an SFT checkpoint is published": signal_at("trainer.publish", KILL, 12),
+    "between training a reward model and its publication": signal_at("reward_model.head", KILL, 1),
     "between the two renames that replace a result": """
-import pathlib
-rename = pathlib.Path.rename
-def dying(self, target):
-    return die() if self.name == ".writing-actor_rl" else rename(self, target)
-pathlib.Path.rename = dying
+import os, signal
+from chatrlhf.runtime import fault_points
+def die(target):
+    if target.name == "actor_rl":
+        os.kill(os.getpid(), signal.SIGKILL)
+fault_points.at("publish.between_renames", die)
 """,
 }
 
@@ -91,7 +63,7 @@ def resume_and_compare(config: Path, run_dir: Path, undisturbed: Path) -> None:
 
 
 def killed(config: Path, run_dir: Path, place: str) -> None:
-    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=DIE + KILLS[place]))
+    status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=KILLS[place]))
     assert status == -signal.SIGKILL, f"the run was meant to die {place}: {err}"
 
 
@@ -151,19 +123,7 @@ def test_killed_at_ten_random_moments(config, undisturbed, tmp_path):
 @pytest.mark.parametrize("stage", ["ACTOR", "RL"])
 def test_a_signal_leaves_a_valid_checkpoint(config, undisturbed, tmp_path, number, stage):
     run_dir = tmp_path / "run"
-    hook = "chatrlhf.stages.hf_trainer.StageCallback.on_log" if stage == "ACTOR" else "chatrlhf.rl.update.Updater.step"
-    module, owner, method = hook.rsplit(".", 2)
-    code = f"""
-import os, importlib
-owner = getattr(importlib.import_module("{module}"), "{owner}")
-original, calls = owner.{method}, [0]
-def signalled(self, *args, **kwargs):
-    calls[0] += 1
-    if calls[0] == 6:
-        os.kill(os.getpid(), {int(number)})
-    return original(self, *args, **kwargs)
-owner.{method} = signalled
-"""
+    code = signal_at("trainer.log" if stage == "ACTOR" else "rl.optimizer_step", number, 6)
     status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=code))
     assert status == 128 + number
     assert "continue with --resume" in err

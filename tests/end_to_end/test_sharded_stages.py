@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_run import ON_RANK_1, finish, records, start, write_config, write_files
+from small_run import finish, records, signal_at, start, write_config, write_files
 from tiny import flan_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -24,8 +24,8 @@ ZERO = {
 }
 SECTIONS = ("actor_config", "reward_config")
 # The engines, and where rank 1 is asked to stop, so that the run has to be resumed.
-IN_RL = dict(module="chatrlhf.rl.update", owner="Updater", method="step", call=4)
-IN_ACTOR = dict(module="chatrlhf.stages.hf_trainer", owner="StageCallback", method="on_log", call=5)
+IN_RL = ("rl.optimizer_step", 4)
+IN_ACTOR = ("trainer.log", 5)
 ENGINES = {
     "DeepSpeed ZeRO-2": ("DeepSpeedEngine", IN_RL),
     "DeepSpeed ZeRO-3": ("DeepSpeedEngine", IN_ACTOR),
@@ -102,9 +102,9 @@ def switches(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_dealt_out_also_when_it_is_stopped_and_resumed(config, alone, tmp_path, name):
-    (kind, stopped), words = ENGINES[name], switches(name)
+    (kind, (place, call)), words = ENGINES[name], switches(name)
     before = ON_CPUS if name == "FSDP2" else ""
-    stop = ON_RANK_1.format(**stopped, act=f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
+    stop = signal_at(place, signal.SIGTERM, call, rank=1)
     status, out, err = run(config, tmp_path / "run", 2, *words, code=before + stop)
     assert status != 0 and err.count("continue with --resume") == 1, err
     said = out

@@ -11,13 +11,13 @@ import ranks
 import torch
 from safetensors.torch import load_file
 from small_run import (
-    ON_RANK_1,
     ROOT,
     TORCHRUN,
     differences,
     finish,
     left_behind,
     records,
+    signal_at,
     start,
     start_python,
     write_config,
@@ -150,8 +150,8 @@ def test_pairs_with_accumulation_and_a_last_batch_of_one_row(config, tmp_path):
         assert_close(ours, theirs)
 
 
-AT_UPDATE = dict(module="chatrlhf.rl.update", owner="Updater", method="step", call=14)
-AT_LOG = dict(module="chatrlhf.stages.hf_trainer", owner="StageCallback", method="on_log", call=12)
+AT_UPDATE = ("rl.optimizer_step", 14)
+AT_LOG = ("trainer.log", 12)
 
 
 def resume_and_compare(config: Path, run_dir: Path, undisturbed: Path) -> None:
@@ -166,7 +166,7 @@ def resume_and_compare(config: Path, run_dir: Path, undisturbed: Path) -> None:
 )
 def test_a_signal_to_one_rank_stops_both_behind_a_checkpoint(config, undisturbed, tmp_path, place, stage):
     run_dir = tmp_path / "run"
-    code = ON_RANK_1.format(**place, act=f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
+    code = signal_at(place[0], signal.SIGTERM, place[1], rank=1)
     status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=code, ranks=2))
     assert status != 0
     assert err.count("continue with --resume") == 1
@@ -178,7 +178,7 @@ def test_a_signal_to_one_rank_stops_both_behind_a_checkpoint(config, undisturbed
 @pytest.mark.parametrize("place", [pytest.param(AT_LOG, marks=pytest.mark.nightly), AT_UPDATE], ids=["ACTOR", "RL"])
 def test_what_two_ranks_began_one_process_can_finish(config, undisturbed, tmp_path, place):
     run_dir = tmp_path / "run"
-    code = ON_RANK_1.format(**place, act=f"os.kill(os.getpid(), {int(signal.SIGTERM)})")
+    code = signal_at(place[0], signal.SIGTERM, place[1], rank=1)
     status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=code, ranks=2))
     assert status != 0
     status, out, err = finish(start(str(config), "--output-dir", str(run_dir), "--resume"))
@@ -204,7 +204,7 @@ def test_a_signal_to_the_launcher_stops_all(config, undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_is_killed_leaves_nobody_waiting(config, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    code = ON_RANK_1.format(**AT_UPDATE, act=f"os.kill(os.getpid(), {int(signal.SIGKILL)})")
+    code = signal_at(AT_UPDATE[0], signal.SIGKILL, AT_UPDATE[1], rank=1)
     status, out, err = finish(start(str(config), "--output-dir", str(run_dir), code=code, ranks=2), timeout=120)
     assert status != 0
     resume_and_compare(config, run_dir, undisturbed)
