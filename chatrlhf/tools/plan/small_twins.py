@@ -32,7 +32,7 @@ def _small_twin(module: nn.Module, width: int) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     inner = getattr(getattr(module, "up_proj", None), "out_features", width)
     narrow = {width: WIDTH, inner: WIDTH if inner == width else INNER}
-    memo: dict[int, object] = {}  # what a copy has in the place of something, by its id
+    memo: dict[int, object] = {}  # what a copy has instead of something, by its id
     for each in module.modules():
         if isinstance(each, QuantizedLinear):
             memo[id(each)] = nn.Linear(
