@@ -32,7 +32,7 @@ class HeldOutReport:
     kl: float  # nats per sequence
     length: float  # tokens
     finished: float  # share
-    distinct: float  # share of completions that no other prompt got
+    distinct: float  # different completions, as a share of all
     criteria: dict[str, list[float]] = field(default_factory=dict)  # by name, one number a prompt
 
     @property
