@@ -128,7 +128,7 @@ def start(*words: str, code: str | None = None, ranks: int = 1) -> subprocess.Po
 
 def start_python(*words: str) -> subprocess.Popen[str]:
     """Python in a process of its own."""
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *words],

@@ -91,6 +91,7 @@ def test_what_cannot_be_said_is_not_said():
     assert "true score" not in said(*bare, best=2.0) and "RL closed" not in said(*bare, best=2.0)
     assert "true score " in said(BEFORE, AFTER, None) and "RL closed" not in said(BEFORE, AFTER, None)
     assert "standard deviations" not in said(replace(BEFORE, rewards=[1.0, 1.0]), AFTER, None)
+    assert "by +6.00 standard deviations" in said(replace(BEFORE, rewards=[1.0, 2.0]), AFTER, None)
 
 
 @pytest.mark.parametrize(("best", "share"), [(2.0, 0.625 / 0.75), (1.5, 2.5), (1.25, None), (1.0, None)])

@@ -68,3 +68,11 @@ def test_the_reward_model(row):
         "REWARD: 2 of 3 rows of x exceed 40 tokens and are cut",
         "REWARD: 1 of 3 rows of x exceed 40 tokens and are dropped",
     ]
+
+
+@pytest.mark.parametrize(("room", "kept"), [(68, 5), (67, 4), (58, 4), (57, 2), (31, 1), (1, 1)])
+def test_the_oldest_turns_go_up_to_a_users_and_the_last_one_stays(room, kept):
+    """Of 5, 4, 2 and 1 turns, which begin with a user's, the prompt has 68, 58, 32 and 22 tokens."""
+    said = [("user", "the cat"), ("user", "on the mat"), ("assistant", "sat"), ("user", "the cat"), ("user", "the hat")]
+    turns = tuple(Turn(*each) for each in said)
+    assert encoder(200).recent(Prompt(turns), room).turns == turns[-kept:]
