@@ -24,6 +24,7 @@ from chatrlhf.runtime.collectives import gather_results, is_main, start
 from chatrlhf.runtime.device import pick_device
 from chatrlhf.runtime.manifest import Manifest
 from chatrlhf.runtime.output_dir import check_output_dir
+from chatrlhf.runtime.run_lock import RunLock
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
 from chatrlhf.sharding.launch import sharding_of
 from chatrlhf.stages.context import RunContext
@@ -85,21 +86,26 @@ def run(
     """
     if type not in ("ALL", *STAGES):
         raise ConfigError(f"type: expected ALL, {', '.join(STAGES)}, got {type!r}")
+    lock = RunLock(config.run_dir)
     try:
         with doing("the run in", config.run_dir):
-            return _run(config, type, reward_fn, resume)
+            return _run(config, type, reward_fn, resume, lock)
     except OutsideError as error:
         error.run_dir = config.run_dir
         raise
+    finally:
+        lock.release()
 
 
-def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bool) -> RunResult:
+def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bool, lock: RunLock) -> RunResult:
     start()
     stages = config.stages(type)
     # Checks come first: nothing is written before everything that will be read has been read once.
     reward = _reward_function(config, reward_fn, stages)
-    gather_results(lambda: check_output_dir(config) if is_main() else None)
+    gather_results(lambda: _claim(config, lock) if is_main() else None)
     manifest = Manifest.open(config.run_dir, resume)
+    if resume:
+        gather_results(lambda: manifest.finish_moves() if is_main() else None)
     config.fix_day(date.fromisoformat(manifest.facts[DAY]) if DAY in manifest.facts else date.today())
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
@@ -109,6 +115,7 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
     sources = Sources(config, manifest, inputs, reward, RunLog(config.run_dir).note)
     resumption = _resumption(sources, stages) if resume else None
     differences = resumption.check() if resumption else []
+    gather_results(lambda: _claim_for_writing(manifest, lock) if is_main() else None)
     manifest.begin(config, stages)
     manifest.fact(DAY, config.day.isoformat)
     if config.num_threads:
@@ -122,7 +129,8 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
         log.warn(warning)
     for line in differences:
         log.warn(line)
-    ctx = RunContext(config, inputs, log, manifest, pick_device(), reward, resume)
+    trained = [stage for stage in stages if stage != "REWARD" or reward is None]
+    ctx = RunContext(config, inputs, log, manifest, pick_device(), reward, resume, trained)
     results: dict[str, StageResult] = {}
     try:
         for stage in stages:
@@ -134,6 +142,21 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
     finally:
         log.close()
     return RunResult(config.run_dir, results)
+
+
+def _claim(config: Config, lock: RunLock) -> None:
+    """See that the run's folder can be written to, and lock it, if it is there."""
+    check_output_dir(config)
+    if config.run_dir.is_dir():
+        lock.acquire()
+
+
+def _claim_for_writing(manifest: Manifest, lock: RunLock) -> None:
+    """Make the run's folder and lock it, where that was not done at the start."""
+    if not lock.is_held:
+        manifest.run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        manifest.refuse_changes()
 
 
 def _resumption(sources: Sources, stages: list[str]) -> Resumption:

@@ -34,6 +34,10 @@ class WeightsError(ConfigError, CheckpointError):
     """Weights or adapters that are missing, damaged or of another model; the message names tensors and folder."""
 
 
+class LockedError(UserError):
+    """Another process works in the folder; the message says which."""
+
+
 class RewardError(UserError):
     """A reward function, model or endpoint that gave something other than one finite number a completion."""
 

@@ -20,6 +20,7 @@ PLACES = {
     "trainer.step": "behind an optimizer step of transformers' Trainer: its number",
     "trainer.publish": "before one of a checkpoint's files is moved to its place",
     "reward_model.head": "before a reward model's head is written, behind its backbone: the folder",
+    "manifest.set_aside": "a stage's earlier results are moved, their folder is not yet in its place: the place",
     "publish.between_renames": "the old folder is moved aside, the new one not yet in its place: the place",
 }
 _actions: dict[str, Callable[..., None]] = {}

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.config.schema import Config
-from chatrlhf.errors import CheckpointError
-from chatrlhf.runtime.atomic_files import write_atomically
+from chatrlhf.errors import CheckpointError, LockedError
+from chatrlhf.runtime.atomic_files import WRITING, write_atomically
 from chatrlhf.runtime.collectives import barrier, gather_objects, is_main
+from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.run_log import METRICS, SAMPLES
 
-FILE_NAME = "manifest.json"
+FILE_NAME, PREVIOUS = "manifest.json", "previous"
 _RESTORE = "restore it, or use another output_dir"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 # Where each stage leaves its results.
@@ -33,6 +34,8 @@ class Manifest:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    moving: dict[str, str] = field(default_factory=dict)  # stages that are being set aside, and their folders' names
+    as_read: bytes | None = None  # the file, when it was opened
 
     @staticmethod
     def open(run_dir: Path, resume: bool) -> Manifest:
@@ -47,16 +50,29 @@ class Manifest:
                 raise CheckpointError(f"--resume: no run in {run_dir} ({FILE_NAME} is missing); leave --resume out")
             return Manifest(run_dir)
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            stored = json.loads(content.decode("utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # neither text nor JSON, or lists that are too deep
             raise CheckpointError(f"{path}: it cannot be read as JSON ({error}); {_RESTORE}") from None
         if not _is_record(stored):
             raise CheckpointError(f"{path}: it is JSON, but no record of a run; {_RESTORE}")
         facts = stored.get("facts", {}) if resume else {}
-        return Manifest(run_dir, stored.get("stages", {}), stored.get("config", {}), facts)
+        parts = (stored.get(part, {}) for part in ("stages", "config"))
+        return Manifest(run_dir, *parts, facts, stored.get("moving", {}), content)
+
+    def refuse_changes(self) -> None:
+        """A LockedError where another process has written the manifest since it was opened."""
+        path = self.run_dir / FILE_NAME
+        if (path.read_bytes() if path.exists() else None) != self.as_read:
+            raise LockedError(
+                f"output_dir: another run has written into {self.run_dir} while this one was starting; look what it "
+                "has left, then start this one again"
+            )
 
     def begin(self, config: Config, stages: list[str]) -> None:
         """Write the settings of this run down."""
+        if is_main():
+            self.finish_moves()  # of a run that was killed while it set another aside
         self.config = config.model_dump(mode="json")
         self._save(asked=stages)
 
@@ -97,32 +113,59 @@ class Manifest:
         if not is_main():
             self.stages = Manifest.open(self.run_dir, resume=True).stages
 
-    def set_aside(self, stage: str, note: Callable[[str], None]) -> None:
-        """Before a stage starts afresh, move what an earlier run of it left into ``previous/``; nothing is deleted."""
+    def set_aside(self, stages: list[str], note: Callable[[str], None]) -> None:
+        """Before stages start afresh, move what earlier runs of them left into ``previous/``; nothing is deleted.
+
+        It is one transaction. From its one write on, the manifest knows these stages no more, and whoever opens it
+        after a kill makes the moves that were left (`finish_moves`): a folder in ``previous/`` is whole or absent.
+        """
         barrier()  # others may still be reading
         if is_main():
-            self._set_aside(stage, note)
-        barrier()
-        self.stages.pop(stage, None)
-
-    def _set_aside(self, stage: str, note: Callable[[str], None]) -> None:
-        left = [self.run_dir / name for name in (*OUTPUTS[stage], f"checkpoints/{stage}")]
-        left = [path for path in left if path.exists()]
-        if not left:
+            targets = {stage: self._copy_logs(stage) for stage in stages if self._left_by(stage)}
+        for stage in stages:
             self.stages.pop(stage, None)
+        if is_main() and targets:
+            self.moving = targets
+            self._save()
+            self.finish_moves()
+            for stage, name in targets.items():
+                place = self.run_dir / PREVIOUS / name
+                note(
+                    f"{stage}: results of an earlier run were moved to {place} (--resume continues with a run instead)"
+                )
+        barrier()
+
+    def finish_moves(self) -> None:
+        """Make the moves that `set_aside` has written down; one process does."""
+        if not self.moving:
             return
-        number = 1
-        while (target := self.run_dir / "previous" / f"{stage}-{number}").exists():
+        for stage, name in self.moving.items():
+            place = self.run_dir / PREVIOUS / name
+            writing = place.with_name(f"{WRITING}{name}")
+            if writing.exists():
+                for path in self._left_by(stage):
+                    path.rename(writing / path.name)
+                reached("manifest.set_aside", place)
+                writing.rename(place)
+        self.moving = {}
+        self._save()
+
+    def _left_by(self, stage: str) -> list[Path]:
+        left = [self.run_dir / name for name in (f"checkpoints/{stage}", *OUTPUTS[stage])]
+        return [path for path in left if path.exists()]
+
+    def _copy_logs(self, stage: str) -> str:
+        """Begin the folder for what a stage has left: with what the run has said. Returns its name."""
+        previous, number = self.run_dir / PREVIOUS, 1
+        while (previous / f"{stage}-{number}").exists():
             number += 1
-        target.mkdir(parents=True)
-        for path in left:
-            path.rename(target / path.name)
+        writing = previous / f"{WRITING}{stage}-{number}"
+        shutil.rmtree(writing, ignore_errors=True)  # of a kill before anything was moved
+        writing.mkdir(parents=True)
         for name in (METRICS, SAMPLES, FILE_NAME):
             if (self.run_dir / name).exists():
-                shutil.copy2(self.run_dir / name, target / name)
-        self.stages.pop(stage, None)
-        self._save()
-        note(f"{stage}: results of an earlier run were moved to {target} (--resume continues with a run instead)")
+                shutil.copy2(self.run_dir / name, writing / name)
+        return f"{stage}-{number}"
 
     def _save(self, **extra: Any) -> None:
         if not is_main():
@@ -135,6 +178,7 @@ class Manifest:
             "versions": {name: _version(name) for name in ("chatrlhf", *PACKAGES)}
             | {"python": platform.python_version()},
             "updated_at": _now(),
+            **({"moving": self.moving} if self.moving else {}),
             **extra,
         }
         write_atomically(self.run_dir / FILE_NAME, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
@@ -142,8 +186,10 @@ class Manifest:
 
 def _is_record(stored: Any) -> bool:
     """Whether JSON has the shape that `_save` writes, as far as it is read again."""
-    parts = ("config", "stages", "facts")
+    parts = ("config", "stages", "facts", "moving")
     if not isinstance(stored, dict) or not all(isinstance(stored.get(part, {}), dict) for part in parts):
+        return False
+    if not all(stage in OUTPUTS and _is_place_of(stage, name) for stage, name in stored.get("moving", {}).items()):
         return False
     return all(
         isinstance(stage, dict)
@@ -152,6 +198,10 @@ def _is_record(stored: Any) -> bool:
         and (stage.get("status") != "done" or {"output", "metrics"} <= stage.keys())
         for stage in stored.get("stages", {}).values()
     )
+
+
+def _is_place_of(stage: str, name: Any) -> bool:
+    return isinstance(name, str) and name.removeprefix(f"{stage}-").isdecimal() and name.startswith(stage)
 
 
 def _version(package: str) -> str | None:

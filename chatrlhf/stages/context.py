@@ -25,7 +25,7 @@ from chatrlhf.models.stop_tokens import ids_in_generation_config
 from chatrlhf.rl.rewards import FunctionReward
 from chatrlhf.runtime.atomic_files import publish_folder
 from chatrlhf.runtime.checkpoints import CheckpointStore, StageFiles
-from chatrlhf.runtime.manifest import Manifest
+from chatrlhf.runtime.manifest import OUTPUTS, Manifest
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.seeding import step_seed
 from chatrlhf.stages.sources import Sources
@@ -44,6 +44,7 @@ class RunContext:
     device: torch.device
     reward: FunctionReward | None  # takes the reward model's place
     resume: bool
+    stages: list[str]  # that this run trains, in their order
 
     @property
     def sources(self) -> Sources:
@@ -62,10 +63,23 @@ class RunContext:
 
         def record() -> None:
             if not self.resume:
-                self.manifest.set_aside(stage, self.log.note)
+                self.manifest.set_aside(self._made_anew(stage), self.log.note)
             self.manifest.start(stage, made_from, settings_of(stage, self.config.model_dump(mode="json")))
 
         return StageFiles(stage, store, scratch, self.resume, record)
+
+    def _made_anew(self, stage: str) -> list[str]:
+        """A stage that begins and those behind it: from here on --resume is to find nothing of an earlier run of them.
+
+        A stage whose earlier results are what a section starts from keeps them until it has read them.
+        """
+        later = self.stages[self.stages.index(stage) + 1 :]
+        return [stage, *(each for each in later if not any(map(self._is_a_start, OUTPUTS[each])))]
+
+    def _is_a_start(self, output: str) -> bool:
+        sections = (self.config.actor_config, self.config.reward_config, self.config.critic_config)
+        place = (self.dir / output).resolve()
+        return any(each.model is not None and Path(each.model).resolve() == place for each in sections)
 
     def seed(self, stage: str) -> int:
         return step_seed(self.config.seed, 0, stage) % 2**31

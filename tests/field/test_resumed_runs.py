@@ -269,3 +269,18 @@ def test_checkpoints_are_sorted_by_number(tmp_path):
     (tmp_path / "RL" / "step-of-mine").mkdir()  # no checkpoint, and no one's to delete
     assert store.newest() == (1_000_000, tmp_path / "RL" / "step-1000000")
     assert {path.name for path in (tmp_path / "RL").iterdir()} == {"step-999999", "step-1000000", "step-of-mine"}
+
+
+def test_a_second_run_that_was_stopped_does_not_keep_results_of_the_first(tree, capsys):
+    """All that it makes anew is set aside when its first stage begins."""
+    both = rewarded(tree) | {"pretrain_config": {}}
+    run(configured(both), type="ALL")
+    stop(configured(both, seed=6), "ALL", 2)
+    folder = Path(both["output_dir"])
+    assert sorted(path.name for path in (folder / "previous").iterdir()) == ["ACTOR-1", "RL-1"]
+    assert (folder / "previous" / "RL-1" / "actor_rl" / "config.json").exists() and not (folder / "actor_rl").exists()
+    capsys.readouterr()
+    run(configured(both, seed=6), type="ALL", resume=True)
+    out = capsys.readouterr().out
+    assert "kept" not in out and (folder / "actor_rl" / "config.json").exists()
+    assert not (folder / ".lock").exists()
