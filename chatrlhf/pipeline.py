@@ -22,7 +22,7 @@ from chatrlhf.preflight import preflight
 from chatrlhf.rl.rewards import DialogueReward, FunctionReward, RewardFunction, resolve_reward_fn
 from chatrlhf.runtime.collectives import gather_results, is_main, start
 from chatrlhf.runtime.device import pick_device
-from chatrlhf.runtime.manifest import Manifest
+from chatrlhf.runtime.manifest import FILE_NAME, Manifest
 from chatrlhf.runtime.output_dir import check_output_dir
 from chatrlhf.runtime.run_lock import RunLock
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
@@ -104,8 +104,6 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
     reward = _reward_function(config, reward_fn, stages)
     gather_results(lambda: _claim(config, lock) if is_main() else None)
     manifest = Manifest.open(config.run_dir, resume)
-    if resume:
-        gather_results(lambda: manifest.finish_moves() if is_main() else None)
     config.fix_day(date.fromisoformat(manifest.facts[DAY]) if DAY in manifest.facts else date.today())
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
@@ -145,10 +143,12 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
 
 
 def _claim(config: Config, lock: RunLock) -> None:
-    """See that the run's folder can be written to, and lock it, if it is there."""
+    """See that the run's folder can be written to; if it is there, lock it and finish what a kill left half moved."""
     check_output_dir(config)
     if config.run_dir.is_dir():
         lock.acquire()
+        if (config.run_dir / FILE_NAME).exists():
+            Manifest.open(config.run_dir, resume=True).finish_moves()
 
 
 def _claim_for_writing(manifest: Manifest, lock: RunLock) -> None:

@@ -71,8 +71,6 @@ class Manifest:
 
     def begin(self, config: Config, stages: list[str]) -> None:
         """Write the settings of this run down."""
-        if is_main():
-            self.finish_moves()  # of a run that was killed while it set another aside
         self.config = config.model_dump(mode="json")
         self._save(asked=stages)
 
@@ -120,11 +118,11 @@ class Manifest:
         after a kill makes the moves that were left (`finish_moves`): a folder in ``previous/`` is whole or absent.
         """
         barrier()  # others may still be reading
-        if is_main():
-            targets = {stage: self._copy_logs(stage) for stage in stages if self._left_by(stage)}
+        left = [stage for stage in stages if self._left_by(stage)] if is_main() else []
+        targets = {stage: self._copy_logs(stage) for stage in left}
         for stage in stages:
             self.stages.pop(stage, None)
-        if is_main() and targets:
+        if targets:
             self.moving = targets
             self._save()
             self.finish_moves()

@@ -16,6 +16,7 @@ from chatrlhf.errors import LockedError
 from chatrlhf.runtime import fault_points, run_lock
 from chatrlhf.runtime.manifest import Manifest
 from chatrlhf.runtime.run_lock import LOCK, RunLock
+from chatrlhf.stages.context import RunContext
 
 HOLDS = """
 import sys, time
@@ -106,6 +107,7 @@ def said_by(host: str, pid: int, boot: str | None = None) -> str:
         (said_by("", 1, boot="another"), None),
         (said_by("elsewhere", 1), "process 1 on elsewhere .*; if that process is gone, remove"),
     ],
+    ids=["empty", "half", "a list", "alive", "gone", "of another boot", "of another host"],  # the same in each worker
 )
 def test_without_locks_of_the_file_system_the_file_itself_is_believed(tmp_path, monkeypatch, content, held):
     monkeypatch.setattr(run_lock, "_lock", lambda file: False)
@@ -173,6 +175,27 @@ def test_killed_while_it_sets_aside_the_next_one_finishes(tmp_path, moved):
     assert_all_aside(tmp_path)
     assert not any(again.has_begun(stage) for stage in ("ACTOR", "REWARD", "RL"))
     assert "moving" not in json.loads((tmp_path / "manifest.json").read_text())
+
+
+def test_a_run_that_does_not_resume_finishes_the_moves_before_it_reads(tmp_path):
+    """And what the manifest knows besides is kept where that run then fails."""
+    manifest = first_run(tmp_path)
+    manifest.facts["day"] = "2026-01-02"
+    end = fault_points.at("manifest.set_aside", lambda place: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        manifest.set_aside(["ACTOR", "REWARD", "RL"], print)
+    end()
+    config = load_config({"output_dir": str(tmp_path), "actor_config": {"train_dataset_path": "nowhere.json"}})
+    with pytest.raises(Exception, match=r"nowhere\.json"):
+        run(config, type="ACTOR")
+    assert_all_aside(tmp_path)
+    assert Manifest.open(tmp_path, resume=True).facts == {"day": "2026-01-02"}
+
+
+def test_what_a_section_starts_from_keeps_its_place_until_it_is_read(tmp_path):
+    config = load_config({"output_dir": str(tmp_path), "reward_config": {"model": str(tmp_path / "reward")}})
+    ctx = RunContext(config, None, None, Manifest(tmp_path), None, None, False, ["ACTOR", "REWARD", "RL"])
+    assert ctx._made_anew("ACTOR") == ["ACTOR", "RL"] and ctx._made_anew("REWARD") == ["REWARD", "RL"]
 
 
 def test_killed_before_anything_is_moved_nothing_has_happened(tmp_path, monkeypatch):
