@@ -20,6 +20,7 @@ from chatrlhf.data.download import SOURCES, download  # noqa: E402
 from chatrlhf.data.sources.catalogue import listing  # noqa: E402
 from chatrlhf.data.sources.shp import PAIRS_PER_POST, POST_CHARS  # noqa: E402
 from chatrlhf.errors.boundary import exit_status  # noqa: E402
+from chatrlhf.runtime.signals import listening  # noqa: E402
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,7 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    return exit_status(lambda: _download(**vars(options)), "stopped before all files were written")
+    with listening():
+        return exit_status(lambda: _download(**vars(options)), "stopped before all files were written")
 
 
 def _download(**words: Any) -> int:

@@ -7,10 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from chatrlhf import __version__
-from chatrlhf.errors import Interrupted, UserError
+from chatrlhf.errors import ConfigError, Interrupted, UserError
 from chatrlhf.errors.boundary import OUR_FAULT, STOPPED, USER_ERROR, doing, line_of, show_fault
+from chatrlhf.runtime.signals import listening
+from chatrlhf.tools.arguments import duration, whole_number
 
 STAGES = ("ALL", "PRETRAIN", "ACTOR", "REWARD", "RL")  # as in `config/schema.py`, which is not quick to import
 
@@ -26,19 +29,25 @@ EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 where the user can mend it, 1 for a fault of this package."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with listening(ends_process=argv is None):
+        return _status(list(sys.argv[1:] if argv is None else argv))
+
+
+def _status(words: Sequence[str]) -> int:
     try:
         with doing(" ".join(["chatrlhf", *words[:1]])):
             return _run(words)
     except UserError as error:
-        if _speaks():
-            print(f"error: {line_of(error)}", file=sys.stderr, flush=True)
+        if _speaks():  # else another process says the same, and has written the traceback
+            _say(f"error: {line_of(error)}")
         return USER_ERROR
     except Interrupted as stopped:
-        _say(str(stopped))
-        return 128 + stopped.signal_number
+        if _speaks():
+            _say(str(stopped.or_else("start it again")))
+        return stopped.exit_status
     except KeyboardInterrupt:
-        _say("stopped at once; --resume continues from the newest checkpoint")
+        if _speaks():
+            _say("stopped at once; --resume continues from the newest checkpoint")
         return STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
@@ -80,28 +89,22 @@ def _speaks() -> bool:
     return claims_failure_report()
 
 
-def _say(text: str) -> None:
-    if _speaks():
-        print(text, file=sys.stderr, flush=True)
+def _say(line: str) -> None:
+    with suppress(OSError):  # standard error may be closed, too
+        print(line, file=sys.stderr, flush=True)
 
 
 def _train(words: Sequence[str]) -> int:
     args = _parser().parse_args(words)
+    if args.restarts:
+        return _supervise(words, args)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    overrides = list(args.set)
-    for key, value in (
-        ("actor_config.model", args.actor),
-        ("reward_config.model", args.reward),
-        ("output_dir", args.output_dir),
-    ):
-        if value is not None:
-            overrides.append(f"{key}={_yaml_text(value)}")
     from chatrlhf.config import load_config
     from chatrlhf.runtime import collectives
 
     collectives.start()  # first of all, so that whatever goes wrong is said once
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, _overrides(args))
     if args.dry_run:
         from chatrlhf.tools.plan.data_counts import parse_assumed
         from chatrlhf.tools.plan.hardware import hardware
@@ -114,13 +117,42 @@ def _train(words: Sequence[str]) -> int:
         return 0
     from chatrlhf.pipeline import run
 
-    result = run(config, type=args.type, resume=args.resume)
+    result = run(config, type=args.type, resume=args.resume, time_limit=args.time_limit)
     if collectives.is_main():
         for stage, left in result.stages.items():
             print(f"{stage}: {left.checkpoint}")
         print(f"metrics: {result.output_dir / 'metrics.jsonl'}")
     collectives.end()
     return 0
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """What the command line says in place of the file."""
+    named = (
+        ("actor_config.model", args.actor),
+        ("reward_config.model", args.reward),
+        ("output_dir", args.output_dir),
+    )
+    return [*args.set, *(f"{key}={_yaml_text(value)}" for key, value in named if value is not None)]
+
+
+def _supervise(words: Sequence[str], args: argparse.Namespace) -> int:
+    """Train in a process of its own, which is started again after a crash."""
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "--restarts: a launcher starts the processes of this run; use its own (torchrun --max-restarts)"
+        )
+    from chatrlhf.config import load_config
+    from chatrlhf.runtime.manifest import FILE_NAME
+    from chatrlhf.runtime.restarts import supervise
+
+    def command(resume: bool, seconds_left: float | None) -> list[str]:
+        limit = [] if seconds_left is None else ["--time-limit", f"{seconds_left:.0f}s"]
+        # Of an option given twice the last counts.
+        return ["-m", "chatrlhf", *words, "--restarts", "0", *limit, *(["--resume"] if resume else [])]
+
+    record = load_config(args.config, _overrides(args)).run_dir / FILE_NAME
+    return supervise(command, record, args.restarts, args.time_limit, _say)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,6 +166,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output-dir", metavar="DIR", help="in place of output_dir and of each model_folder")
     parser.add_argument("--resume", action="store_true", help="go on from the newest valid checkpoints")
+    parser.add_argument(
+        "--time-limit", metavar="TIME", type=duration, help="stop by itself within it: 3h50m, 90s, 1d, or hh:mm:ss"
+    )
+    parser.add_argument(
+        "--restarts", metavar="N", type=whole_number(0), default=0, help="after a crash, go on up to N times"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, train nothing")
     plan = parser.add_argument_group("of --dry-run")
     plan.add_argument("--gpu", metavar="NAME", help="such as 24GB, RTX4090 or 4xA100-80GB; default: this machine")

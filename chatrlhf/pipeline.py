@@ -15,7 +15,7 @@ import torch
 from chatrlhf.config.on_resume import flat
 from chatrlhf.config.schema import STAGES, Config
 from chatrlhf.data.inputs import read_inputs
-from chatrlhf.errors import ConfigError, OutsideError
+from chatrlhf.errors import ConfigError, Interrupted, OutsideError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.preflight import preflight
@@ -26,6 +26,7 @@ from chatrlhf.runtime.manifest import FILE_NAME, Manifest
 from chatrlhf.runtime.output_dir import check_output_dir
 from chatrlhf.runtime.run_lock import RunLock
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
+from chatrlhf.runtime.signals import limited, listening, stop_if_asked
 from chatrlhf.sharding.launch import sharding_of
 from chatrlhf.stages.context import RunContext
 from chatrlhf.stages.resume import Resumption
@@ -70,6 +71,7 @@ def run(
     type: str = "ALL",
     reward_fn: RewardFunction | None = None,
     resume: bool = False,
+    time_limit: float | None = None,
 ) -> RunResult:
     """Train one stage or all of them.
 
@@ -78,18 +80,21 @@ def run(
         type: ALL, PRETRAIN, ACTOR, REWARD or RL.
         reward_fn: ``(prompts, completions) -> one float each``; no reward model is needed then.
         resume: go on with the run in the output folder from its newest checkpoints.
+        time_limit: seconds from now within which the run stops by itself; --resume continues with it.
 
     Raises:
         UserError: one line that says what was received, what was expected and what to change; an OutsideError, whose
             cause is what a library has raised, where a file, a disk or memory failed.
-        Interrupted: SIGTERM or Ctrl-C; a valid checkpoint is there.
+        Interrupted: a signal, a closed output or the time limit; what was done before is there.
     """
     if type not in ("ALL", *STAGES):
         raise ConfigError(f"type: expected ALL, {', '.join(STAGES)}, got {type!r}")
     lock = RunLock(config.run_dir)
     try:
-        with doing("the run in", config.run_dir):
+        with listening(), limited(time_limit), doing("the run in", config.run_dir):
             return _run(config, type, reward_fn, resume, lock)
+    except Interrupted as stopped:
+        raise stopped.or_else("no stage had begun; start it again") from None
     except OutsideError as error:
         error.run_dir = config.run_dir
         raise
@@ -137,6 +142,10 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
                 continue
             results[stage] = _run_stage(ctx, stage, resumption)
             gc.collect()
+            if stage != trained[-1]:
+                stop_if_asked(f"{stage} is finished; continue with --resume")
+    except Interrupted as stopped:
+        raise stopped.or_else("no step was being made; continue with --resume") from None
     finally:
         log.close()
     return RunResult(config.run_dir, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import zlib
 from pathlib import Path
 
@@ -63,12 +64,32 @@ class OutsideError(UserError):
         self.run_dir: Path | None = None
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and has left a valid checkpoint behind."""
+TIME_IS_UP = 255  # beside signals' numbers: the time limit was reached
+TIMED_OUT = 124  # exit status, as timeout(1) has it
 
-    def __init__(self, signal_number: int, checkpoint: object) -> None:
-        super().__init__(f"stopped by signal {signal_number}; continue with --resume (checkpoint {checkpoint})")
-        self.signal_number = signal_number
+
+class Interrupted(BaseException):
+    """The run was asked to stop, and did: by a signal, a closed output, a time limit.
+
+    Like KeyboardInterrupt it is no Exception: a library that goes on after any Exception would ignore it.
+
+    Args:
+        number: the signal's, or TIME_IS_UP.
+        then: what can be done now; "" where the one that raises it does not know.
+    """
+
+    def __init__(self, number: int, then: str = "") -> None:
+        reason = "at the time limit" if number == TIME_IS_UP else f"by {signal.Signals(number).name}"
+        super().__init__(f"stopped {reason}{then and '; '}{then}")
+        self.number, self.then = number, then
+
+    def or_else(self, then: str) -> Interrupted:
+        """This, with what can be done now where it is not known."""
+        return self if self.then else Interrupted(self.number, then)
+
+    @property
+    def exit_status(self) -> int:
+        return TIMED_OUT if self.number == TIME_IS_UP else 128 + self.number
 
 
 class DivergedError(UserError):

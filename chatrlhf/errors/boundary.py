@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from chatrlhf.errors import OutsideError, UserError
+from chatrlhf.errors import Interrupted, OutsideError, UserError
 
 OUR_FAULT, USER_ERROR, STOPPED = 1, 2, 130  # exit statuses
 ASK_FOR_REPORT = (
@@ -224,7 +224,7 @@ def exit_status(work: Callable[[], int], stopped: str) -> int:
     """The status that a script exits with; what stopped it is said.
 
     Args:
-        stopped: what to say after Ctrl-C.
+        stopped: what to say after Ctrl-C, or another signal.
     """
     try:
         with doing(Path(sys.argv[0]).name):
@@ -232,6 +232,9 @@ def exit_status(work: Callable[[], int], stopped: str) -> int:
     except UserError as error:
         print(f"error: {line_of(error)}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except Interrupted as error:
+        print(f"{error}; {stopped}", file=sys.stderr, flush=True)
+        return error.exit_status
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr, flush=True)
         return STOPPED

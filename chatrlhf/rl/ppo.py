@@ -75,7 +75,7 @@ class PPOTrainer:
             checkpoint: which `done` was read from.
 
         Raises:
-            Interrupted: a signal asked to stop; a checkpoint is there.
+            Interrupted: the run was asked to stop; a checkpoint is there.
             CheckpointError: the checkpoint is of another model or of other prompts.
             RewardError: the reward gave something other than one finite number a response.
             DivergedError: an update's loss or gradient is not finite.
@@ -89,7 +89,7 @@ class PPOTrainer:
             if self.held_out is not None:
                 self.before = self.after = self._judge(self.held_out)
                 self.log.step(STAGE, 0, self.before.metrics())
-        with self.log.stage(STAGE, self.num_steps, start), StopRequest(self.log.note) as stop:
+        with self.log.stage(STAGE, self.num_steps, start), StopRequest() as stop:
             for step in range(start, self.num_steps):
                 clock = [time.perf_counter()]
                 prompts = self.prompts.batch(step)
@@ -175,18 +175,18 @@ class PPOTrainer:
         )
 
     def _checkpoint(self, step: int, stop: StopRequest) -> None:
-        signal_number = stop.any_rank_stopped()
+        request = stop.any_rank_stopped()
         if self.checkpoints is None:
-            if signal_number is not None:
-                raise KeyboardInterrupt
+            if request is not None:
+                raise Interrupted(request)
             return
-        if signal_number is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
+        if request is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
             generators = gather_objects(generator_states())
             path = self.checkpoints.publish(
                 step, lambda folder: self._write(folder, step, generators), self.updater.backend.save_shards
             )
-            if signal_number is not None and step < self.num_steps:
-                raise Interrupted(signal_number, path)
+            if request is not None and step < self.num_steps:
+                raise Interrupted(request, f"continue with --resume (checkpoint {path})")
 
     def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
         self.updater.backend.save_weights(folder)

@@ -44,7 +44,7 @@ def publish_folder(target: Path, write: Callable[[Path], None], by_all: Callable
             try:
                 write(writing)
                 _finish(target, writing)
-            except Exception:
+            except BaseException:
                 shutil.rmtree(writing, ignore_errors=True)  # half of it would only fill the disk
                 raise
     barrier()

@@ -5,6 +5,7 @@ On a terminal a live bar with throughput and time left; elsewhere one plain line
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.runtime.atomic_files import write_atomically
 from chatrlhf.runtime.collectives import is_main
+from chatrlhf.runtime.signals import output_closed
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SECONDS_BETWEEN_LINES = 5.0
@@ -37,12 +39,19 @@ SHOWN = {
 }
 
 
+class _Terminal(Console):
+    """Standard output; when whoever read it has gone, the run is asked to stop."""
+
+    def on_broken_pipe(self) -> None:
+        output_closed(BrokenPipeError(errno.EPIPE, "standard output is closed"))
+
+
 class RunLog:
     """One run's log. Every number goes into `metrics.jsonl`; the terminal shows a few. Only rank 0's says anything."""
 
     def __init__(self, run_dir: Path, trackers: Sequence[str] = (), config: Mapping[str, Any] | None = None) -> None:
         self.run_dir = run_dir
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not is_main())
+        self.console = _Terminal(highlight=False, soft_wrap=True, quiet=not is_main())
         self.last: dict[str, dict[str, float]] = {}
         self._progress: Progress | None = None
         self._task: Any = None
@@ -52,7 +61,10 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """A line for the reader."""
-        self.console.print(text, markup=False)
+        try:
+            self.console.print(text, markup=False)
+        except OSError as error:  # such as EIO, of a terminal that was closed
+            output_closed(error)
 
     def warn(self, text: str) -> None:
         """A line that begins with "warning"."""

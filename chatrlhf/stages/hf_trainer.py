@@ -143,6 +143,12 @@ class StageCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = True
+        return self._stop_if_asked(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> Any:
+        return self._stop_if_asked(control)
+
+    def _stop_if_asked(self, control: TrainerControl) -> TrainerControl:
         if self.stop.any_rank_stopped() is not None:
             control.should_save = control.should_training_stop = True
         return control
@@ -185,7 +191,7 @@ def run_trainer(
         The trained model: ``model`` itself, but for one that was sharded.
 
     Raises:
-        Interrupted: a signal asked to stop; a checkpoint is there.
+        Interrupted: the run was asked to stop; a checkpoint is there.
         CheckpointError: the checkpoints are damaged, of another model, or sharded in another way.
     """
     files.begin(model)
@@ -204,7 +210,7 @@ def run_trainer(
     log.rewind(stage, done if path is not None else -1)
     device = next(model.parameters()).device
     bare = meta_copy(model) if sharding is not None else None
-    with environment_for(sharding), StopRequest(log.note) as stop:
+    with environment_for(sharding), StopRequest() as stop:
         callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate, sharding)
         trainer = make_trainer(callback, path is None)
         trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
@@ -220,6 +226,10 @@ def run_trainer(
         writes = doing(f"{stage}: training, with checkpoints in", store.folder)
         with writes, log.stage(stage, trainer.total_steps, done, every):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
+        request = stop.any_rank_stopped()
+        if request is not None and trainer.state.global_step < trainer.state.max_steps:
+            shutil.rmtree(files.scratch, ignore_errors=True)
+            raise Interrupted(request, f"continue with --resume (checkpoint {callback.published})")
         if bare is not None:
             log.note(
                 f"{stage}: trained by {sharding} in {world_size()} processes ({type(trainer.model_wrapped).__name__})"
@@ -231,9 +241,6 @@ def run_trainer(
     barrier()
     if is_main():
         shutil.rmtree(files.scratch, ignore_errors=True)
-    signal_number = stop.any_rank_stopped()
-    if signal_number is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(signal_number, callback.published)
     return model
 
 

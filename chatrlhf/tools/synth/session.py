@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from chatrlhf import __version__
 from chatrlhf.errors.boundary import exit_status
+from chatrlhf.runtime.signals import listening
 from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.journal import Journal
 from chatrlhf.tools.synth.llm import TextGenerator
@@ -224,6 +225,7 @@ def _report(
 
 def guarded(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a script's command; errors meant for people are one line."""
-    return exit_status(
-        lambda: command(options), "stopped; the same command continues from here, and asks nothing twice"
-    )
+    with listening():
+        return exit_status(
+            lambda: command(options), "stopped; the same command continues from here, and asks nothing twice"
+        )
