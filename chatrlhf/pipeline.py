@@ -22,6 +22,7 @@ from chatrlhf.preflight import preflight
 from chatrlhf.rl.rewards import DialogueReward, FunctionReward, RewardFunction, resolve_reward_fn
 from chatrlhf.runtime.collectives import gather_results, is_main, start
 from chatrlhf.runtime.device import pick_device
+from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.manifest import FILE_NAME, Manifest
 from chatrlhf.runtime.output_dir import check_output_dir
 from chatrlhf.runtime.run_lock import RunLock
@@ -189,6 +190,7 @@ def _run_stage(ctx: RunContext, stage: str, resumption: Resumption | None) -> St
         # Python's and NumPy's generators too: a user's reward function may draw from them, and what it draws must not
         # depend on which stages ran earlier in this process.
         set_seed(ctx.seed(stage))
+        reached("run.stage", stage)
         with doing(stage):
             record = _stage_function(stage)(ctx)
             ctx.manifest.finish(stage, record)

@@ -11,6 +11,7 @@ from typing import Any
 
 # What has just happened, or is about to; and what the action is given.
 PLACES = {
+    "run.stage": "a stage is about to run: its name",
     "rollout.draw": "before a token of each row is drawn",
     "rl.optimizer_step": "before a minibatch's backward and step",
     "rl.steps": "before the first step of RL, a checkpoint's state is taken up: the trainer",

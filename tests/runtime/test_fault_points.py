@@ -44,5 +44,5 @@ def test_one_call_alone():
 
 
 def test_a_place_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"expected one of rollout\.draw, .*got 'rl\.stepp'"):
+    with pytest.raises(ValueError, match=r"expected one of run\.stage, .*got 'rl\.stepp'"):
         fault_points.at("rl.stepp", lambda: None)
