@@ -71,7 +71,7 @@ TIMED_OUT = 124  # exit status, as timeout(1) has it
 class Interrupted(BaseException):
     """The run was asked to stop, and did: by a signal, a closed output, a time limit.
 
-    Like KeyboardInterrupt it is no Exception: a library that goes on after any Exception would ignore it.
+    Like KeyboardInterrupt it is no Exception: a library that continues after any Exception would ignore it.
 
     Args:
         number: the signal's, or TIME_IS_UP.

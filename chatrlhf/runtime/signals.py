@@ -27,7 +27,7 @@ NUMBERS = tuple(
 )
 OUTPUT_CLOSED = 13  # SIGPIPE, which Python never delivers: the write fails instead
 SAME_REQUEST = 0.3  # seconds within which a further signal is the first one's echo: launchers pass on a terminal's
-GONE = (errno.EPIPE, errno.EIO)  # of a pipe that nobody reads, of a terminal that was closed
+GONE = (errno.EPIPE, errno.EIO)  # of a pipe that no one reads, of a terminal that was closed
 
 
 class _Requests:
