@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _same_random_numbers_for_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def signals_arrive():
+    """A shell's background jobs, and what they start, ignore some signals."""
+    from chatrlhf.runtime.signals import NUMBERS
+
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in NUMBERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from chatrlhf.pipeline import run
 from chatrlhf.runtime import fault_points, signals
 from chatrlhf.runtime.signals import NUMBERS
 
+pytestmark = pytest.mark.usefixtures("signals_arrive")
+
 
 def of(name: object) -> Callable[..., bool]:
     """Whether a place's first fact is this one; of a folder its name."""

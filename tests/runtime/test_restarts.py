@@ -30,6 +30,8 @@ if ending < 0:
 raise SystemExit(ending)
 """
 
+pytestmark = pytest.mark.usefixtures("signals_arrive")
+
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch) -> None:

@@ -20,6 +20,8 @@ from chatrlhf.runtime.signals import NUMBERS, StopRequest, limited, listening, o
 
 NAMES = [signal.Signals(number).name for number in NUMBERS]
 
+pytestmark = pytest.mark.usefixtures("signals_arrive")
+
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
