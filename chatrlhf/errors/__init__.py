@@ -43,6 +43,10 @@ class RewardError(UserError):
     """A reward function, model or endpoint that gave something other than one finite number a completion."""
 
 
+class NonFiniteRewardError(RewardError):
+    """A reward gave an infinity or a NaN."""
+
+
 class RolloutError(UserError):
     """A rollout backend that is gone, or gave something that cannot have been drawn from the distribution."""
 
@@ -90,6 +94,10 @@ class Interrupted(BaseException):
     @property
     def exit_status(self) -> int:
         return TIMED_OUT if self.number == TIME_IS_UP else 128 + self.number
+
+
+class NotTrainedError(UserError):
+    """A stage would start from a model that has not learned what it needs."""
 
 
 class DivergedError(UserError):

@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chatrlhf.errors import CheckpointError, DivergedError, Interrupted
+from chatrlhf.errors import CheckpointError, DivergedError, Interrupted, NonFiniteRewardError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.functional.importance import logprob_gap
 from chatrlhf.rl.data_parallel import rollout_rows
@@ -25,17 +26,23 @@ from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.update import Updater
 from chatrlhf.rollout.sampler import Sampler
 from chatrlhf.runtime.checkpoints import CheckpointStore
-from chatrlhf.runtime.collectives import gather_objects, rank
+from chatrlhf.runtime.collectives import gather_objects, rank, world_size
 from chatrlhf.runtime.fault_points import reached
+from chatrlhf.runtime.finite import moments, require_finite, trained
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.seeding import generator_states, set_generator_states, step_generator, step_seed
 from chatrlhf.runtime.signals import StopRequest
+from chatrlhf.runtime.skipped_steps import SkippedSteps
 from chatrlhf.sharding.accelerate_env import Sharding
 from chatrlhf.sharding.checkpoint_layout import check_sharding, write_sharding
 from chatrlhf.types import ScoredRollout
 
 STAGE = "RL"
 SAMPLES_A_STEP = 2
+REMEDY = (
+    "Lower trainer_config.actor_lr (critic_lr where the value loss is named, init_kl_coef where the KL is), or set "
+    "precision to bf16 or fp32"
+)
 HELD = ("fingerprint", "kl", "reward_scaling", "before", "after")  # in a checkpoint's state.json, with its step
 
 
@@ -64,9 +71,14 @@ class PPOTrainer:
     eval_interval: int | None = None
     sharding: Sharding = None  # how the updater's states are sharded
     done: Progress = field(default_factory=Progress)  # before the run is resumed
+    skipped_limit: int = 3  # steps in a row that may not be taken
 
     before: HeldOutReport | None = None  # the held-out prompts before the first step
     after: HeldOutReport | None = None  # and at the newest evaluation
+
+    def __post_init__(self) -> None:
+        folder = self.checkpoints.folder if self.checkpoints is not None else None
+        self.skipped = SkippedSteps(STAGE, folder, self.skipped_limit, self.log.warn, REMEDY)
 
     def train(self, checkpoint: Path | None = None) -> dict[str, float]:
         """Run all steps, or those behind a checkpoint; returns the last metrics.
@@ -77,8 +89,8 @@ class PPOTrainer:
         Raises:
             Interrupted: the run was asked to stop; a checkpoint is there.
             CheckpointError: the checkpoint is of another model or of other prompts.
-            RewardError: the reward gave something other than one finite number a response.
-            DivergedError: an update's loss or gradient is not finite.
+            RewardError: the reward gave something other than one number a response.
+            DivergedError: too many steps in a row had something that is not finite.
         """
         start = self.done.steps
         if checkpoint is not None:
@@ -91,21 +103,7 @@ class PPOTrainer:
                 self.log.step(STAGE, 0, self.before.metrics())
         with self.log.stage(STAGE, self.num_steps, start), StopRequest() as stop:
             for step in range(start, self.num_steps):
-                clock = [time.perf_counter()]
-                prompts = self.prompts.batch(step)
-                rows = rollout_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
-                with self.updater.backend.gathered_weights():
-                    rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
-                    clock.append(time.perf_counter())
-                    scored = self.scorer.score(rollout, rows)
-                clock.append(time.perf_counter())
-                coef = self.kl.coef
-                experience = make_experience(scored, self.algorithm, self.estimation(coef))
-                stats = self.updater.update(experience, coef, step_generator(self.seed, step, "minibatches"))
-                self._refuse_diverged(stats, step + 1)
-                clock.append(time.perf_counter())
-                self.kl.update(scored.kl_to_reference, len(scored.rollout))
-                self._record(step + 1, scored, stats, coef, clock)
+                self._step(step)
                 self._checkpoint(step + 1, stop)
         return dict(self.log.last.get(STAGE, {}))
 
@@ -113,19 +111,51 @@ class PPOTrainer:
         with self.updater.backend.gathered_weights():
             return held_out.evaluate()
 
-    def _refuse_diverged(self, stats: dict[str, float], step: int) -> None:
-        """Stop before anything of an update is saved whose losses or gradients were not finite."""
-        # DeepSpeed leaves out a step whose fp16 gradients overflow, and lowers its loss scale.
-        counts = [name for name in stats if self.sharding is None or name != "ppo/grad_norm"]
-        wrong = [f"{name} {stats[name]}" for name in counts if not math.isfinite(stats[name])]
-        if wrong:
-            weights = self.updater.actor_critic.named_parameters()
-            broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
-            where = f", and {broken} holds what is no number" if broken else ""
-            raise DivergedError(
-                f"RL step {step}: {', '.join(wrong)}{where}; nothing of this step is saved. Resume from the newest "
-                "checkpoint with a lower trainer_config.actor_lr, or with precision bf16 or fp32"
+    def _step(self, step: int) -> None:
+        """Sample, score, learn. What is not finite is not learned from."""
+        clock = [time.perf_counter()]
+        prompts = self.prompts.batch(step)
+        rows = rollout_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
+        try:
+            with self.updater.backend.gathered_weights():
+                rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
+                clock.append(time.perf_counter())
+                scored = self.scorer.score(rollout, rows)
+        except (DivergedError, NonFiniteRewardError) as error:
+            if world_size() > 1:  # the others may be waiting in the middle of their part
+                raise
+            texts = [{"row": number, "prompt": text} for number, text in enumerate(prompts.texts, start=1)]
+            self.skipped.skip(step + 1, str(error), None, texts, error)
+            return
+        clock.append(time.perf_counter())
+        coef = self.kl.coef
+        experience = make_experience(scored, self.algorithm, self.estimation(coef))
+        try:
+            stats = self.updater.update(experience, coef, step_generator(self.seed, step, "minibatches"))
+        except DivergedError as error:
+            raise DivergedError(f"RL step {step + 1}: {error}. {REMEDY}, then use --resume") from None
+        clock.append(time.perf_counter())
+        self._keep_skipped(step + 1, scored, whole=not stats)
+        if stats and math.isfinite(scored.kl_to_reference):
+            self.kl.update(scored.kl_to_reference, len(scored.rollout))
+        self._record(step + 1, scored, stats, coef, clock)
+
+    def _keep_skipped(self, step: int, scored: ScoredRollout, whole: bool) -> None:
+        """Say and keep which minibatches were not learned from; ``whole``: there was no other."""
+        not_taken = self.updater.not_taken
+        if not whole:
+            self.skipped.taken()
+        if not not_taken:
+            return
+        rollout = scored.rollout
+        rows = [
+            {"row": row + 1, "prompt": text, "completion": completion, "score": float(score)}
+            for row, text, completion, score in (
+                (row, rollout.prompts.texts[row], rollout.completions[row], scored.raw_scores[row])
+                for row in sorted({row for each in not_taken for row in each.rows})
             )
+        ]
+        self.skipped.skip(step, not_taken[0].why, not_taken[0].where, rows, counts=whole)
 
     def _record(
         self, step: int, scored: ScoredRollout, stats: dict[str, float], coef: float, clock: list[float]
@@ -148,6 +178,7 @@ class PPOTrainer:
             "response/length": float(lengths.mean()),
             "response/finished": float(rollout.finished.float().mean()),
             "lr/actor": self.updater.backend.optimizer.param_groups[0]["lr"],
+            "guard/skipped_minibatches": len(self.updater.not_taken),
             "episodes": self.progress(step).episodes,
             "time/rollout": rollout_s,
             "time/score": score_s,
@@ -182,11 +213,20 @@ class PPOTrainer:
             return
         if request is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
             generators = gather_objects(generator_states())
+            self._require_finite(step)
             path = self.checkpoints.publish(
                 step, lambda folder: self._write(folder, step, generators), self.updater.backend.save_shards
             )
             if request is not None and step < self.num_steps:
                 raise Interrupted(request, f"continue with --resume (checkpoint {path})")
+
+    def _require_finite(self, step: int) -> None:
+        backend = self.updater.backend
+        require_finite(
+            f"{STAGE} step {step}",
+            chain(trained(self.updater.actor_critic), moments(backend.optimizer)),
+            f"the checkpoint before stays; {REMEDY[0].lower()}{REMEDY[1:]}, then use --resume",
+        )
 
     def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
         self.updater.backend.save_weights(folder)
@@ -200,6 +240,7 @@ class PPOTrainer:
             "fingerprint": self.updater.backend.fingerprint,
             "kl": self.kl.state_dict(),
             "reward_scaling": self.scorer.scaling.state_dict(),
+            "skipped": self.skipped.state_dict(),
             "before": self.before.state_dict() if self.before else None,
             "after": self.after.state_dict() if self.after else None,
         }
@@ -237,6 +278,8 @@ class PPOTrainer:
         self.scorer.scaling.load_state_dict(state["reward_scaling"])
         if rank() < len(tensors["generators"]):  # a rank that was not there before starts its generators afresh
             set_generator_states(tensors["generators"][rank()])
+        if "skipped" in state:  # not of earlier versions
+            self.skipped.load_state_dict(state["skipped"])
         self.before = HeldOutReport(**state["before"]) if state["before"] else None
         self.after = HeldOutReport(**state["after"]) if state["after"] else None
         step = self.done.steps

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from chatrlhf.data.encoder import Encoder
-from chatrlhf.errors import RewardError
+from chatrlhf.errors import NonFiniteRewardError, RewardError
 from chatrlhf.models.loading.tokenizer import same_tokenizer
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.rl.user_functions import call_function, check_signature, load_function
@@ -137,7 +137,8 @@ def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
     """Scores as float32 [B], after checking that there is one finite number a completion.
 
     Raises:
-        RewardError: it names the first completion whose score is missing or is no number.
+        RewardError: it names the first completion whose score is missing or is no number; a NonFiniteRewardError
+            where each is one.
     """
     if isinstance(scores, Tensor):
         scores = scores.detach().float().cpu().reshape(-1).tolist()
@@ -152,7 +153,7 @@ def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
     checked = torch.tensor(values, dtype=torch.float32)  # a number beyond float32 is inf here
     for i, is_finite in enumerate(checked.isfinite().tolist()):
         if not is_finite:
-            raise RewardError(
+            raise NonFiniteRewardError(
                 f"{name}: score {i} is {values[i]} (completion {completions[i][:60]!r}); return a finite number"
             )
     return checked

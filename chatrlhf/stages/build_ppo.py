@@ -120,6 +120,7 @@ class PPOBuilder:
             eval_interval=keys.eval_interval,
             sharding=self.sharding,
             done=self.done,
+            skipped_limit=self.config.guards_config.skipped_steps,
         )
 
     @property
