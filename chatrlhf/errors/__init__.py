@@ -100,6 +100,10 @@ class NotTrainedError(UserError):
     """A stage would start from a model that has not learned what it needs."""
 
 
+class StoppedByGuardError(UserError):
+    """A figure of a run went where the configuration has it end."""
+
+
 class DivergedError(UserError):
     """The policy's output is not a number any more."""
 

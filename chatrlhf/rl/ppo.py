@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 
-from chatrlhf.errors import CheckpointError, DivergedError, Interrupted, NonFiniteRewardError
+from chatrlhf.errors import CheckpointError, DivergedError, Interrupted, NonFiniteRewardError, StoppedByGuardError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.functional.importance import logprob_gap
+from chatrlhf.functional.kl import kl_of_replies
+from chatrlhf.functional.masked import explained_variance
+from chatrlhf.functional.repetition import distinct_ngrams, repeated_ngrams
 from chatrlhf.rl.data_parallel import rollout_rows
 from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
+from chatrlhf.rl.guards import Guards
 from chatrlhf.rl.held_out import HeldOut, HeldOutReport
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.progress import STATE, Progress
@@ -72,6 +76,7 @@ class PPOTrainer:
     sharding: Sharding = None  # how the updater's states are sharded
     done: Progress = field(default_factory=Progress)  # before the run is resumed
     skipped_limit: int = 3  # steps in a row that may not be taken
+    guards: Guards | None = None
 
     before: HeldOutReport | None = None  # the held-out prompts before the first step
     after: HeldOutReport | None = None  # and at the newest evaluation
@@ -90,6 +95,7 @@ class PPOTrainer:
             Interrupted: the run was asked to stop; a checkpoint is there.
             CheckpointError: the checkpoint is of another model or of other prompts.
             RewardError: the reward gave something other than one number a response.
+            StoppedByGuardError: a figure went where the configuration has it end the run.
             DivergedError: too many steps in a row had something that is not finite.
         """
         start = self.done.steps
@@ -138,6 +144,9 @@ class PPOTrainer:
         self._keep_skipped(step + 1, scored, whole=not stats)
         if stats and math.isfinite(scored.kl_to_reference):
             self.kl.update(scored.kl_to_reference, len(scored.rollout))
+        if experience.returns is not None and scored.values is not None:
+            explained = explained_variance(scored.values, experience.returns, experience.response_mask)
+            stats |= {"ppo/explained_variance": explained} if explained is not None else {}
         self._record(step + 1, scored, stats, coef, clock)
 
     def _keep_skipped(self, step: int, scored: ScoredRollout, whole: bool) -> None:
@@ -164,12 +173,15 @@ class PPOTrainer:
         rollout = scored.rollout
         lengths, tokens = rollout.lengths.float(), int(rollout.lengths.sum())
         gap, largest_gap = logprob_gap(scored.old_logprobs, rollout.sampling_logprobs, rollout.response_mask)
+        kl = kl_of_replies(scored.old_logprobs, scored.ref_logprobs, rollout.response_mask)
         rollout_s, score_s, update_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
         metrics: dict[str, Any] = {
             "reward/mean": float(scored.raw_scores.double().mean()),
             "reward/std": float(scored.raw_scores.double().std(correction=0)),
             "reward/shaped": float(scored.scores.mean()),
-            "kl/ref": scored.kl_to_reference,
+            "kl/ref": kl,
+            "kl/ref_k1": scored.kl_to_reference,
+            "kl/token": kl * len(rollout) / max(tokens, 1),
             "kl/coef": coef,
             **stats,
             "ppo/entropy": scored.entropy,
@@ -177,6 +189,8 @@ class PPOTrainer:
             "sampling/logprob_gap_max": largest_gap,
             "response/length": float(lengths.mean()),
             "response/finished": float(rollout.finished.float().mean()),
+            "response/distinct_2": distinct_ngrams(rollout.response_ids, rollout.response_mask),
+            "response/repetition": repeated_ngrams(rollout.response_ids, rollout.response_mask),
             "lr/actor": self.updater.backend.optimizer.param_groups[0]["lr"],
             "guard/skipped_minibatches": len(self.updater.not_taken),
             "episodes": self.progress(step).episodes,
@@ -189,7 +203,9 @@ class PPOTrainer:
         due = last or (self.eval_interval is not None and step % self.eval_interval == 0)
         if self.held_out is not None and due:
             self.after = self._judge(self.held_out)
-            metrics |= self.after.metrics()
+            metrics |= self.after.metrics() | self._forgotten()
+        if self.guards is not None:
+            metrics |= self.guards.look(step, metrics)
         self.log.step(STAGE, step, metrics)
         self.log.samples(
             STAGE,
@@ -205,18 +221,31 @@ class PPOTrainer:
             ],
         )
 
+    def _forgotten(self) -> dict[str, float]:
+        """By how much held-out demonstrations have become less likely while the reward rose."""
+        before, after = self.before, self.after
+        if before is None or after is None or before.demonstration_loss is None or after.demonstration_loss is None:
+            return {}
+        rise = max(after.demonstration_loss - before.demonstration_loss, 0.0)
+        return {"eval/forgotten": rise if after.reward > before.reward else 0.0}
+
     def _checkpoint(self, step: int, stop: StopRequest) -> None:
         request = stop.any_rank_stopped()
+        stopped = self.guards.stopped if self.guards is not None else None
         if self.checkpoints is None:
             if request is not None:
                 raise Interrupted(request)
+            if stopped:
+                raise StoppedByGuardError(stopped)
             return
-        if request is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
+        if request is not None or stopped or step % self.checkpoint_steps == 0 or step == self.num_steps:
             generators = gather_objects(generator_states())
             self._require_finite(step)
             path = self.checkpoints.publish(
                 step, lambda folder: self._write(folder, step, generators), self.updater.backend.save_shards
             )
+            if stopped:
+                raise StoppedByGuardError(f"{stopped}. A checkpoint of this step is there: {path}")
             if request is not None and step < self.num_steps:
                 raise Interrupted(request, f"continue with --resume (checkpoint {path})")
 
@@ -241,6 +270,7 @@ class PPOTrainer:
             "kl": self.kl.state_dict(),
             "reward_scaling": self.scorer.scaling.state_dict(),
             "skipped": self.skipped.state_dict(),
+            "guards": self.guards.state_dict() if self.guards is not None else None,
             "before": self.before.state_dict() if self.before else None,
             "after": self.after.state_dict() if self.after else None,
         }
@@ -280,6 +310,8 @@ class PPOTrainer:
             set_generator_states(tensors["generators"][rank()])
         if "skipped" in state:  # not of earlier versions
             self.skipped.load_state_dict(state["skipped"])
+        if self.guards is not None and state.get("guards") is not None:
+            self.guards.load_state_dict(state["guards"])
         self.before = HeldOutReport(**state["before"]) if state["before"] else None
         self.after = HeldOutReport(**state["after"]) if state["after"] else None
         step = self.done.steps
