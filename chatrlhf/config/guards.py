@@ -58,6 +58,6 @@ class GuardsConfig(Section):
     explained_variance: Below = Field((-1.0, None), description="of the returns by the critic")
     flat_rewards: Above = Field((0.5, None), description="1 where all replies of a batch have one reward, else 0")
     forgotten: Above = Field(
-        (0.5, None),
+        (2.0, None),
         description="rise of the loss on held-out demonstrations while the reward rises, nats a token; of --type ALL",
     )

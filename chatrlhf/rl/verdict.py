@@ -18,7 +18,7 @@ REPEATED = 0.6  # share of a text's 6-grams that repeat, from which on it is cal
 SURPRISE = 2.5  # nats a token by which the SFT actor finds the replies less likely than its own
 COLLAPSED = 0.34  # share of different replies, of what it was
 UNFINISHED = 0.5  # share of replies that no longer end by themselves
-FORGOTTEN = 0.5  # nats a token that held-out demonstrations cost more
+FORGOTTEN = 2.0  # nats a token that held-out demonstrations cost more; a good run may forget most of one
 EMPTY = 1  # characters at the most
 
 
@@ -116,7 +116,9 @@ def _over_optimized(before: HeldOutReport, after: HeldOutReport) -> list[str]:
         return []
     reasons = []
     if before.criteria and after.criteria:
-        _, high = mean_interval([b - a for a, b in zip(_totals(before), _totals(after), strict=True)])
+        low, high = mean_interval([b - a for a, b in zip(_totals(before), _totals(after), strict=True)])
+        if low > 0:  # what the reward stands for has risen, too
+            return []
         if high < 0:
             reasons.append("the reward rose and the true score fell")
     if before.demonstration_loss is not None and after.demonstration_loss is not None:

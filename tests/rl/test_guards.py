@@ -35,7 +35,7 @@ BAD = {
     "clip_fraction": {"ppo/clipfrac": 0.8},
     "explained_variance": {"ppo/explained_variance": -3.0},
     "flat_rewards": {"reward/std": 0.0},
-    "forgotten": {"eval/forgotten": 0.8},
+    "forgotten": {"eval/forgotten": 2.8},
 }
 WINDOW = 4
 

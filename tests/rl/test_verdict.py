@@ -49,7 +49,7 @@ def garbled(text: str) -> str:
         ("EMPTY", {"completions": ["", " ", "."] * 6 + TEXTS[:2]}),
         ("COLLAPSED", {"completions": TEXTS[:1] * COUNT, "distinct": 0.05}),
         ("ENDLESS", {"finished": 0.1}),
-        ("OVER-OPTIMIZED", {"demonstration_loss": 2.2}),
+        ("OVER-OPTIMIZED", {"demonstration_loss": 3.2}),
         ("better", {}),
         ("worse", {"rewards": [reward - 1 for reward in BEFORE.rewards]}),
         ("unclear", {"rewards": BEFORE.rewards}),
