@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.errors.boundary import doing
+from chatrlhf.errors.redaction import redacted, redacted_tree
 from chatrlhf.runtime.atomic_files import write_atomically
 from chatrlhf.runtime.collectives import is_main
 from chatrlhf.runtime.signals import output_closed
@@ -60,9 +61,9 @@ class RunLog:
         self._trackers = _start_trackers(trackers, run_dir, config or {}) if is_main() else []
 
     def note(self, text: str) -> None:
-        """A line for the reader."""
+        """A line for the reader, without credentials."""
         try:
-            self.console.print(text, markup=False)
+            self.console.print(redacted(text), markup=False)
         except OSError as error:  # such as EIO, of a terminal that was closed
             output_closed(error)
 
@@ -212,7 +213,7 @@ def _start_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, An
                 tracker.start()
         except ImportError as error:
             raise ConfigError(f"trackers: {name!r} needs a package that is not installed ({error})") from None
-        tracker.store_init_configuration(_flat(config))
+        tracker.store_init_configuration(_flat(redacted_tree(config)))
         trackers.append(tracker)
     return trackers
 

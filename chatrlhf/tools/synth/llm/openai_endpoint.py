@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from chatrlhf.errors import GenerationError
+from chatrlhf.errors.redaction import redacted
 from chatrlhf.tools.synth.llm import NoAnswer, Reply, Request, TryAgain
 
 OPENAI = "https://api.openai.com/v1"
@@ -99,6 +100,7 @@ class Endpoint:
         """An endpoint's words in one short line, without the key."""
         text = " ".join(str(reason).split()) or type(reason).__name__
         text = text.replace(self._key, "[key]") if self._key else text
+        text = redacted(text)
         return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
 
 
