@@ -286,7 +286,8 @@ def auto_class(settings: dict[str, Any]) -> Any:
 
 def _config_of_base(folder: Path) -> Any:
     with explained(KEY, config_of(str(folder))):
-        return AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))
+        kwargs = {"trust_remote_code": False, **revision_of_base(str(folder))}
+        return AutoConfig.from_pretrained(config_of(str(folder)), **kwargs)
 
 
 def _head_weights(path: Path) -> dict[str, Tensor]:

@@ -72,6 +72,7 @@ def load_reported(
     """
     with explained(key, name, kwargs.get("revision")), _conversion_errors(key, name):
         # Mismatches are reported with the rest, instead of raised with a reference to a log.
+        kwargs = {"trust_remote_code": False} | kwargs  # None would ask on the terminal
         model, report = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     if loaded_adapters(model):
         raise ConfigError(f"{key}: {name!r} holds adapters on the hub; download them into a folder and name that")

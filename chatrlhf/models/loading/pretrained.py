@@ -54,7 +54,7 @@ def leave_router_logits(settings: Any) -> None:
 def hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:
     """How a section's model is to be fetched."""
     if config is None:
-        return {}
+        return {"trust_remote_code": False}
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     return kwargs | ({"revision": config.revision} if config.revision else {})
 

@@ -42,7 +42,7 @@ def load_tokenizer(name: str, key: str, **kwargs: Any) -> Any:
     """
     with doing(f"{key}: reading the tokenizer in", name, untrusted=True):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False} | kwargs)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             kind = MissingError if isinstance(error, OSError) else ConfigError

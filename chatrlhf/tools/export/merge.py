@@ -48,13 +48,13 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str]
     key, fetched = f"--model: the base of the adapters in {adapters}", revision_of_base(str(adapters))
     check_generation_config(base, "--model", fetched.get("revision"))
     with explained(key, config_of(str(adapters))):
-        config = AutoConfig.from_pretrained(config_of(str(adapters)), **fetched)
+        config = AutoConfig.from_pretrained(config_of(str(adapters)), trust_remote_code=False, **fetched)
     model = load_pretrained(language_model_class(config), base, key, config=config, dtype=dtype, **fetched)
     if (warning := scaling_warning(str(adapters), None)) is not None:
         warn(warning)
     adapted = wrapped(model, adapters)
     with explained("--model", str(adapters)):
-        tokenizer = AutoTokenizer.from_pretrained(adapters)
+        tokenizer = AutoTokenizer.from_pretrained(adapters, trust_remote_code=False)
     adopt_generation_config(model, adapters)
     ends = stop_tokens(model, tokenizer)
     write_stop_tokens(model, ends.ids)

@@ -139,7 +139,7 @@ def _check(asked: Asked) -> None:
 def _config(asked: Asked) -> Any:
     check_generation_config(str(asked.model), "--model")
     with explained("--model", str(asked.model)):
-        config = AutoConfig.from_pretrained(asked.model)
+        config = AutoConfig.from_pretrained(asked.model, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         raise ConfigError(f"--model: the weights of {asked.model} are quantized already; name the whole model")
     return config

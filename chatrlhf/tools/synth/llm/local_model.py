@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from chatrlhf.conversation import SPEAKERS, Prompt, Turn
+from chatrlhf.data.render_limits import refuse_long, render_limits
 from chatrlhf.errors import ConfigError, GenerationError
 from chatrlhf.models.loading.loading_report import explained, load_pretrained
 from chatrlhf.models.loading.lora import base_of
@@ -52,7 +53,7 @@ class LocalModel:
             if base_of(name) is not None:
                 raise ConfigError(f"--model: {name!r} holds adapters; merge them first (chatrlhf export merge)")
             with explained("--model", name):
-                config = AutoConfig.from_pretrained(name)
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
                 self.tokenizer = load_tokenizer(name, "--model")
             self.is_seq2seq = bool(config.is_encoder_decoder)
             kind = AutoModelForSeq2SeqLM if self.is_seq2seq else AutoModelForCausalLM
@@ -95,11 +96,21 @@ class LocalModel:
         from jinja2 import TemplateError
 
         chat = [{"role": each.role, "content": each.content} for each in messages]
-        arguments = {"add_generation_prompt": True, "return_dict": False}
         try:
-            return self.tokenizer.apply_chat_template(chat, **arguments)
+            text = self._rendered(chat)
         except TemplateError:  # of models that know no system message
-            return self.tokenizer.apply_chat_template(_without_system(chat), **arguments)
+            text = self._rendered(_without_system(chat))
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _rendered(self, chat: list[dict[str, str]]) -> str:
+        """A chat by the model's own template. Raises GenerationError where that is beyond the limits of templates."""
+        try:
+            with render_limits():
+                text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            refuse_long(text, chat)
+        except (TimeoutError, MemoryError, ValueError) as error:
+            raise GenerationError(f"--model: the chat template of {self.model!r} is not usable ({error})") from None
+        return text
 
     async def _work(self) -> None:
         while self._waiting:
