@@ -177,6 +177,19 @@ def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def classes_in_deepspeed_states() -> list[Any]:
+    """Classes of the objects beside tensors in DeepSpeed's checkpoints; none where it is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("deepspeed") is None:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
 def has_fp32_master(parameter: Tensor) -> bool:
     """Whether DeepSpeed keeps a float32 master of a parameter, whole or sharded."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

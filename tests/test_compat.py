@@ -153,6 +153,11 @@ def test_deepspeeds_masters():
     assert "_hp_mapping" in source and "ds_id" in source
 
 
+def test_deepspeeds_states_hold_a_few_classes():
+    classes = {each.__name__ for each in compat.classes_in_deepspeed_states()}
+    assert classes == {"LossScaler", "DynamicLossScaler", "ZeroStageEnum", "fragment_address"}
+
+
 @pytest.mark.parametrize(
     "owner, method", [(owner, method) for owner, methods in compat.OVERRIDDEN.items() for method in methods]
 )

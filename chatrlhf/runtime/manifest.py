@@ -192,10 +192,10 @@ def _is_record(stored: Any) -> bool:
         return False
     return all(
         isinstance(stage, dict)
-        and isinstance(stage.get("output", ""), str)
+        and stage.get("output", "") in ("", *OUTPUTS.get(name, ()))  # no path to somewhere else
         and isinstance(stage.get("metrics", {}), dict)
         and (stage.get("status") != "done" or {"output", "metrics"} <= stage.keys())
-        for stage in stored.get("stages", {}).values()
+        for name, stage in stored.get("stages", {}).items()
     )
 
 

@@ -21,11 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from chatrlhf.errors import ConfigError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.errors.redaction import redacted, redacted_tree
-from chatrlhf.runtime.atomic_files import write_atomically
+from chatrlhf.runtime.atomic_files import PRIVATE, write_atomically
 from chatrlhf.runtime.collectives import is_main
 from chatrlhf.runtime.signals import output_closed
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+MODES = {METRICS: 0o666, SAMPLES: PRIVATE}  # of new files, less the umask: samples are conversations
 SECONDS_BETWEEN_LINES = 5.0
 
 # What the live line shows of a step's metrics, where it has them.
@@ -134,7 +135,7 @@ class RunLog:
             kept = [line for line in lines if _belongs(line, stage, step)]
             if name == METRICS:
                 self._remember(stage, kept)
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            write_atomically(path, "".join(line + "\n" for line in kept), MODES[name])
 
     def _remember(self, stage: str, lines: Sequence[str]) -> None:
         """Take up the newest value of each of a stage's metrics, as if this process had recorded them."""
@@ -155,7 +156,7 @@ class RunLog:
         path = self.run_dir / name
         with doing("writing", path):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=lambda at, flags: os.open(at, flags, MODES[name])) as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
