@@ -114,6 +114,13 @@ def attention_of(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def kernels_of(config: Any) -> list[str]:
+    """Attention and experts' implementations that a configuration asks for, those of its parts included."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    names = ("_attn_implementation", "_experts_implementation")
+    return [kernel for part in parts for name in names if isinstance(kernel := getattr(part, name, None), str)]
+
+
 def loaded_adapters(model: nn.Module) -> bool:
     """Whether transformers' own mixin has put adapters into a model."""
     return getattr(model, "_hf_peft_config_loaded", False)
@@ -175,19 +182,6 @@ def reset_accelerate() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def classes_in_deepspeed_states() -> list[Any]:
-    """Classes of the objects beside tensors in DeepSpeed's checkpoints; none where it is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("deepspeed") is None:
-        return []
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def has_fp32_master(parameter: Tensor) -> bool:

@@ -27,8 +27,8 @@ PAGE = mmap.PAGESIZE
 def render_limits() -> Iterator[None]:
     """Inside, a template that computes for too long or asks for too much memory is ended.
 
-    Python code is interrupted between two operations, on every system and in every thread. Memory is limited in the main
-    thread on Linux; elsewhere `refuse_long` comes after the fact.
+    Python code is interrupted between two operations, on every system and in every thread. Memory is limited in the
+    main thread on Linux; elsewhere `refuse_long` comes after the fact.
 
     Raises:
         TimeoutError, MemoryError: with the reason.
@@ -39,7 +39,7 @@ def render_limits() -> Iterator[None]:
 
 
 def refuse_long(rendered: str, given: Any) -> None:
-    """Raise a ValueError where a rendering is far longer than the texts that it was made of, in dictionaries and lists."""
+    """Raise a ValueError where a rendering is far longer than the texts it was made of, in dictionaries and lists."""
     if len(rendered) > MOST_CHARS and len(rendered) > MOST_CHARS + REPEATS * _chars(given):
         raise ValueError(f"it prints {len(rendered):,} characters for a conversation of {_chars(given):,}")
 
@@ -51,6 +51,10 @@ def _chars(given: Any) -> int:
     return sum(map(_chars, parts))
 
 
+class _TimeIsOver(BaseException):
+    """No Exception, because Jinja passes over those that come while it computes what is constant in a template."""
+
+
 @contextmanager
 def cpu_limit(seconds: float) -> Iterator[None]:
     """Inside, Python code that computes for longer is ended; in the main thread what waits, or a slow machine, is not.
@@ -58,13 +62,19 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     Raises:
         TimeoutError: the time is over.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "ITIMER_VIRTUAL"):
-        with _alarm(seconds):
+    is_main = threading.current_thread() is threading.main_thread()
+    by_signal = is_main and hasattr(signal, "ITIMER_VIRTUAL")
+    try:
+        with _timer(seconds) if by_signal else _watching_thread(seconds):
             yield
-        return
+    except _TimeIsOver:
+        raise TimeoutError(f"it has not ended after {seconds:g} seconds") from None
 
+
+@contextmanager
+def _timer(seconds: float) -> Iterator[None]:
     def stop(*_: Any) -> None:
-        raise TimeoutError(_too_long(seconds))
+        raise _TimeIsOver
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
@@ -75,17 +85,9 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _too_long(seconds: float) -> str:
-    return f"it has not ended after {seconds:g} seconds"
-
-
-class _TimeIsOver(Exception):
-    """Raised in a thread by another one, which can give no message along."""
-
-
 @contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """The limit where there are no signals: a thread of its own raises an exception in this one."""
+def _watching_thread(seconds: float) -> Iterator[None]:
+    """Where there are no signals: another thread raises an exception in this one."""
     thread, lock, is_over = threading.get_ident(), threading.Lock(), False
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
@@ -99,8 +101,6 @@ def _alarm(seconds: float) -> Iterator[None]:
     timer.start()
     try:
         yield
-    except _TimeIsOver:
-        raise TimeoutError(_too_long(seconds)) from None
     finally:
         timer.cancel()
         with lock:

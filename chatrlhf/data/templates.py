@@ -2,8 +2,9 @@
 
 Every template is a Jinja chat template: one of the formats that published models were trained with (`formats/`), the
 model's own, or a file of the user's. It is rendered by transformers, in its sandbox (a template cannot reach Python)
-and within `render_limits.py`'s limits, with the conversation itself, so a template that trims, splits off thoughts or looks at its content does here what it
-does in `apply_chat_template`. What is text of the data in a rendering and what is the template's: `rendering.py`.
+and within `render_limits.py`'s limits, with the conversation itself, so a template that trims, splits off thoughts or
+looks at its content does here what it does in `apply_chat_template`. What is text of the data in a rendering and what
+is the template's: `rendering.py`.
 """
 
 from __future__ import annotations

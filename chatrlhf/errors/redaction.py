@@ -1,4 +1,4 @@
-"""Redaction of credentials in all that is printed, logged or recorded: user and password of URLs, keys of the environment.
+"""Redaction of credentials in all that is printed, logged or recorded: passwords in URLs, keys of the environment.
 
 `UserError` redacts what it says when it is made; whatever else leaves the process passes through here where it leaves.
 """

@@ -32,7 +32,7 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key}: expected 'package.module:function', got {name!r}")
     if hidden_by_stdlib(module_name, os.getcwd()):
         raise ConfigError(
-            f"{key}: {module_name!r} is the name of a module of Python's own, which yours cannot replace; rename the file"
+            f"{key}: {module_name!r} is the name of a module of Python's own, not of yours; rename your file"
         )
     put_behind_stdlib(os.getcwd())
     try:

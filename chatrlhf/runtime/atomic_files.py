@@ -130,7 +130,9 @@ def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
     beside = path.with_name(f"{WRITING}{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside.unlink(missing_ok=True)  # a kill's, or a link that someone has put there
-    with open(beside, "x", encoding="utf-8", newline="\n", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+    with open(
+        beside, "x", encoding="utf-8", newline="\n", opener=lambda name, flags: os.open(name, flags, mode)
+    ) as file:
         file.write(text)
     _sync(beside)
     os.replace(beside, path)

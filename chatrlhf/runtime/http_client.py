@@ -7,7 +7,7 @@ import http.client
 import time
 import urllib.error
 import urllib.request
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
 
 CHUNK = 64 * 1024  # bytes
 MOST_REDIRECTS = 5
@@ -72,14 +72,17 @@ def _without_user(url: str, headers: dict[str, str]) -> tuple[str, dict[str, str
         return url, headers
     user, _, password = user_info.partition(":")
     secret = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
-    return parts._replace(netloc=place).geturl(), headers | {"Authorization": f"Basic {secret}"}
+    target = urlunsplit((parts.scheme, place, parts.path, parts.query, parts.fragment))
+    return target, headers | {"Authorization": f"Basic {secret}"}
 
 
 def _followed(url: str, error: urllib.error.HTTPError) -> str:
     """Where a redirect leads. Raises ReplyError where that is another place, or the request would not be the same."""
     target = urljoin(url, error.headers.get("Location", ""))
     if _origin(urlsplit(target)) != _origin(urlsplit(url)):
-        raise ReplyError(f"it redirects ({error.code}) to another place, {target}; name that in its place if you trust it")
+        raise ReplyError(
+            f"it redirects ({error.code}) to another place, {target}; name that in its place if you trust it"
+        )
     if error.code not in AS_IT_WAS:
         raise ReplyError(f"it redirects ({error.code}) to {target} without what was asked; name that in its place")
     return target

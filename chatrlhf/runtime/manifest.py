@@ -180,7 +180,9 @@ class Manifest:
             **({"moving": self.moving} if self.moving else {}),
             **extra,
         }
-        write_atomically(self.run_dir / FILE_NAME, json.dumps(redacted_tree(stored), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(
+            self.run_dir / FILE_NAME, json.dumps(redacted_tree(stored), indent=2, ensure_ascii=False) + "\n"
+        )
 
 
 def _is_record(stored: Any) -> bool:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from chatrlhf.compat import classes_in_deepspeed_states
 from chatrlhf.errors import CheckpointError
 from chatrlhf.runtime.pickled_files import names_in
+from chatrlhf.sharding.deepspeed import classes_in_states
 
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # in the environment; stronger than what a library asks for
 SHARD_LIST = ".metadata"
@@ -45,7 +45,7 @@ def known_objects(folder: Path) -> Iterator[None]:
     before = os.environ.get(FORCED)
     os.environ[FORCED] = "1"
     try:
-        with torch.serialization.safe_globals(classes_in_deepspeed_states()):
+        with torch.serialization.safe_globals(classes_in_states()):
             yield
     finally:
         os.environ.pop(FORCED)

@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from chatrlhf.data import render_limits
-from chatrlhf.data.templates import Template
 from chatrlhf.data.render_limits import cpu_limit, memory_limit, refuse_long
+from chatrlhf.data.templates import Template
 from chatrlhf.errors import DataError
 
 

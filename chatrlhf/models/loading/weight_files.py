@@ -95,7 +95,7 @@ def damage(path: Path) -> str | None:
 
 
 def archive_fault(path: Path) -> str | None:
-    """What is wrong with a PyTorch file that unpacks to more than it holds, and the remedy: PyTorch compresses nothing."""
+    """What is wrong with a PyTorch file that unpacks to more than it has, and the remedy; PyTorch compresses none."""
     if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
         return None
     try:

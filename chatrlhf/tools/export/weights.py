@@ -108,7 +108,7 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 
 def refuse_link_out(path: Path, folder: Path) -> None:
-    """Raise a ConfigError where a file of a model's folder is a link to one elsewhere, which may be none of the model's."""
+    """Raise a ConfigError where a file of a model's folder is a link to one elsewhere, which may be anybody's."""
     if leads_out(path, folder):
         raise ConfigError(
             f"{path} is a link to {path.resolve()}, outside of the model's folder; remove it, or put the file there"
