@@ -12,7 +12,8 @@ from typing import Any
 
 HIDDEN = "***"
 SHORTEST = 8  # characters of a value that counts as a key: shorter ones stand in other words
-USER_INFO = re.compile(r"(?<=://)[^\s/?#'\"<>]+@")  # to the last "@" before the path (RFC 3986, section 3.2.1)
+# To the last "@" before the path (RFC 3986, section 3.2.1); pathlib makes one slash of two.
+USER_INFO = re.compile(r"\b([a-z][a-z0-9+.-]+://?)[^\s/?#'\"<>]+@", re.I)
 QUERY = re.compile(
     r"([?&](?:[\w.-]*[_.-])?(?:api_?key|key|token|secret|password|passwd|pwd|sig|signature|auth)=)[^&\s#'\"<>]+", re.I
 )
@@ -25,8 +26,8 @@ def redacted(text: str) -> str:
     Hidden are user and password of URLs, parameters of URLs that are named as keys are (``?token=``), and the values of
     environment variables that are named so (``OPENAI_API_KEY``, ``HF_TOKEN``, ...).
     """
-    if "://" in text:
-        text = QUERY.sub(rf"\g<1>{HIDDEN}", USER_INFO.sub(f"{HIDDEN}@", text))
+    if ":/" in text:
+        text = QUERY.sub(rf"\g<1>{HIDDEN}", USER_INFO.sub(rf"\g<1>{HIDDEN}@", text))
     keys = _environment_keys()
     return _any_of(keys).sub(HIDDEN, text) if keys else text
 
