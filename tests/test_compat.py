@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import llama, t5
 from torch import nn
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from chatrlhf import compat
 
@@ -100,8 +100,8 @@ def test_attention_of_a_model():
 def test_kernels_that_a_configuration_asks_for():
     asked = LlamaConfig(attn_implementation="owner/attention", experts_implementation="owner/experts")
     assert compat.kernels_of(asked) == ["owner/attention", "owner/experts"]
-    parts = AutoConfig.for_model("llava", text_config={"model_type": "llama", "attn_implementation": "owner/attention"})
-    assert "owner/attention" in compat.kernels_of(parts)
+    parts = SimpleNamespace(sub_configs={"text_config": LlamaConfig}, text_config=asked)
+    assert compat.kernels_of(parts) == ["owner/attention", "owner/experts"]
     assert compat.kernels_of(None) == []
 
 

@@ -106,7 +106,7 @@ def _why_other(folder: Path, name: str, expected: Any) -> str | None:
     if leads_out(path, folder):
         return f"{CONTENTS} names {name}, which is not in the folder"
     if not path.is_file():  # no folder, and no device either, which would have no end
-        return f"{name} is missing, or is no file"
+        return f"{name} is missing" if not path.exists() else f"{name} is no file"
     if path.stat().st_size != expected["bytes"]:
         return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
     return None if _describe(path) == expected else f"{name} does not have its SHA-256"

@@ -1,4 +1,4 @@
-"""HTTP client for endpoints that a configuration names: what they answer is bounded, and they send nobody elsewhere."""
+"""HTTP client for endpoints that a configuration names: what they answer is bounded, no redirect leads elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links that lead out of a folder: what is copied or uploaded of a folder is what lies in it."""
+"""Links that lead out of a folder: what is copied or uploaded of a folder is what it holds."""
 
 from __future__ import annotations
 

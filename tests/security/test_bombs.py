@@ -9,6 +9,7 @@ import resource
 import struct
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def memory(monkeypatch):
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, hard))
     yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -67,7 +68,7 @@ def test_gzip(tmp_path, name, read):
 
 def test_rows_that_are_much_alike_are_no_bomb(tmp_path):
     row = json.dumps({"user_input": "hello there", "completion": "well " * 50})
-    text = "".join(f"{row[:-2]}{i}\"}}\n" for i in range(10_000))
+    text = "".join(f'{row[:-2]}{i}"}}\n' for i in range(10_000))
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     assert len(list(read_rows(tmp_path / "rows.jsonl.gz"))) == 10_000
 
@@ -115,12 +116,12 @@ def header(length: int, text: bytes = b"{}") -> bytes:
     return struct.pack("<Q", length) + text
 
 
-TENSOR = {"dtype": "F32", "shape": [2**30, 2**20], "data_offsets": [0, 8]}
+TENSOR = json.dumps({"a": {"dtype": "F32", "shape": [2**30, 2**20], "data_offsets": [0, 8]}}).encode()
 HEADERS = {
     "a terabyte": header(2**40),
     "beyond all": header(2**64 - 1),
     "just too long": header(100_000_001, b"{}" + b" " * 1000),
-    "a tensor larger than the file": header(len(json.dumps({"a": TENSOR})), json.dumps({"a": TENSOR}).encode() + b"0" * 8),
+    "a tensor larger than the file": header(len(TENSOR), TENSOR + b"0" * 8),
     "deep": header(200_000, b'{"a":' + b"[" * 199_995),
 }
 

@@ -1,4 +1,4 @@
-"""YAML makes nothing but data, and of Python only what the user named is run: files beside it replace none of Python's."""
+"""YAML makes nothing but data; of Python what the user named is run, and files beside it replace none of Python's."""
 
 from __future__ import annotations
 

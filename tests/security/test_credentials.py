@@ -12,13 +12,13 @@ from hostile import line_about
 
 from chatrlhf import load_config
 from chatrlhf.cli import main
+from chatrlhf.config.on_resume import flat
 from chatrlhf.errors import ConfigError, DataError, OutsideError, RewardError, UserError
 from chatrlhf.errors.boundary import doing, line_of, show_fault
 from chatrlhf.errors.redaction import redacted, redacted_tree
 from chatrlhf.runtime.manifest import FILE_NAME, Manifest
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.stages.resume import Resumption
-from chatrlhf.config.on_resume import flat
 
 CANARY = "canary-0123456789abcdef"
 NAMES = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD", "token")

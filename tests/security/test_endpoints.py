@@ -90,11 +90,15 @@ def test_no_redirect_to_another_host(servers, status):
     other["/scores"] = text(b"[1.0]")
     named["/scores"] = redirect(status, f"http://{other.place}/scores")
     post = http_reward(f"http://{named.place}/scores")
-    assert f"redirects ({status}) to another place, http://{other.place}/scores" in line_about(lambda: post(["a"], ["b"]))
+    assert f"redirects ({status}) to another place, http://{other.place}/scores" in line_about(
+        lambda: post(["a"], ["b"])
+    )
     assert not other.asked and len(named.asked) == 1
 
 
-@pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1/x", "https://{place}/x", "data:,[1]", "//evil.test/x"])
+@pytest.mark.parametrize(
+    "place", ["file:///etc/passwd", "ftp://127.0.0.1/x", "https://{place}/x", "data:,[1]", "//evil.test/x"]
+)
 def test_no_redirect_to_another_scheme(servers, place):
     named, _ = servers
     named["/scores"] = redirect(307, place.format(place=named.place))
@@ -115,7 +119,9 @@ def test_a_redirect_that_stays_repeats_the_request(servers):
 def test_redirects_end(servers):
     named, _ = servers
     named["/scores"] = redirect(307, "/scores")
-    assert "redirects more than 5 times" in line_about(lambda: http_reward(f"http://{named.place}/scores")(["a"], ["b"]))
+    assert "redirects more than 5 times" in line_about(
+        lambda: http_reward(f"http://{named.place}/scores")(["a"], ["b"])
+    )
     named["/scores"] = redirect(302, "/elsewhere")
     assert "without what was asked" in line_about(lambda: http_reward(f"http://{named.place}/scores")(["a"], ["b"]))
 
@@ -156,7 +162,9 @@ def test_no_slow_answer(servers, monkeypatch):
     assert "was not complete after 0.2 seconds" in line
 
 
-@pytest.mark.parametrize("body", [b"[" * 100_000, b"9" * 5000, b'{"scores": ' * 50_000, b"\xff" * 10, b"\x1f\x8b" + b"0" * 99])
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b"9" * 5000, b'{"scores": ' * 50_000, b"\xff" * 10, b"\x1f\x8b" + b"0" * 99]
+)
 def test_no_answer_that_breaks_its_reader(servers, body):
     named, _ = servers
     named["/scores"] = text(body)

@@ -1,4 +1,4 @@
-"""Whole runs with canaries in the environment and in a URL, and checkpoints with payloads: nothing leaks, nothing runs."""
+"""Whole runs with canaries in the environment and in a URL, and checkpoints with payloads: none leaks, none runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def endpoint() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            is_known = self.headers.get("Authorization", "").startswith("Basic ") and not self.path.startswith("/broken")
+            is_known = self.headers.get("Authorization", "").startswith("Basic ")
+            is_known = is_known and not self.path.startswith("/broken")
             self.send_response(200 if is_known else 401)
             self.end_headers()
             if is_known:

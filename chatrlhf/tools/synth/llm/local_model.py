@@ -109,7 +109,7 @@ class LocalModel:
                 text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             refuse_long(text, chat)
         except (TemplateError, TimeoutError, MemoryError, ValueError) as error:
-            raise GenerationError(f"--model: the chat template of {self.model!r} cannot show a chat ({error})") from None
+            raise GenerationError(f"--model: the chat template of {self.model!r} fails ({error})") from None
         return text
 
     async def _work(self) -> None:
