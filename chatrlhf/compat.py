@@ -184,6 +184,14 @@ def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def mark_step(optimizer: Any, skipped: bool) -> None:
+    """Have accelerate take the optimizer's next step for one that was skipped, or for one that was not.
+
+    Then the Trainer leaves the schedule where it is.
+    """
+    optimizer._is_overflow = skipped
+
+
 def has_fp32_master(parameter: Tensor) -> bool:
     """Whether DeepSpeed keeps a float32 master of a parameter, whole or sharded."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

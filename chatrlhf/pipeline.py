@@ -30,6 +30,7 @@ from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
 from chatrlhf.runtime.signals import limited, listening, stop_if_asked
 from chatrlhf.sharding.launch import sharding_of
 from chatrlhf.stages.context import RunContext
+from chatrlhf.stages.readiness import check_readiness
 from chatrlhf.stages.resume import Resumption
 from chatrlhf.stages.sources import Sources
 
@@ -141,6 +142,7 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
             if stage == "REWARD" and reward is not None:
                 log.note(f"REWARD: skipped, the reward is {reward.name}")
                 continue
+            check_readiness(ctx, stage)
             results[stage] = _run_stage(ctx, stage, resumption)
             gc.collect()
             if stage != trained[-1]:

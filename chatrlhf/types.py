@@ -88,7 +88,10 @@ class ScoredRollout:
 
     @property
     def kl_to_reference(self) -> float:
-        """Mean KL(policy || reference) in nats per sequence, by the k1 estimate summed over tokens."""
+        """Mean KL(policy || reference) in nats per sequence, by the k1 estimate summed over tokens: the controller's.
+
+        Of few samples it may be negative.
+        """
         mask = self.rollout.response_mask
         return float(((self.old_logprobs - self.ref_logprobs) * mask).sum(dim=1).mean())
 

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from chatrlhf.config.base import Section, check_micro_batch, refuse_checkpoint_name
 from chatrlhf.config.datasets import DataKeys
+from chatrlhf.config.guards import GuardsConfig
 from chatrlhf.config.model import ModelKeys, QuantizationKeys, RopeScaling
 from chatrlhf.config.rl import TrainerConfig
 from chatrlhf.config.training import LaunchKeys, OptimizerKeys, Precision
@@ -240,6 +241,9 @@ class Config(Section):
         default_factory=CriticConfig, description="where the value function starts from"
     )
     trainer_config: TrainerConfig = Field(default_factory=TrainerConfig, description="the RL stage")
+    guards_config: GuardsConfig = Field(
+        default_factory=GuardsConfig, description="what a run warns of, and what ends it"
+    )
 
     @model_validator(mode="after")
     def _one_way_to_freeze(self) -> Config:

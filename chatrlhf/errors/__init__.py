@@ -51,6 +51,10 @@ class RewardError(UserError):
     """A reward function, model or endpoint that gave something other than one finite number a completion."""
 
 
+class NonFiniteRewardError(RewardError):
+    """A reward gave an infinity or a NaN."""
+
+
 class RolloutError(UserError):
     """A rollout backend that is gone, or gave something that cannot have been drawn from the distribution."""
 
@@ -98,6 +102,14 @@ class Interrupted(BaseException):
     @property
     def exit_status(self) -> int:
         return TIMED_OUT if self.number == TIME_IS_UP else 128 + self.number
+
+
+class NotTrainedError(UserError):
+    """A stage would start from a model that has not learned what it needs."""
+
+
+class StoppedByGuardError(UserError):
+    """A figure of a run went where the configuration has it end."""
 
 
 class DivergedError(UserError):

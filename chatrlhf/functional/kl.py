@@ -24,3 +24,13 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(r - 1) - log r: unbiased and never negative."""
     log_r = ref_logprobs - logprobs
     return torch.expm1(log_r) - log_r
+
+
+def kl_of_replies(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> float:
+    """Mean KL in nats per reply by k3 summed over tokens, for show: never negative.
+
+    Args:
+        logprobs, ref_logprobs: [B, R], of the sampled tokens.
+        mask: [B, R] bool.
+    """
+    return float((k3(logprobs, ref_logprobs) * mask).sum(dim=1).mean())

@@ -33,3 +33,16 @@ def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
     """
     whitened = (values - masked_mean(values, mask)) * torch.rsqrt(masked_var(values, mask) + epsilon)
     return torch.where(mask, whitened, 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float | None:
+    """Share of the returns' variance that the values explain: 1 - Var(returns - values) / Var(returns).
+
+    0 is what their mean would do. None where the returns are all alike.
+
+    Args:
+        values, returns: [B, R] float.
+        mask: [B, R] bool.
+    """
+    spread = float(masked_var(returns, mask))
+    return 1 - float(masked_var(returns - values, mask)) / spread if spread > 0 else None

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from chatrlhf.rl.held_out import HeldOutReport
+from chatrlhf.rl.verdict import FEWEST_PROMPTS
 
 SHOWN_PROMPTS = 3
 
@@ -34,17 +35,19 @@ def show_comparison(console: Console, before: HeldOutReport, after: HeldOutRepor
             row(f"  {name}", _mean(values), _mean(after.criteria[name]))
     row("learned reward", before.reward, after.reward)
     row("  its deviation", before.reward_std, after.reward_std)
-    row("KL to the SFT actor (nats)", before.kl, after.kl)
+    row("KL to the SFT actor (nats, k3)", before.kl, after.kl)
     row("length (tokens)", before.length, after.length, 1)
     row("finished", before.finished, after.finished)
     row("distinct completions", before.distinct, after.distinct)
+    if before.demonstration_loss is not None and after.demonstration_loss is not None:
+        row("loss on held-out demonstrations", before.demonstration_loss, after.demonstration_loss)
     console.print(table)
     closed = gap_closed(before, after, best) if best is not None else None
     if closed is not None:
         console.print(
             f"RL closed {closed:.2f} of the distance between the SFT actor's true score and the best possible."
         )
-    if before.reward_std > 0:
+    if before.reward_std > 0 and len(before.prompts) >= FEWEST_PROMPTS:
         rise = (after.reward - before.reward) / before.reward_std
         console.print(f"RL moved the learned reward by {rise:+.2f} standard deviations of the SFT actor's.")
     samples = Table(title="side by side", title_justify="left", show_lines=True)

@@ -38,6 +38,8 @@ class GradientBackend(ABC):
     def __init__(self, actor_critic: ActorCritic, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         self.actor_critic, self.optimizer, self.scheduler = actor_critic, optimizer, scheduler
 
+    shards = False  # whether models are in parts, so that all ranks have to take part in a forward
+
     @abstractmethod
     def zero_grad(self) -> None:
         """Free the last minibatch's gradients."""
@@ -59,8 +61,16 @@ class GradientBackend(ABC):
         """Sum the gradients over ranks, once a minibatch."""
 
     @abstractmethod
-    def step(self, max_grad_norm: float | None) -> Tensor:
-        """Clip and step; returns the norm of the policy's gradient before, 0-d."""
+    def clip(self, max_grad_norm: float | None) -> list[Tensor]:
+        """Clip; returns the gradients' norms before, 0-d, the policy's first; none where only the step clips."""
+
+    @abstractmethod
+    def step(self) -> list[Tensor]:
+        """Step by the clipped gradient; returns the norms where `clip` does not."""
+
+    @abstractmethod
+    def skip(self) -> None:
+        """Leave the step out: weights, moments and schedule stay as they are. Only after a `clip` that gave norms."""
 
     @abstractmethod
     def gathered_weights(self) -> AbstractContextManager[None]:
@@ -148,13 +158,18 @@ class PlainBackend(GradientBackend):
     def reduce(self) -> None:
         self.gradients.finish()
 
-    def step(self, max_grad_norm: float | None) -> Tensor:
-        norm = self.gradients.clip(max_grad_norm)[0]
+    def clip(self, max_grad_norm: float | None) -> list[Tensor]:
+        return self.gradients.clip(max_grad_norm)
+
+    def step(self) -> list[Tensor]:
         self.optimizer.step()
         self.scheduler.step()
         if self.masters is not None:
             self.masters.sync_working_copy()
-        return norm
+        return []
+
+    def skip(self) -> None:
+        self.zero_grad()
 
     def gathered_weights(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chatrlhf.errors import RewardError
+from chatrlhf.functional.kl import k1, kl_of_replies
+from chatrlhf.functional.masked import masked_mean
 from chatrlhf.rl.data_parallel import rollout_rows
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.user_functions import call_function
 from chatrlhf.rollout.sampler import Sampler
 from chatrlhf.runtime.collectives import gather_results, is_main
-from chatrlhf.types import PromptBatch
+from chatrlhf.types import PromptBatch, Rollout
 
 EVAL_FN = "trainer_config.eval_fn"
 
@@ -29,11 +31,14 @@ class HeldOutReport:
     prompts: list[str]
     completions: list[str]
     rewards: list[float]
-    kl: float  # nats per sequence
+    kl: float  # nats per sequence, by k3
     length: float  # tokens
     finished: float  # share
     distinct: float  # different completions, as a share of all
     criteria: dict[str, list[float]] = field(default_factory=dict)  # by name, one number a prompt
+    kl_k1: float | None = None  # the same by k1, as the controller has it
+    reference_loss: float | None = None  # nats a token that the reference would need for these completions
+    demonstration_loss: float | None = None  # nats a token of held-out demonstrations, where there are any
 
     @property
     def reward(self) -> float:
@@ -61,8 +66,13 @@ class HeldOutReport:
             "eval/finished": self.finished,
             "eval/distinct": self.distinct,
         }
-        if self.true_score is not None:
-            values["eval/true_score"] = self.true_score
+        more = {
+            "eval/kl_k1": self.kl_k1,
+            "eval/reference_loss": self.reference_loss,
+            "eval/demonstration_loss": self.demonstration_loss,
+            "eval/true_score": self.true_score,
+        }
+        values |= {name: value for name, value in more.items() if value is not None}
         return values | {f"eval/{name}": sum(each) / len(each) for name, each in self.criteria.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,12 +88,13 @@ class HeldOut:
     scorer: Scorer
     eval_fn: EvalFunction | None
     seed: int
+    demonstrations: Rollout | None = None  # of the ACTOR stage, as if they had been sampled
 
     def evaluate(self) -> HeldOutReport:
         """Sample one completion a prompt, with the same random numbers each time, and judge it."""
         rows = rollout_rows(self.prompts.group_ids)
         rollout, rewards, read = self.scorer.read(self.engine.generate(self.prompts, self.seed, rows), rows)
-        kl = float(((read.logprobs - read.ref_logprobs) * rollout.response_mask).sum(dim=1).mean())
+        mask = rollout.response_mask
         texts, completions = rollout.prompts.texts, rollout.completions
         # Of all completions at once, and only once: what judges them may be slow, or count its calls.
         criteria = gather_results(lambda: _criteria(self.eval_fn, texts, completions) if is_main() else {})[0]
@@ -91,12 +102,21 @@ class HeldOut:
             prompts=texts,
             completions=completions,
             rewards=rewards.tolist(),
-            kl=kl,
+            kl=kl_of_replies(read.logprobs, read.ref_logprobs, mask),
             length=float(rollout.lengths.float().mean()),
             finished=float(rollout.finished.float().mean()),
             distinct=len(set(completions)) / len(completions),
             criteria=criteria,
+            kl_k1=float((k1(read.logprobs, read.ref_logprobs) * mask).sum(dim=1).mean()),
+            reference_loss=-float(masked_mean(read.ref_logprobs, mask)),
+            demonstration_loss=self._demonstration_loss(),
         )
+
+    def _demonstration_loss(self) -> float | None:
+        if self.demonstrations is None:
+            return None
+        read = self.scorer.likelihoods(self.demonstrations)
+        return -float(masked_mean(read.logprobs, self.demonstrations.response_mask))
 
 
 def _criteria(function: EvalFunction | None, prompts: list[str], completions: list[str]) -> dict[str, list[float]]:

@@ -7,16 +7,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chatrlhf.errors import CheckpointError, DivergedError, Interrupted
+from chatrlhf.errors import CheckpointError, DivergedError, Interrupted, NonFiniteRewardError, StoppedByGuardError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.functional.importance import logprob_gap
+from chatrlhf.functional.kl import kl_of_replies
+from chatrlhf.functional.masked import explained_variance
+from chatrlhf.functional.repetition import distinct_ngrams, repeated_ngrams
 from chatrlhf.rl.data_parallel import rollout_rows
 from chatrlhf.rl.experience import Algorithm, Estimation, make_experience
+from chatrlhf.rl.guards import Guards
 from chatrlhf.rl.held_out import HeldOut, HeldOutReport
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.progress import STATE, Progress
@@ -25,17 +30,23 @@ from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.update import Updater
 from chatrlhf.rollout.sampler import Sampler
 from chatrlhf.runtime.checkpoints import CheckpointStore
-from chatrlhf.runtime.collectives import gather_objects, rank
+from chatrlhf.runtime.collectives import gather_objects, rank, world_size
 from chatrlhf.runtime.fault_points import reached
+from chatrlhf.runtime.finite import moments, require_finite, trained
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.seeding import generator_states, set_generator_states, step_generator, step_seed
 from chatrlhf.runtime.signals import StopRequest
+from chatrlhf.runtime.skipped_steps import SkippedSteps
 from chatrlhf.sharding.accelerate_env import Sharding
 from chatrlhf.sharding.checkpoint_layout import check_sharding, write_sharding
 from chatrlhf.types import ScoredRollout
 
 STAGE = "RL"
 SAMPLES_A_STEP = 2
+REMEDY = (
+    "Lower trainer_config.actor_lr (critic_lr where the value loss is named, init_kl_coef where the KL is), or set "
+    "precision to bf16 or fp32"
+)
 HELD = ("fingerprint", "kl", "reward_scaling", "before", "after")  # in a checkpoint's state.json, with its step
 
 
@@ -64,9 +75,15 @@ class PPOTrainer:
     eval_interval: int | None = None
     sharding: Sharding = None  # how the updater's states are sharded
     done: Progress = field(default_factory=Progress)  # before the run is resumed
+    skipped_limit: int = 3  # steps in a row that may not be taken
+    guards: Guards | None = None
 
     before: HeldOutReport | None = None  # the held-out prompts before the first step
     after: HeldOutReport | None = None  # and at the newest evaluation
+
+    def __post_init__(self) -> None:
+        folder = self.checkpoints.folder if self.checkpoints is not None else None
+        self.skipped = SkippedSteps(STAGE, folder, self.skipped_limit, self.log.warn, REMEDY)
 
     def train(self, checkpoint: Path | None = None) -> dict[str, float]:
         """Run all steps, or those behind a checkpoint; returns the last metrics.
@@ -77,8 +94,9 @@ class PPOTrainer:
         Raises:
             Interrupted: the run was asked to stop; a checkpoint is there.
             CheckpointError: the checkpoint is of another model or of other prompts.
-            RewardError: the reward gave something other than one finite number a response.
-            DivergedError: an update's loss or gradient is not finite.
+            RewardError: the reward gave something other than one number a response.
+            StoppedByGuardError: a figure went where the configuration has it end the run.
+            DivergedError: too many steps in a row had something that is not finite.
         """
         start = self.done.steps
         if checkpoint is not None:
@@ -91,21 +109,7 @@ class PPOTrainer:
                 self.log.step(STAGE, 0, self.before.metrics())
         with self.log.stage(STAGE, self.num_steps, start), StopRequest() as stop:
             for step in range(start, self.num_steps):
-                clock = [time.perf_counter()]
-                prompts = self.prompts.batch(step)
-                rows = rollout_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
-                with self.updater.backend.gathered_weights():
-                    rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
-                    clock.append(time.perf_counter())
-                    scored = self.scorer.score(rollout, rows)
-                clock.append(time.perf_counter())
-                coef = self.kl.coef
-                experience = make_experience(scored, self.algorithm, self.estimation(coef))
-                stats = self.updater.update(experience, coef, step_generator(self.seed, step, "minibatches"))
-                self._refuse_diverged(stats, step + 1)
-                clock.append(time.perf_counter())
-                self.kl.update(scored.kl_to_reference, len(scored.rollout))
-                self._record(step + 1, scored, stats, coef, clock)
+                self._step(step)
                 self._checkpoint(step + 1, stop)
         return dict(self.log.last.get(STAGE, {}))
 
@@ -113,19 +117,54 @@ class PPOTrainer:
         with self.updater.backend.gathered_weights():
             return held_out.evaluate()
 
-    def _refuse_diverged(self, stats: dict[str, float], step: int) -> None:
-        """Stop before anything of an update is saved whose losses or gradients were not finite."""
-        # DeepSpeed leaves out a step whose fp16 gradients overflow, and lowers its loss scale.
-        counts = [name for name in stats if self.sharding is None or name != "ppo/grad_norm"]
-        wrong = [f"{name} {stats[name]}" for name in counts if not math.isfinite(stats[name])]
-        if wrong:
-            weights = self.updater.actor_critic.named_parameters()
-            broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
-            where = f", and {broken} holds what is no number" if broken else ""
-            raise DivergedError(
-                f"RL step {step}: {', '.join(wrong)}{where}; nothing of this step is saved. Resume from the newest "
-                "checkpoint with a lower trainer_config.actor_lr, or with precision bf16 or fp32"
+    def _step(self, step: int) -> None:
+        """Sample, score, learn. What is not finite is not learned from."""
+        clock = [time.perf_counter()]
+        prompts = self.prompts.batch(step)
+        rows = rollout_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
+        try:
+            with self.updater.backend.gathered_weights():
+                rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
+                clock.append(time.perf_counter())
+                scored = self.scorer.score(rollout, rows)
+        except (DivergedError, NonFiniteRewardError) as error:
+            if world_size() > 1:  # the others may be waiting in the middle of their part
+                raise
+            texts = [{"row": number, "prompt": text} for number, text in enumerate(prompts.texts, start=1)]
+            self.skipped.skip(step + 1, str(error), None, texts, error)
+            return
+        clock.append(time.perf_counter())
+        coef = self.kl.coef
+        experience = make_experience(scored, self.algorithm, self.estimation(coef))
+        try:
+            stats = self.updater.update(experience, coef, step_generator(self.seed, step, "minibatches"))
+        except DivergedError as error:
+            raise DivergedError(f"RL step {step + 1}: {error}. {REMEDY}, then use --resume") from None
+        clock.append(time.perf_counter())
+        self._keep_skipped(step + 1, scored, whole=not stats)
+        if stats and math.isfinite(scored.kl_to_reference):
+            self.kl.update(scored.kl_to_reference, len(scored.rollout))
+        if experience.returns is not None and scored.values is not None:
+            explained = explained_variance(scored.values, experience.returns, experience.response_mask)
+            stats |= {"ppo/explained_variance": explained} if explained is not None else {}
+        self._record(step + 1, scored, stats, coef, clock)
+
+    def _keep_skipped(self, step: int, scored: ScoredRollout, whole: bool) -> None:
+        """Say and keep which minibatches were not learned from; ``whole``: there was no other."""
+        not_taken = self.updater.not_taken
+        if not whole:
+            self.skipped.taken()
+        if not not_taken:
+            return
+        rollout = scored.rollout
+        rows = [
+            {"row": row + 1, "prompt": text, "completion": completion, "score": float(score)}
+            for row, text, completion, score in (
+                (row, rollout.prompts.texts[row], rollout.completions[row], scored.raw_scores[row])
+                for row in sorted({row for each in not_taken for row in each.rows})
             )
+        ]
+        self.skipped.skip(step, not_taken[0].why, not_taken[0].where, rows, counts=whole)
 
     def _record(
         self, step: int, scored: ScoredRollout, stats: dict[str, float], coef: float, clock: list[float]
@@ -134,12 +173,15 @@ class PPOTrainer:
         rollout = scored.rollout
         lengths, tokens = rollout.lengths.float(), int(rollout.lengths.sum())
         gap, largest_gap = logprob_gap(scored.old_logprobs, rollout.sampling_logprobs, rollout.response_mask)
+        kl = kl_of_replies(scored.old_logprobs, scored.ref_logprobs, rollout.response_mask)
         rollout_s, score_s, update_s = (b - a for a, b in zip(clock, clock[1:], strict=False))
         metrics: dict[str, Any] = {
             "reward/mean": float(scored.raw_scores.double().mean()),
             "reward/std": float(scored.raw_scores.double().std(correction=0)),
             "reward/shaped": float(scored.scores.mean()),
-            "kl/ref": scored.kl_to_reference,
+            "kl/ref": kl,
+            "kl/ref_k1": scored.kl_to_reference,
+            "kl/token": kl * len(rollout) / max(tokens, 1),
             "kl/coef": coef,
             **stats,
             "ppo/entropy": scored.entropy,
@@ -147,7 +189,10 @@ class PPOTrainer:
             "sampling/logprob_gap_max": largest_gap,
             "response/length": float(lengths.mean()),
             "response/finished": float(rollout.finished.float().mean()),
+            "response/distinct_2": distinct_ngrams(rollout.response_ids, rollout.response_mask),
+            "response/repetition": repeated_ngrams(rollout.response_ids, rollout.response_mask),
             "lr/actor": self.updater.backend.optimizer.param_groups[0]["lr"],
+            "guard/skipped_minibatches": len(self.updater.not_taken),
             "episodes": self.progress(step).episodes,
             "time/rollout": rollout_s,
             "time/score": score_s,
@@ -158,7 +203,9 @@ class PPOTrainer:
         due = last or (self.eval_interval is not None and step % self.eval_interval == 0)
         if self.held_out is not None and due:
             self.after = self._judge(self.held_out)
-            metrics |= self.after.metrics()
+            metrics |= self.after.metrics() | self._forgotten()
+        if self.guards is not None:
+            metrics |= self.guards.look(step, metrics)
         self.log.step(STAGE, step, metrics)
         self.log.samples(
             STAGE,
@@ -174,19 +221,41 @@ class PPOTrainer:
             ],
         )
 
+    def _forgotten(self) -> dict[str, float]:
+        """By how much held-out demonstrations have become less likely while the reward rose."""
+        before, after = self.before, self.after
+        if before is None or after is None or before.demonstration_loss is None or after.demonstration_loss is None:
+            return {}
+        rise = max(after.demonstration_loss - before.demonstration_loss, 0.0)
+        return {"eval/forgotten": rise if after.reward > before.reward else 0.0}
+
     def _checkpoint(self, step: int, stop: StopRequest) -> None:
         request = stop.any_rank_stopped()
+        stopped = self.guards.stopped if self.guards is not None else None
         if self.checkpoints is None:
             if request is not None:
                 raise Interrupted(request)
+            if stopped:
+                raise StoppedByGuardError(stopped)
             return
-        if request is not None or step % self.checkpoint_steps == 0 or step == self.num_steps:
+        if request is not None or stopped or step % self.checkpoint_steps == 0 or step == self.num_steps:
             generators = gather_objects(generator_states())
+            self._require_finite(step)
             path = self.checkpoints.publish(
                 step, lambda folder: self._write(folder, step, generators), self.updater.backend.save_shards
             )
+            if stopped:
+                raise StoppedByGuardError(f"{stopped}. A checkpoint of this step is there: {path}")
             if request is not None and step < self.num_steps:
                 raise Interrupted(request, f"continue with --resume (checkpoint {path})")
+
+    def _require_finite(self, step: int) -> None:
+        backend = self.updater.backend
+        require_finite(
+            f"{STAGE} step {step}",
+            chain(trained(self.updater.actor_critic), moments(backend.optimizer)),
+            f"the checkpoint before stays; {REMEDY[0].lower()}{REMEDY[1:]}, then use --resume",
+        )
 
     def _write(self, folder: Path, step: int, generators: list[dict[str, Any]]) -> None:
         self.updater.backend.save_weights(folder)
@@ -200,6 +269,8 @@ class PPOTrainer:
             "fingerprint": self.updater.backend.fingerprint,
             "kl": self.kl.state_dict(),
             "reward_scaling": self.scorer.scaling.state_dict(),
+            "skipped": self.skipped.state_dict(),
+            "guards": self.guards.state_dict() if self.guards is not None else None,
             "before": self.before.state_dict() if self.before else None,
             "after": self.after.state_dict() if self.after else None,
         }
@@ -237,6 +308,10 @@ class PPOTrainer:
         self.scorer.scaling.load_state_dict(state["reward_scaling"])
         if rank() < len(tensors["generators"]):  # a rank that was not there before starts its generators afresh
             set_generator_states(tensors["generators"][rank()])
+        if "skipped" in state:  # not of earlier versions
+            self.skipped.load_state_dict(state["skipped"])
+        if self.guards is not None and state.get("guards") is not None:
+            self.guards.load_state_dict(state["guards"])
         self.before = HeldOutReport(**state["before"]) if state["before"] else None
         self.after = HeldOutReport(**state["after"]) if state["after"] else None
         step = self.done.steps

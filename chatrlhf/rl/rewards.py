@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chatrlhf.data.encoder import Encoder
-from chatrlhf.errors import RewardError
+from chatrlhf.errors import NonFiniteRewardError, RewardError
 from chatrlhf.errors.redaction import redacted
 from chatrlhf.models.loading.tokenizer import same_tokenizer
 from chatrlhf.models.reward_model import RewardScorer
@@ -114,7 +114,8 @@ def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
     """Scores as float32 [B], after checking that there is one finite number a completion.
 
     Raises:
-        RewardError: it names the first completion whose score is missing or is no number.
+        RewardError: it names the first completion whose score is missing or is no number; a NonFiniteRewardError
+            where each is one.
     """
     if isinstance(scores, Tensor):
         scores = scores.detach().float().cpu().reshape(-1).tolist()
@@ -129,7 +130,7 @@ def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
     checked = torch.tensor(values, dtype=torch.float32)  # a number beyond float32 is inf here
     for i, is_finite in enumerate(checked.isfinite().tolist()):
         if not is_finite:
-            raise RewardError(
+            raise NonFiniteRewardError(
                 f"{name}: score {i} is {values[i]} (completion {completions[i][:60]!r}); return a finite number"
             )
     return checked

@@ -160,6 +160,8 @@ class EngineBackend(GradientBackend):
         schedulers: one for each engine.
     """
 
+    shards = True
+
     def __init__(self, sharded: ShardedModels, schedulers: list[Any], device: torch.device) -> None:
         super().__init__(sharded.trained, sharded.engines[0].optimizer, schedulers[0])
         self.sharded, self.schedulers, self.device = sharded, schedulers, device
@@ -186,12 +188,22 @@ class EngineBackend(GradientBackend):
     def reduce(self) -> None:
         """Engines reduce in their backwards."""
 
-    def step(self, max_grad_norm: float | None) -> Tensor:
+    def clip(self, max_grad_norm: float | None) -> list[Tensor]:
         """Engines clip by the norm that they were made with, which is the same key's."""
+        return self._tensors([engine.clip() for engine in self.sharded.engines])
+
+    def step(self) -> list[Tensor]:
         norms = [engine.step() for engine in self.sharded.engines]
         for scheduler in self.schedulers:
             scheduler.step()
-        return torch.tensor(norms[0], device=self.device)
+        return self._tensors(norms)
+
+    def skip(self) -> None:
+        for engine in self.sharded.engines:
+            engine.skip()
+
+    def _tensors(self, norms: list[float | None]) -> list[Tensor]:
+        return [torch.tensor(norm, device=self.device) for norm in norms if norm is not None]
 
     def gathered_weights(self) -> AbstractContextManager[None]:
         return self.sharded.gathered_params(self.device)

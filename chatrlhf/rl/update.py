@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
+from chatrlhf.errors import DivergedError
 from chatrlhf.functional.importance import importance_ratios, importance_weights
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.losses import policy_clipped, policy_loss, token_weights, value_loss
@@ -18,6 +20,7 @@ from chatrlhf.rl.gradient_backend import GradientBackend
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.runtime.collectives import sum_over_ranks
 from chatrlhf.runtime.fault_points import reached
+from chatrlhf.runtime.finite import first_module_not_finite, first_not_finite
 from chatrlhf.runtime.malloc import trim_malloc
 from chatrlhf.types import Experience
 
@@ -39,6 +42,22 @@ class UpdateSettings:
     importance_cap: float | None = 2.0
 
 
+CRITICS_NORM = "the norm of the critic's gradient"
+
+
+class StepSkippedError(DivergedError):
+    """An optimizer step was left out; the message names what is not finite."""
+
+
+@dataclass(frozen=True)
+class NotTaken:
+    """A minibatch that was not learned from, because its losses or gradients were not finite."""
+
+    rows: list[int]  # of the experience
+    why: str
+    where: str | None  # the weight, input or module that is the first not to be finite
+
+
 @dataclass
 class Updater:
     """Improves an actor-critic by one rollout's experience."""
@@ -48,9 +67,13 @@ class Updater:
     settings: UpdateSettings
     device: torch.device
     backend: GradientBackend
+    not_taken: list[NotTaken] = field(default_factory=list)  # of the last update
 
     def update(self, experience: Experience, kl_coef: float, generator: torch.Generator) -> dict[str, float]:
         """Run all epochs.
+
+        A minibatch with a loss or a gradient that is not finite changes nothing: neither weights nor moments nor the
+        schedule. It is put into `not_taken`.
 
         Args:
             experience: B rows, a multiple of the batch size.
@@ -58,28 +81,77 @@ class Updater:
             generator: shuffles the rows, so that a resumed run sees the same minibatches.
 
         Returns:
-            Means over all minibatches, by metric name; ``ppo/first_ratio_error`` is mean |ratio - 1| of the first
-            minibatch, whose policy is still the one that sampled: rounding, and nothing else.
+            Means over the minibatches that were learned from, by metric name, none where there is no such minibatch;
+            ``ppo/first_ratio_error`` is mean |ratio - 1| of the first, whose policy is still the one that sampled:
+            rounding, and nothing else.
+
+        Raises:
+            DivergedError: of a backend that steps before its gradients are known.
         """
         if self.device.type == "cpu":
             trim_malloc()  # the rollout's: this is where a run needs the most
         experience = experience.to(self.device)
         steps: list[dict[str, float]] = []
+        self.not_taken = []
         for _ in range(self.settings.epochs):
             order = torch.randperm(len(experience), generator=generator)
             for index in order.split(self.settings.batch_size):
-                steps.append(self.step(experience.select(index.to(self.device)), kl_coef))
+                minibatch = experience.select(index.to(self.device))
+                try:
+                    steps.append(self.step(minibatch, kl_coef))
+                except StepSkippedError as skipped:
+                    where = self._where(minibatch, kl_coef)
+                    self.not_taken.append(NotTaken(index.tolist(), str(skipped), where))
         self.backend.zero_grad()
+        if not steps:
+            return {}
         means = {name: sum(stats[name] for stats in steps) / len(steps) for name in steps[0]}
         return means | {"ppo/first_ratio_error": steps[0]["ppo/ratio_error"]}
 
     def step(self, minibatch: Experience, kl_coef: float) -> dict[str, float]:
-        """One optimizer step on a minibatch; its statistics are left on the device until the step is done."""
+        """One optimizer step on a minibatch; returns its statistics.
+
+        Raises:
+            StepSkippedError: one of them or a gradient is not finite; nothing has changed.
+            DivergedError: the same, of a backend that steps before its gradients are known.
+        """
         reached("rl.optimizer_step")
         sums = sum_over_ranks(self.backward(minibatch, kl_coef))
-        sums["ppo/grad_norm"] = self.backend.step(self.settings.max_grad_norm)
+        reached("rl.gradients", self.actor_critic)
+        norms = self.backend.clip(self.settings.max_grad_norm)
+        sums |= zip(("ppo/grad_norm", CRITICS_NORM)[: len(norms)], norms, strict=True)
         # One transfer a step, not one a number.
-        return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        read = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        wrong = ", ".join(f"{name} {value}" for name, value in read.items() if not math.isfinite(value))
+        read.pop(CRITICS_NORM, None)
+        if wrong and norms:
+            self.backend.skip()
+            raise StepSkippedError(wrong)
+        if wrong:
+            raise DivergedError(f"{wrong}; nothing of this step is saved")
+        if late := self.backend.step():
+            # DeepSpeed leaves out a step whose fp16 gradients overflow, and lowers its loss scale.
+            read["ppo/grad_norm"] = float(late[0])
+        return read
+
+    def _where(self, minibatch: Experience, kl_coef: float) -> str | None:
+        """What in a minibatch, or in the models' forward on it, is the first not to be finite."""
+        if (weight := first_not_finite(self.actor_critic.named_parameters())) is not None:
+            return weight
+        inputs = ((each.name, getattr(minibatch, each.name)) for each in fields(minibatch))
+        name = first_not_finite((name, value) for name, value in inputs if isinstance(value, Tensor))
+        if name is not None:
+            return f"the rollout's {name}"
+        if self.backend.shards:
+            return None
+        weights = token_weights(minibatch.response_mask, self.algorithm.aggregation)
+
+        def forward() -> None:
+            for row in torch.arange(len(minibatch), device=self.device).split(max(self.settings.micro_batch_size, 1)):
+                micro = minibatch.select(row)
+                self.losses(self._sequences(micro), micro, weights[row], weights[row], kl_coef)
+
+        return first_module_not_finite(self.actor_critic, forward)
 
     def backward(self, minibatch: Experience, kl_coef: float) -> dict[str, Tensor]:
         """Leave the minibatch's gradient, of all ranks' rows, with what the optimizer improves.

@@ -75,6 +75,7 @@ class StageFiles:
     scratch: Path
     resume: bool
     record: Callable[[], None]  # writes into the manifest that the stage has begun, and from what
+    skipped_limit: int = 3  # steps in a row that may not be taken
 
     @cached_property
     def newest(self) -> tuple[int, Path] | None:

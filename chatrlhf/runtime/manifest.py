@@ -85,6 +85,10 @@ class Manifest:
             self._save()
         return self.facts[name]
 
+    def metrics(self, stage: str) -> dict[str, float]:
+        """The last metrics of a stage that is done; none of another."""
+        return self.stages.get(stage, {}).get("metrics", {})
+
     def is_done(self, stage: str) -> bool:
         return self.stages.get(stage, {}).get("status") == "done"
 

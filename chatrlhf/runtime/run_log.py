@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,7 +102,8 @@ class RunLog:
                 self._progress = None
 
     def step(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step and show the main ones."""
+        """Record the metrics of a step and show the main ones; what is not finite is no metric, and left out."""
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         record = {"stage": stage, "step": step, **{name: _rounded(value) for name, value in metrics.items()}}
         self._append(METRICS, record)
         self.last.setdefault(stage, {}).update(metrics)

@@ -65,9 +65,15 @@ class ZeroEngine:
         # DeepSpeed takes the mean over ranks.
         self.model.backward(loss * world_size(), scale_wrt_gas=False)
 
+    def clip(self) -> None:
+        """DeepSpeed clips in its step."""
+
     def step(self) -> float:
         self.model.step()
         return float(self.model.get_global_grad_norm() or 0.0)
+
+    def skip(self) -> None:
+        raise NotImplementedError("DeepSpeed's gradients are known only behind its step")
 
     def save(self, folder: Path) -> None:
         self.model.save_checkpoint(str(folder), tag=TAG, save_latest=False)

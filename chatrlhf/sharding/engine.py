@@ -26,8 +26,14 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add up the gradient of ``loss``, over ranks too: a sum, no mean; ``last`` before a step or not."""
 
-    def step(self) -> float:
-        """Clip, step and forget the gradient; returns its norm before."""
+    def clip(self) -> float | None:
+        """Clip; returns the gradient's norm before, None where only the step clips."""
+
+    def step(self) -> float | None:
+        """Step and forget the gradient; returns its norm before clipping where `clip` does not."""
+
+    def skip(self) -> None:
+        """Forget the gradient, after a `clip` that gave its norm."""
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer as they are sharded."""

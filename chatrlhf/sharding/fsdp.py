@@ -59,11 +59,16 @@ class FsdpEngine:
         # FSDP takes the mean over ranks.
         self.accelerator.backward(loss * world_size())
 
-    def step(self) -> float:
+    def clip(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad()
 
     def save(self, folder: Path) -> None:
         dcp.save(self._states(), checkpoint_id=str(folder))

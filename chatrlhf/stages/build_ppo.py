@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import prompt_batch
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.inputs import Rows
+from chatrlhf.data.stage_rows import ActorRow
 from chatrlhf.errors import DataError
 from chatrlhf.functional.logprobs import SamplingDistribution
 from chatrlhf.models.actor_critic import ActorCritic
@@ -24,8 +25,10 @@ from chatrlhf.models.kernels.activation_checkpointing import recompute_activatio
 from chatrlhf.models.loading.lora import has_adapters
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.stop_tokens import ids_without_token, refuse_unknown_ids, stop_tokens, vocabulary_rows
+from chatrlhf.rl.demonstrations import as_rollout
 from chatrlhf.rl.experience import ALGORITHMS, Estimation
 from chatrlhf.rl.gradient_backend import PlainBackend
+from chatrlhf.rl.guards import Guards
 from chatrlhf.rl.held_out import HeldOut
 from chatrlhf.rl.kl_controller import KLController
 from chatrlhf.rl.master_weights import prepare_models
@@ -82,6 +85,7 @@ class PPOBuilder:
     Args:
         sharding: who shards what is trained; None: every process has all of it.
         done: before the run is resumed.
+        demonstrations: held-out rows of the ACTOR stage, where it was a part of this run.
     """
 
     config: Config
@@ -89,6 +93,7 @@ class PPOBuilder:
     log: RunLog
     sharding: Sharding = None
     done: Progress = NOTHING
+    demonstrations: Sequence[ActorRow] = ()
 
     def build(self, models: PPOModels, rows: Rows, checkpoints: CheckpointStore) -> PPOTrainer:
         """The trainer that the configuration describes.
@@ -116,10 +121,12 @@ class PPOBuilder:
             log=self.log,
             checkpoints=checkpoints,
             checkpoint_steps=keys.checkpoint_steps,
-            held_out=self.held_out(rows, models.encoder, limits, engine, scorer),
+            held_out=self.held_out(rows, models, limits, engine, scorer),
             eval_interval=keys.eval_interval,
             sharding=self.sharding,
             done=self.done,
+            skipped_limit=self.config.guards_config.skipped_steps,
+            guards=Guards(self.config.guards_config, self.log.warn),
         )
 
     @property
@@ -188,14 +195,19 @@ class PPOBuilder:
         rows = 2 * max(keys.micro_batch_size, 1)
         return Scorer(models.actor_critic, models.reference, models.reward, scaling, self.device, rows)
 
-    def held_out(self, rows: Rows, encoder: Encoder, limits: Limits, engine: Sampler, scorer: Scorer) -> HeldOut | None:
+    def held_out(
+        self, rows: Rows, models: PPOModels, limits: Limits, engine: Sampler, scorer: Scorer
+    ) -> HeldOut | None:
         """The judgment of held-out prompts, where there are any."""
         if not rows.held_out:
             return None
+        encoder = models.encoder
         ids, prompts, _ = _encoded_prompts(rows.held_out, encoder, limits, self.log, "the held-out prompts")
         batch = prompt_batch(ids, prompts, encoder.tokenizer.pad_token_id)
         eval_fn = load_function(self.keys.eval_fn, "trainer_config.eval_fn") if self.keys.eval_fn else None
-        return HeldOut(batch, engine, scorer, eval_fn, step_seed(self.config.seed, 0, "held-out"))
+        demonstrations = as_rollout(self.demonstrations, encoder, models.actor_critic.distribution)
+        seed = step_seed(self.config.seed, 0, "held-out")
+        return HeldOut(batch, engine, scorer, eval_fn, seed, demonstrations)
 
     def updater(self, models: PPOModels, foreign_sampler: bool) -> Updater:
         """What improves the actor-critic, whose models and the frozen ones are made ready for the hot path."""

@@ -66,7 +66,8 @@ class RunContext:
                 self.manifest.set_aside(self._made_anew(stage), self.log.note)
             self.manifest.start(stage, made_from, settings_of(stage, self.config.model_dump(mode="json")))
 
-        return StageFiles(stage, store, scratch, self.resume, record)
+        limit = self.config.guards_config.skipped_steps
+        return StageFiles(stage, store, scratch, self.resume, record, limit)
 
     def _made_anew(self, stage: str) -> list[str]:
         """A stage that begins and those behind it: from here on --resume is to find nothing of an earlier run of them.

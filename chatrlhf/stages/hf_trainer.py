@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chatrlhf.config.schema import ActorConfig, PretrainConfig, RewardConfig
-from chatrlhf.data.row_sampler import RowOrder
 from chatrlhf.errors import CheckpointError, Interrupted
 from chatrlhf.errors.boundary import doing
 from chatrlhf.models.loading.model_info import fingerprint
@@ -26,14 +26,16 @@ from chatrlhf.runtime.checkpoints import CheckpointStore, StageFiles
 from chatrlhf.runtime.collectives import barrier, is_main, world_size
 from chatrlhf.runtime.device import resolve_precision
 from chatrlhf.runtime.fault_points import reached
+from chatrlhf.runtime.finite import moments, require_finite, trained
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.signals import StopRequest
+from chatrlhf.runtime.skipped_steps import SkippedSteps
 from chatrlhf.sharding.accelerate_env import DeepSpeed, Sharding, environment_for
 from chatrlhf.sharding.checkpoint_layout import check_sharding, write_sharding
 from chatrlhf.sharding.gather import meta_copy, unshard
 from chatrlhf.sharding.launch import microbatching
 from chatrlhf.sharding.safe_loading import known_objects
-from chatrlhf.stages.resumable_trainer import ORDER
+from chatrlhf.stages.resumable_trainer import ORDER, order_state
 
 FINGERPRINT = "model_fingerprint.txt"
 EVALUATED_TOKENS = 16 * 1024  # of a batch of held-out rows, at the most
@@ -48,6 +50,9 @@ METRIC_NAMES = {
     "mean_token_accuracy": "token_accuracy",
     "accuracy": "reward/accuracy_train",
 }
+
+
+OF_A_STEP = ("loss/train", "grad_norm", "token_accuracy", "reward/accuracy_train")
 
 
 def common_arguments(
@@ -87,6 +92,7 @@ def common_arguments(
         "bf16": resolve_precision(config.precision, device) == "bf16",
         "fp16": resolve_precision(config.precision, device) == "fp16",
         "use_cpu": device.type == "cpu",
+        "logging_nan_inf_filter": False,  # it would hide them; `FiniteSteps` deals with them
         # Every step is logged: an average over several would not survive a resume bit for bit.
         "logging_steps": 1,
         "eval_strategy": "steps" if held_out else "no",
@@ -127,7 +133,7 @@ class StageCallback(TrainerCallback):
     ) -> None:
         self.stage, self.log, self.store, self.stop = stage, log, store, stop
         self.fingerprint, self.extra_metrics, self.sharding = fingerprint, on_evaluate, sharding
-        self.order: RowOrder | None = None  # of the trainer, which is made after this
+        self.trainer: Any = None  # which is made after this
         self.published: Path | None = None
 
     def on_log(
@@ -137,8 +143,24 @@ class StageCallback(TrainerCallback):
         metrics = {METRIC_NAMES[name]: value for name, value in logs.items() if name in METRIC_NAMES}
         if "loss/eval" in metrics and self.extra_metrics is not None:
             metrics |= self.extra_metrics()  # by all ranks, which may each hold a part of the model
+        if "loss/eval" in metrics and state.global_step == 0:
+            metrics["loss/eval_start"] = metrics["loss/eval"]
+        if self.trainer.step_was_skipped:  # the sums of a step that was not taken say nothing
+            metrics = {name: value for name, value in metrics.items() if name not in OF_A_STEP}
+            metrics["guard/skipped_steps"] = self.trainer.skipped.total
         if metrics and is_main():
             self.log.step(self.stage, state.global_step, metrics)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        self.trainer.check_step(model, optimizer, state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> Any:
         reached("trainer.step", state.global_step)
@@ -155,7 +177,20 @@ class StageCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        require_finite(
+            f"{self.stage} step {state.global_step}",
+            chain(trained(model), moments(optimizer)),
+            f"the checkpoint before stays. {self.trainer.skipped.remedy}, then use --resume",
+        )
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
         def move(folder: Path) -> None:
@@ -163,7 +198,8 @@ class StageCallback(TrainerCallback):
                 reached("trainer.publish")
                 shutil.move(str(path), folder / path.name)
             (folder / FINGERPRINT).write_text(self.fingerprint, encoding="utf-8")
-            (folder / ORDER).write_text(json.dumps(self.order.state_dict()) + "\n", encoding="utf-8")
+            seen = self.trainer.order.state_dict() | {"skipped": self.trainer.skipped.state_dict()}
+            (folder / ORDER).write_text(json.dumps(seen) + "\n", encoding="utf-8")
             write_sharding(folder, self.sharding)
 
         self.published = self.store.publish(state.global_step, move)
@@ -216,9 +252,11 @@ def run_trainer(
         callback = StageCallback(stage, log, store, stop, fingerprint(model), on_evaluate, sharding)
         trainer = make_trainer(callback, path is None)
         trainer.remove_callback(PrinterCallback)  # it prints each step's dictionary
-        callback.order = trainer.order
+        callback.trainer = trainer
+        trainer.skipped = SkippedSteps(stage, store.folder, files.skipped_limit, log.warn, remedy(stage))
         if path is not None:
             trainer.resume_rows(path, done)
+            trainer.skipped.load_state_dict((order_state(path) or {}).get("skipped", trainer.skipped.state_dict()))
             if trainer.total_steps == done:
                 log.note(f"{stage}: all its {done} steps were trained before, there is nothing left to do")
         for weight in model.parameters():
@@ -245,6 +283,12 @@ def run_trainer(
     if is_main():
         shutil.rmtree(files.scratch, ignore_errors=True)
     return model
+
+
+def remedy(stage: str) -> str:
+    """What to change where a stage's losses or gradients are not finite."""
+    section = f"{stage.lower()}_config"
+    return f"Lower {section}.lr, raise {section}.warmup_steps, or set {section}.precision to bf16 or fp32"
 
 
 def _release(trainer: Any) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 from chatrlhf.data.row_sampler import RowOrder
 from chatrlhf.runtime.optimizer import Hyperparameters
+from chatrlhf.stages.finite_steps import FiniteSteps
 
 ORDER = "order.json"  # in a checkpoint: what was seen of the rows
 
 
-class ResumableTrainer:
+class ResumableTrainer(FiniteSteps):
     """Stands before a Trainer whose `order` is a `RowOrder`."""
 
     order: RowOrder

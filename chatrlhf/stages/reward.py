@@ -30,6 +30,7 @@ from chatrlhf.sharding.launch import sharding_of
 from chatrlhf.stages.context import RunContext, record, require
 from chatrlhf.stages.global_batches import GlobalBatches
 from chatrlhf.stages.hf_trainer import StageCallback, common_arguments, run_trainer
+from chatrlhf.stages.readiness import why_a_coin
 from chatrlhf.stages.row_order import EpochOrder, widths
 
 STAGE = "REWARD"
@@ -120,7 +121,10 @@ def train_reward_model(
     if pairwise:
         _centre_on(scorer, train_rows, epochs)
     if held_out_rows:
-        log.note(f"{STAGE}: " + describe_agreement(held_out_agreement(scorer, held_out_rows)))
+        metrics = held_out_agreement(scorer, held_out_rows)
+        log.note(f"{STAGE}: " + describe_agreement(metrics))
+        if why := why_a_coin(metrics):
+            log.warn(f"{STAGE}: {why}; RL would follow noise (guards_config.stop_at_coin_flip ends a run here)")
 
 
 def held_out_agreement(scorer: RewardScorer, rows: Judgements) -> dict[str, float]:

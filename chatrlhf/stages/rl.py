@@ -22,6 +22,7 @@ from chatrlhf.rl.comparison import show_comparison
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.progress import Progress
 from chatrlhf.rl.rewards import ModelReward, RewardSource
+from chatrlhf.rl.verdict import judge
 from chatrlhf.runtime.atomic_files import publish_folder
 from chatrlhf.runtime.collectives import broadcast, rank
 from chatrlhf.runtime.device import resolve_rl_precision
@@ -83,7 +84,8 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
     ctx.log.note(
         f"RL: {trainer_config.algorithm}, {trained_count(actor_critic):,} parameters in training; {critic_line}"
     )
-    builder = PPOBuilder(config, ctx.device, ctx.log, sharding, done)
+    shown = ctx.inputs.actor.held_out if ctx.inputs.actor is not None else ()
+    builder = PPOBuilder(config, ctx.device, ctx.log, sharding, done, shown)
     trainer = builder.build(PPOModels(actor_critic, reference, encoder, reward), rows, files.store)
     files.begin(actor_critic)
     if rank() > 0:
@@ -100,6 +102,10 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
     trainer.updater.backend.close()
     if trainer.before is not None and trainer.after is not None:
         show_comparison(ctx.log.console, trainer.before, trainer.after, trainer_config.eval_best)
+    for line in trainer.guards.summary() if trainer.guards is not None else ():
+        ctx.log.note(f"guard {line}")
+    if trainer.before is not None and trainer.after is not None:
+        ctx.log.note(str(judge(trainer.before, trainer.after)))
     return record(ctx, "RL", "actor_rl", config.actor_config.model, rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from chatrlhf.models.loading.lora import base_of
 from chatrlhf.models.loading.model_info import parameter_count, trained_count
 from chatrlhf.models.loading.pretrained import leave_router_logits
 from chatrlhf.models.loading.quantization import ready_for_adapters
+from chatrlhf.models.stop_tokens import vocabulary_rows
 from chatrlhf.runtime.checkpoints import StageFiles
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.sharding.accelerate_env import Sharding
@@ -182,4 +184,6 @@ def run_actor(ctx: RunContext) -> dict[str, Any]:
     sharding = sharding_of(ctx.config, "ACTOR")
     model = train_actor(model, encoder, rows, config, files, ctx.log, ctx.device, seed, sharding)
     publish_policy(ctx.dir / "actor", model, encoder)
-    return record(ctx, "ACTOR", "actor", config.model, rows)
+    done = record(ctx, "ACTOR", "actor", config.model, rows)
+    done["metrics"] = done["metrics"] | {"loss/chance": math.log(vocabulary_rows(model))}
+    return done

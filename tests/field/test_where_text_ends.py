@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -23,11 +22,11 @@ from chatrlhf.models.actor_critic import PolicyOnly
 from chatrlhf.models.reference import Reference
 from chatrlhf.models.reward_model import RewardModel, RewardScorer
 from chatrlhf.models.scalar_head import ScalarHead
-from chatrlhf.rl.ppo import PPOTrainer
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward, ModelReward
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rollout.engine import RolloutEngine
+from chatrlhf.runtime.finite import require_finite, trained
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -207,17 +206,11 @@ def test_scores_whose_squares_overflow_are_refused():
 )
 def test_an_update_that_diverged_is_not_saved():
     policy = tiny.llama()
-    trainer = SimpleNamespace(sharding=None, updater=SimpleNamespace(actor_critic=policy))
-    PPOTrainer._refuse_diverged(trainer, {"loss/value": 1e30, "ppo/grad_norm": 0.0}, 3)
+    made = PolicyOnly(policy, SamplingDistribution(1.0, (tiny.EOS,), ()))
     with torch.no_grad():
         policy.lm_head.weight[3] = torch.nan
-    with pytest.raises(DivergedError, match=r"^RL step 3: loss/value inf, ppo/grad_norm nan, and lm_head.weight holds"):
-        PPOTrainer._refuse_diverged(
-            trainer, {"loss/policy": 0.0, "loss/value": torch.inf, "ppo/grad_norm": torch.nan}, 3
-        )
-    # DeepSpeed leaves out a step whose gradients overflow in fp16.
-    trainer.sharding = object()
-    PPOTrainer._refuse_diverged(trainer, {"loss/value": 1.0, "ppo/grad_norm": torch.inf}, 3)
+    with pytest.raises(DivergedError, match=r"^RL step 3: policy.lm_head.weight is not finite, so nothing is saved"):
+        require_finite("RL step 3", trained(made), "resume")
 
 
 @report(

@@ -368,7 +368,7 @@ def rl_rollouts(case: Case, out: Path, metrics: dict, rollouts: list) -> Iterato
             ("log-probabilities", "logprobs", real(rollout.sampling_logprobs, rollout)),
             ("log-probabilities", "reference_logprobs", real(read.ref_logprobs, rollout)),
             ("entropy", "entropy", real(read.entropy, rollout)),
-            ("KL", "kl", logged["eval/kl" if prefix else "kl/ref"]),
+            ("KL", "kl", logged["eval/kl_k1" if prefix else "kl/ref_k1"]),
             ("sampled", "outside", real(torch.zeros_like(read.logprobs), rollout)),
             ("sampled", "finished", rollout.finished.tolist()),
             ("sampled", "complete", [True] * len(rollout)),

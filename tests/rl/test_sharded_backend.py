@@ -21,7 +21,7 @@ class Engine:
     """Gradient descent on the modules' own weights."""
 
     def __init__(self, modules, groups, clip) -> None:
-        self.model, self.clip, self.lasts = Root(modules), clip or float("inf"), []
+        self.model, self.max_norm, self.lasts = Root(modules), clip or float("inf"), []
         self.optimizer = torch.optim.SGD(groups, momentum=0.9)
 
     def __call__(self, work):
@@ -31,11 +31,15 @@ class Engine:
         self.lasts.append(last)
         loss.backward()
 
+    def clip(self):
+        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm))
+
     def step(self):
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
+        self.skip()
+
+    def skip(self):
         self.optimizer.zero_grad()
-        return float(norm)
 
 
 class Dealer:

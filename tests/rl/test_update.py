@@ -34,6 +34,7 @@ from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import FunctionReward
 from chatrlhf.rl.scoring import Scorer
 from chatrlhf.rl.update import Updater
+from chatrlhf.runtime import fault_points
 from chatrlhf.types import Experience
 
 ODD = SamplingDistribution(temperature=0.8, eos_token_ids=(EOS,), forbidden_ids=(PAD,))
@@ -417,6 +418,94 @@ def test_bf16_reports_how_far_the_first_ratio_is_from_1():
 def test_the_ratio_moves_once_the_policy_has():
     _, stats = fresh("fp32")
     assert stats["ppo/approx_kl"] > 1e-6
+
+
+# ----- what is not finite
+
+
+def state_of(update: Updater) -> dict[str, object]:
+    backend = update.backend
+    states = copy.deepcopy(backend.state_dict())
+    return {"weights": copy.deepcopy(update.actor_critic.state_dict()), **states}
+
+
+def same(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[name], second[name]) for name in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_changes_nothing(value, precision):
+    made = actor_critic("separate")
+    masters = None
+    if precision == "bf16":
+        masters = MasterWeights(*made.backbones())
+    update = updater(made, lr=1e-2, epochs=1, batch_size=4, masters=masters)
+    groups = [{"params": group["params"]} for group in update.backend.optimizer.param_groups]
+    update.backend.optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    update.backend.scheduler = torch.optim.lr_scheduler.LinearLR(update.backend.optimizer, total_iters=20)
+    data = experience(made)
+    update.update(data, 0.0, torch.Generator().manual_seed(1))  # moments are there
+    before = state_of(update)
+
+    def spoil(model: ActorCritic) -> None:
+        gradients = update.backend.gradients
+        gradients.views[-1].view(-1)[0] = value  # the critic's, so that each norm counts
+
+    end = fault_points.at("rl.gradients", spoil)
+    try:
+        assert update.update(data, 0.0, torch.Generator().manual_seed(2)) == {}
+    finally:
+        end()
+    assert same(state_of(update), before)
+    assert len(update.not_taken) == 2 and "critic's gradient" in update.not_taken[0].why
+    assert sorted(row for each in update.not_taken for row in each.rows) == list(range(8))
+    assert update.update(data, 0.0, torch.Generator().manual_seed(2))["loss/policy"]
+    assert update.not_taken == [] and not same(state_of(update), before)
+
+
+def test_one_minibatch_that_is_not_finite_leaves_the_others_as_they_are():
+    """As if its row had not been there."""
+    made = actor_critic("none")
+    data = experience(made)
+    data.advantages[3] = torch.nan
+    update = updater(made, "rloo", lr=1e-2, epochs=1, batch_size=1)
+    without = updater(copy.deepcopy(made), "rloo", lr=1e-2, epochs=1, batch_size=1)
+    stats = update.update(data, 0.0, torch.Generator().manual_seed(4))
+    assert [(each.rows, each.where) for each in update.not_taken] == [([3], "the rollout's advantages")]
+    assert all(torch.tensor(value).isfinite() for value in stats.values())
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(4)).tolist()
+    for row in order:
+        if row != 3:
+            without.step(data.select(torch.tensor([row])), 0.0)
+    assert same(update.actor_critic.state_dict(), without.actor_critic.state_dict())
+
+
+def test_the_module_is_named_that_begins_it():
+    """A weight of 3e38 is finite, what is computed with it is not."""
+    made = actor_critic("none")
+    data = experience(made)
+    with torch.no_grad():
+        made.policy.model.layers[1].input_layernorm.weight.fill_(3e38)
+    update = updater(made, "rloo", lr=1e-2, epochs=1, batch_size=8)
+    assert update.update(data, 0.0, torch.Generator()) == {}
+    assert update.not_taken[0].where == "policy.model.layers.1.input_layernorm"
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    made = actor_critic("none")
+    data = experience(made)
+    with torch.no_grad():
+        made.policy.lm_head.weight[3] = torch.nan
+    update = updater(made, "rloo", lr=1e-2, epochs=1, batch_size=8)
+    assert update.update(data, 0.0, torch.Generator()) == {}
+    assert update.not_taken[0].where == "policy.lm_head.weight"
 
 
 # ----- epochs and minibatches
