@@ -19,6 +19,7 @@ from chatrlhf.runtime.bundled_files import copy_artifacts
 from chatrlhf.runtime.checkpoints import CheckpointStore
 from chatrlhf.runtime.manifest import FILE_NAME, Manifest
 from chatrlhf.runtime.run_log import RunLog
+from chatrlhf.runtime.skipped_steps import SkippedSteps
 from chatrlhf.tools.export.hub import Repository
 from chatrlhf.tools.export.weights import copy_other_files
 from chatrlhf.tools.synth.journal import Journal
@@ -203,8 +204,9 @@ def test_conversations_are_their_owners_alone(tmp_path):
         with Journal(tmp_path / "rows.journal.jsonl") as journal:
             journal.add("key", Reply("well"))
         Output(tmp_path / "rows.json").write([{"user_input": "a"}], [{"reply": "b"}], {})
+        SkippedSteps("ACTOR", tmp_path, 9, print, "").skip(7, "it is not finite", None, [{"row": 1, "text": "hello"}])
         assert permissions(tmp_path / "metrics.jsonl") == 0o644
-        for name in ("samples.jsonl", "rows.journal.jsonl", "rows.quarantine.jsonl"):
+        for name in ("samples.jsonl", "rows.journal.jsonl", "rows.quarantine.jsonl", "skipped/step-000007.json"):
             assert permissions(tmp_path / name) == 0o600, name
         log.rewind("RL", 0)
         assert permissions(tmp_path / "samples.jsonl") == 0o600
