@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The trainer that `make bench` compares with needs another release of trl.
 PEER := .venv-peer
+# Tools that look at what is installed, in an environment of their own.
+AUDIT := .venv-audit
+AUDIT_TOOLS := pip-audit==2.10.1 cyclonedx-bom==7.5.0
 EXTRAS := deepspeed,quantize,openai,serve,tracking,dev
 
 # Tests start `chatrlhf`, `torchrun` and, through torch, `ninja`: the environment's own must come first.
@@ -19,7 +22,7 @@ PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytes
 .DELETE_ON_ERROR:
 # Two goals at once would run two pips in one environment.
 .NOTPARALLEL:
-.PHONY: help run test test-slow test-nightly lint docs bench clean distclean
+.PHONY: help run test test-slow test-nightly lint docs bench audit sbom clean distclean
 
 help:  ## list the targets
 	@echo "usage: make <target> [PYTHON=python3.12] [ARGS='more arguments']"
@@ -50,12 +53,21 @@ docs: $(VENV)/.stamp-docs  ## build the site, strictly, into build/site
 bench: $(VENV)/.stamp-run $(PEER)/.stamp  ## time a PPO iteration against TRL 1.12.0's, a quarter of an hour
 	$(BIN)/python -m benchmarks.ppo_step --peer-python $(PEER)/bin/python $(ARGS)
 
+# Strict: a package that could not be looked up is a failure, not a pass.
+audit: $(AUDIT)/.stamp  ## look the pins up in the database of known vulnerabilities, which takes the network
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt $(ARGS)
+
+sbom: $(VENV)/.stamp-run $(AUDIT)/.stamp  ## list what is installed, with licences and versions (CycloneDX), in build/sbom.json
+	@mkdir -p build
+	$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON \
+		--output-file build/sbom.json $(BIN)/python
+
 clean:  ## remove caches and build results
 	rm -rf build dist .pytest_cache .ruff_cache
 	find . \( -path ./.git -o -path ./$(VENV) \) -prune -o -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
-distclean: clean  ## the same, and remove .venv and .venv-peer
-	rm -rf $(VENV) $(PEER)
+distclean: clean  ## the same, and remove .venv, .venv-peer and .venv-audit
+	rm -rf $(VENV) $(PEER) $(AUDIT)
 
 # The stamps make a second call install nothing.
 $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(BIN)/python
@@ -75,6 +87,11 @@ $(PEER)/.stamp: constraints.txt
 	"$(PYTHON)" -m venv $(PEER)
 	grep -v '^trl==' constraints.txt > $(PEER)/constraints.txt
 	$(PEER)/bin/python -m pip --disable-pip-version-check install -c $(PEER)/constraints.txt "trl==1.12.0" rich
+	@touch $@
+
+$(AUDIT)/.stamp: Makefile
+	"$(PYTHON)" -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip --disable-pip-version-check install $(AUDIT_TOOLS)
 	@touch $@
 
 # Releases of pip before 21.3 (in Python 3.10.0 to 3.10.2) cannot install this project in editable mode; with a

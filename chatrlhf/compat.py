@@ -114,6 +114,13 @@ def attention_of(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def kernels_of(config: Any) -> list[str]:
+    """Attention and experts' implementations that a configuration asks for, those of its parts included."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    names = ("_attn_implementation", "_experts_implementation")
+    return [kernel for part in parts for name in names if isinstance(kernel := getattr(part, name, None), str)]
+
+
 def loaded_adapters(model: nn.Module) -> bool:
     """Whether transformers' own mixin has put adapters into a model."""
     return getattr(model, "_hf_peft_config_loaded", False)

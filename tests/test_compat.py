@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import llama, t5
 from torch import nn
+from transformers import LlamaConfig
 
 from chatrlhf import compat
 
@@ -94,6 +95,14 @@ def test_a_schedulers_last_rates():
 def test_attention_of_a_model():
     assert compat.attention_of(llama().config) == "sdpa"
     assert compat.attention_of(None) is None
+
+
+def test_kernels_that_a_configuration_asks_for():
+    asked = LlamaConfig(attn_implementation="owner/attention", experts_implementation="owner/experts")
+    assert compat.kernels_of(asked) == ["owner/attention", "owner/experts"]
+    parts = SimpleNamespace(sub_configs={"text_config": LlamaConfig}, text_config=asked)
+    assert compat.kernels_of(parts) == ["owner/attention", "owner/experts"]
+    assert compat.kernels_of(None) == []
 
 
 def test_adapters_of_transformers_own_mixin():

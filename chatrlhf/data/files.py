@@ -6,7 +6,6 @@ find the same faults in it: training, mixtures and `chatrlhf data` read by `read
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import IO, Any
 from chatrlhf.data.csv_rows import csv_rows
 from chatrlhf.data.file_errors import explained
 from chatrlhf.data.file_signatures import GZIP, HEAD, refuse_foreign
+from chatrlhf.data.gzip_reader import bounded_gzip
 from chatrlhf.data.json_row import Row
 from chatrlhf.data.json_rows import MARK, JsonLines, decoded, is_by_line, lines_of, list_of
 from chatrlhf.data.parquet_rows import parquet_rows
@@ -65,15 +65,18 @@ def open_rows(path: Path) -> Sequence[Row]:
         return JsonLines(path) if by_line else list(read_rows(path))
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], mode: int = 0o666) -> None:
     """Write a file of rows, complete or not at all: JSONL by its name, or else a JSON list with a row a line.
+
+    Args:
+        mode: the file's permissions, less the umask.
 
     Raises:
         OSError: it cannot be written.
     """
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     text = "".join(f"{line}\n" for line in lines) if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]\n"
-    replace_file(path, text)
+    replace_file(path, text, mode)
 
 
 class WholeText(Sequence[Row]):
@@ -121,7 +124,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             raise DataError(f"{path}: it cannot be read, since it is not compressed by gzip; remove .gz from its name")
         else:
             packed.seek(0)
-            file = gzip.GzipFile(fileobj=packed)
+            file = bounded_gzip(packed, str(path))
             if file.read(len(GZIP)) == GZIP:
                 raise DataError(f"{path}: it is compressed by gzip twice; unpack it once")
             file.seek(0)

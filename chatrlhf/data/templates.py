@@ -1,9 +1,10 @@
 """Chat templates: where they come from, and what each makes of a conversation.
 
 Every template is a Jinja chat template: one of the formats that published models were trained with (`formats/`), the
-model's own, or a file of the user's. It is rendered by transformers, in its sandbox (a template cannot reach Python),
-with the conversation itself, so a template that trims, splits off thoughts or looks at its content does here what it
-does in `apply_chat_template`. What is text of the data in a rendering and what is the template's: `rendering.py`.
+model's own, or a file of the user's. It is rendered by transformers, in its sandbox (a template cannot reach Python)
+and within `render_limits.py`'s limits, with the conversation itself, so a template that trims, splits off thoughts or
+looks at its content does here what it does in `apply_chat_template`. What is text of the data in a rendering and what
+is the template's: `rendering.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 from chatrlhf.config.schema import Config
 from chatrlhf.conversation import Prompt
-from chatrlhf.data.time_limit import cpu_limit
+from chatrlhf.data.render_limits import refuse_long, render_limits
 from chatrlhf.errors import ConfigError, DataError
 from chatrlhf.errors.boundary import doing
 
@@ -28,7 +29,6 @@ FILE_NAME = "chat_template.jinja"  # transformers' name: AutoTokenizer finds it 
 OWN = "chat"  # the name that stands for the model's own template; one of several is "chat:NAME"
 CLOSES_PROMPTS = '{{ eos_token if add_generation_prompt else "" }}'  # behind all else, where an encoder reads prompts
 SpecialTokens = tuple[tuple[str, str], ...]  # a tokenizer's, each with its name: ("eos_token", "</s>")
-RENDERING_SECONDS = 10.0  # of computing, for one conversation
 
 # Transformers' function for the date, called with a format: `strftime_now("%d %b %Y")`.
 DATE_CALL = re.compile(r"""strftime_now\(\s*("[^"\n]*"|'[^'\n]*')\s*\)""")
@@ -89,7 +89,7 @@ class Template:
 
         values = dict(special_tokens) | arguments
         try:
-            with cpu_limit(RENDERING_SECONDS):
+            with render_limits():
                 rendered, spans = render_jinja_template(
                     [values.pop("messages")],
                     chat_template=self.source,
@@ -97,6 +97,7 @@ class Template:
                     return_assistant_tokens_mask=marks,
                     **values,
                 )
+            refuse_long(rendered[0], arguments)
         except TemplateSyntaxError as error:
             raise ConfigError(
                 f"{self.origin}, line {error.lineno}: it is not valid Jinja ({error.message}); correct it"

@@ -6,9 +6,17 @@ import signal
 import zlib
 from pathlib import Path
 
+from chatrlhf.errors.redaction import redacted
+
 
 class UserError(ValueError):
-    """Something in the user's files, settings or function is wrong; the command line prints it in one line."""
+    """Something in the user's files, settings or function is wrong; the command line prints it in one line.
+
+    Credentials in the line are hidden (`redaction.py`).
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(each) if isinstance(each, str) else each for each in args))
 
 
 class ConfigError(UserError):

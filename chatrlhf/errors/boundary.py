@@ -25,6 +25,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from chatrlhf.errors import Interrupted, OutsideError, UserError
+from chatrlhf.errors.redaction import redacted
 
 OUR_FAULT, USER_ERROR, STOPPED = 1, 2, 130  # exit statuses
 ASK_FOR_REPORT = (
@@ -213,7 +214,7 @@ def _new_log(folder: Path, details: str) -> Path:
     handle, name = tempfile.mkstemp(".log", "error-", folder)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(details)
+            file.write(redacted(details))
     except OSError:
         os.unlink(name)
         raise
@@ -245,5 +246,5 @@ def exit_status(work: Callable[[], int], stopped: str) -> int:
 
 def show_fault() -> None:
     """Print the traceback of a fault of this package, and ask for a report."""
-    traceback.print_exc()
+    print(redacted(traceback.format_exc()), end="", file=sys.stderr)
     print(f"error: {ASK_FOR_REPORT}", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from chatrlhf.config.schema import RewardConfig
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import pad_right
+from chatrlhf.data.render_limits import refuse_long, render_limits
 from chatrlhf.data.templates import arguments_of
 from chatrlhf.data.text_pairs import reads_pairs
 from chatrlhf.errors import ConfigError
@@ -161,8 +162,11 @@ def _texts(tokenizer: Any, prompt: Prompt | str, completion: str) -> tuple[str, 
     # By transformers alone, special tokens in the data too: the score is the one that it gives.
     messages = arguments_of(Prompt.of(prompt), takes_narrative=False, reply=completion)["messages"]
     try:
-        return (tokenizer.apply_chat_template(messages, tokenize=False),)
-    except (TemplateError, TypeError, ValueError) as error:
+        with render_limits():
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        refuse_long(text, messages)
+        return (text,)
+    except (TemplateError, TypeError, ValueError, TimeoutError, MemoryError) as error:
         roles = ", ".join(each["role"] for each in messages)
         raise ConfigError(
             f"{KEY}: the chat template of this classifier cannot render a conversation of the roles {roles} ({error}); "

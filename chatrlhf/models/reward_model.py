@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.collate import pad_right
@@ -34,6 +34,7 @@ from chatrlhf.models.loading.lora import (
     save_model,
 )
 from chatrlhf.models.loading.quantization import how_quantized, never_repack, quantization_from
+from chatrlhf.models.loading.safe_config import auto_config
 from chatrlhf.models.loading.sequence_classifier import head_names, leave_head_whole
 from chatrlhf.models.loading.tokenizer import load_tokenizer
 from chatrlhf.models.loading.weight_files import damage
@@ -286,7 +287,7 @@ def auto_class(settings: dict[str, Any]) -> Any:
 
 def _config_of_base(folder: Path) -> Any:
     with explained(KEY, config_of(str(folder))):
-        return AutoConfig.from_pretrained(config_of(str(folder)), **revision_of_base(str(folder)))
+        return auto_config(config_of(str(folder)), **revision_of_base(str(folder)))
 
 
 def _head_weights(path: Path) -> dict[str, Tensor]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,14 +11,14 @@ from torch import Tensor
 
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.errors import NonFiniteRewardError, RewardError
+from chatrlhf.errors.redaction import redacted
 from chatrlhf.models.loading.tokenizer import same_tokenizer
 from chatrlhf.models.reward_model import RewardScorer
+from chatrlhf.rl.http_reward import http_reward
 from chatrlhf.rl.user_functions import call_function, check_signature, load_function
 from chatrlhf.types import Rollout
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-
-HTTP_TIMEOUT_SECONDS = 120
 
 
 class RewardSource(Protocol):
@@ -95,26 +92,6 @@ class ModelReward:
         return checked_scores(self.scorer.score_ids(rows), rollout.completions, "the reward model")
 
 
-def http_reward(url: str) -> RewardFunction:
-    """A reward function that posts ``{"prompts": [...], "completions": [...]}`` and reads ``{"scores": [...]}``."""
-
-    def post(prompts: list[str], completions: list[str]) -> Sequence[float]:
-        body = json.dumps({"prompts": prompts, "completions": completions}).encode()
-        request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_SECONDS) as response:
-                answer = json.load(response)
-        # OSError: no connection, an error status, a timeout; ValueError: not JSON, or not even text.
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise RewardError(f"reward_config.reward_fn: {url} gave no scores ({error})") from None
-        scores = answer.get("scores") if isinstance(answer, dict) else answer
-        if not isinstance(scores, list):
-            raise RewardError(f"reward_config.reward_fn: {url} answered without a list of scores: {str(answer)[:80]!r}")
-        return scores
-
-    return post
-
-
 def is_url(name: str) -> bool:
     """Whether `reward_config.reward_fn` names an endpoint."""
     return name.startswith(("http://", "https://"))
@@ -123,7 +100,7 @@ def is_url(name: str) -> bool:
 def resolve_reward_fn(name: str) -> FunctionReward:
     """`reward_config.reward_fn` as a reward source."""
     if is_url(name):
-        return FunctionReward(http_reward(name), name)
+        return FunctionReward(http_reward(name), redacted(name))
     return FunctionReward(load_function(name, "reward_config.reward_fn"), name)
 
 

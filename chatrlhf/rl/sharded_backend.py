@@ -28,6 +28,7 @@ from chatrlhf.runtime.cpu_parallel import sequential
 from chatrlhf.runtime.optimizer import Hyperparameters
 from chatrlhf.sharding.engine import Engine
 from chatrlhf.sharding.gather import trained_weights
+from chatrlhf.sharding.safe_loading import known_objects
 
 # Weights of a part's modules and their optimizer groups to the engine that trains them.
 MakeEngine = Callable[[list[nn.Module], list[dict[str, Any]]], Engine]
@@ -220,7 +221,8 @@ class EngineBackend(GradientBackend):
     def load_weights(self, folder: Path) -> None:
         for engine, scheduler, path in zip(self.sharded.engines, self.schedulers, self._paths(folder), strict=True):
             own = Hyperparameters(engine.optimizer, scheduler)  # engines restore the optimizer's with the weights
-            engine.load(path)
+            with known_objects(path):
+                engine.load(path)
             own.put_back()
 
     def save_shards(self, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.errors import ConfigError, RewardError, UserError
+from chatrlhf.runtime.import_path import hidden_by_stdlib, put_behind_stdlib
 
 CALL = "(prompts, completions)"
 PACKAGE = Path(__file__).parents[1]
@@ -30,8 +30,11 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
         raise ConfigError(f"{key}: expected 'package.module:function', got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if hidden_by_stdlib(module_name, os.getcwd()):
+        raise ConfigError(
+            f"{key}: {module_name!r} is the name of a module of Python's own, not of yours; rename your file"
+        )
+    put_behind_stdlib(os.getcwd())
     try:
         module = importlib.import_module(MOVED.get(module_name, module_name))
     except ImportError as error:

@@ -6,7 +6,6 @@ import http.client
 import json
 import math
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from chatrlhf.models.loading.lora import merged_parameters
 from chatrlhf.models.stop_tokens import ids_in_generation_config
 from chatrlhf.rollout.context import Limits
 from chatrlhf.runtime.collectives import world_size
+from chatrlhf.runtime.http_client import fetch
 from chatrlhf.types import PromptBatch, Rollout
 
 BACKEND, URL = "trainer_config.rollout_backend", "trainer_config.vllm.server_base_url"
@@ -29,6 +29,7 @@ BACKEND, URL = "trainer_config.rollout_backend", "trainer_config.vllm.server_bas
 # what it forbids keeps a probability of e^-100 or so.
 TEMPERATURES, FORBIDDEN, FORBIDDING_BIAS = (0.01, 2.0), 1024, -100.0
 HEALTH_SECONDS = 10.0  # how long one question for the server's health may stay without an answer
+MOST_BYTES = 2**20  # of an answer to one
 
 
 def require_vllm(temperature: float, forbidden: int) -> None:
@@ -307,8 +308,8 @@ class _Weights(nn.Module):
 
 def server_settings(url: str) -> dict[str, Any]:
     """vLLM's `ModelConfig` as a server reports it; an OSError or KeyError where it does not."""
-    with urllib.request.urlopen(f"{url}/server_info?config_format=json", timeout=HEALTH_SECONDS) as answer:
-        return json.load(answer)["vllm_config"]["model_config"]
+    answer = fetch(f"{url}/server_info?config_format=json", MOST_BYTES, HEALTH_SECONDS)
+    return json.loads(answer)["vllm_config"]["model_config"]
 
 
 def wait_for_server(url: str, seconds: float) -> None:
@@ -322,8 +323,8 @@ def wait_for_server(url: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=min(HEALTH_SECONDS, seconds)):
-                return
+            fetch(f"{url}/health", MOST_BYTES, min(HEALTH_SECONDS, seconds))
+            return
         except (OSError, http.client.HTTPException) as error:  # no one there, an error status, no answer, no HTTP
             reason = error
         if time.monotonic() >= deadline:

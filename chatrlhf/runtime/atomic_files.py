@@ -12,11 +12,13 @@ from typing import Any
 from chatrlhf.errors.boundary import doing
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.file_hash import sha256_of
+from chatrlhf.runtime.links import leads_out
 from chatrlhf.runtime.watchdog import beat
 
 CONTENTS = "contents.json"
 WRITING = ".writing-"
 REPLACED = ".replaced-"
+PRIVATE = 0o600  # permissions of what only its owner is to read
 
 
 def publish_folder(target: Path, write: Callable[[Path], None], by_all: Callable[[Path], None] | None = None) -> Path:
@@ -89,7 +91,7 @@ def why_invalid(folder: Path) -> str | None:
         contents = json.loads(listing.read_text(encoding="utf-8"))
         if not isinstance(contents, dict) or not contents:
             return f"{CONTENTS} lists no files"
-        return next(filter(None, (_why_other(folder / name, name, what) for name, what in contents.items())), None)
+        return next(filter(None, (_why_other(folder, name, what) for name, what in contents.items())), None)
     except FileNotFoundError:
         return f"{CONTENTS} is missing"
     except (ValueError, RecursionError):  # neither text nor JSON, or lists that are too deep
@@ -98,32 +100,42 @@ def why_invalid(folder: Path) -> str | None:
         return f"{error.filename} cannot be read: {error.strerror}"
 
 
-def _why_other(path: Path, name: str, expected: Any) -> str | None:
+def _why_other(folder: Path, name: str, expected: Any) -> str | None:
     """What tells a file from the one that was published."""
+    path = folder / name
     if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
         return f"{CONTENTS} says nothing of {name}"
-    if not path.exists():
-        return f"{name} is missing"
+    if leads_out(path, folder):
+        return f"{CONTENTS} names {name}, which is not in the folder"
+    if not path.is_file():  # no folder, and no device either, which would have no end
+        return f"{name} is missing" if not path.exists() else f"{name} is no file"
     if path.stat().st_size != expected["bytes"]:
         return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
     return None if _describe(path) == expected else f"{name} does not have its SHA-256"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
     """As `replace_file`; what the disk refuses is one line that names the file."""
     with doing("writing", path):
-        replace_file(path, text)
+        replace_file(path, text, mode)
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, mode: int = 0o666) -> None:
     """Replace a file by one rename: a kill at any moment leaves the old one or the new one.
+
+    Args:
+        mode: its permissions, less the umask; `PRIVATE` for what people say to a model.
 
     Raises:
         OSError: it cannot be written.
     """
     beside = path.with_name(f"{WRITING}{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(text, encoding="utf-8", newline="\n")
+    beside.unlink(missing_ok=True)  # a kill's, or a link that someone has put there
+    with open(
+        beside, "x", encoding="utf-8", newline="\n", opener=lambda name, flags: os.open(name, flags, mode)
+    ) as file:
+        file.write(text)
     _sync(beside)
     os.replace(beside, path)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from chatrlhf.errors import UserError
+from chatrlhf.runtime.links import leads_out
 
 TOP_LEVEL = ("main.py", "config.yaml", "ds_config.json", "templates.json", "artifacts")
 
@@ -21,14 +23,16 @@ def copy_artifacts(folder: str | Path) -> list[Path]:
     """Copy them into ``folder``; returns the files written.
 
     Raises:
-        UserError: a file is there already; nothing is copied then.
+        UserError: a file is there already, or a link leads out of the folder; nothing is copied then.
     """
     target, root = Path(folder), artifacts_root()
     sources = [path for name in TOP_LEVEL for path in _files(root / name)]
     wanted = {source: target / source.relative_to(root) for source in sources}
-    there = [path for path in wanted.values() if path.exists()]
+    there = [path for path in wanted.values() if os.path.lexists(path)]
     if there:
         raise UserError(f"{there[0]} is there already ({len(there)} files in all); name a new folder")
+    if links := [path for path in wanted.values() if leads_out(path, target)]:
+        raise UserError(f"{links[0].parent} is a link out of {target}; name a new folder")
     for source, copy in wanted.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, copy)

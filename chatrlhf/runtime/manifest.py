@@ -14,6 +14,7 @@ from typing import Any
 
 from chatrlhf.config.schema import Config
 from chatrlhf.errors import CheckpointError, LockedError
+from chatrlhf.errors.redaction import redacted_tree
 from chatrlhf.runtime.atomic_files import WRITING, write_atomically
 from chatrlhf.runtime.collectives import barrier, gather_objects, is_main
 from chatrlhf.runtime.fault_points import reached
@@ -183,7 +184,9 @@ class Manifest:
             **({"moving": self.moving} if self.moving else {}),
             **extra,
         }
-        write_atomically(self.run_dir / FILE_NAME, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(
+            self.run_dir / FILE_NAME, json.dumps(redacted_tree(stored), indent=2, ensure_ascii=False) + "\n"
+        )
 
 
 def _is_record(stored: Any) -> bool:
@@ -195,10 +198,10 @@ def _is_record(stored: Any) -> bool:
         return False
     return all(
         isinstance(stage, dict)
-        and isinstance(stage.get("output", ""), str)
+        and stage.get("output", "") in ("", *OUTPUTS.get(name, ()))  # no path to somewhere else
         and isinstance(stage.get("metrics", {}), dict)
         and (stage.get("status") != "done" or {"output", "metrics"} <= stage.keys())
-        for stage in stored.get("stages", {}).values()
+        for name, stage in stored.get("stages", {}).items()
     )
 
 

@@ -21,11 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.errors.boundary import doing
-from chatrlhf.runtime.atomic_files import write_atomically
+from chatrlhf.errors.redaction import redacted, redacted_tree
+from chatrlhf.runtime.atomic_files import PRIVATE, write_atomically
 from chatrlhf.runtime.collectives import is_main
 from chatrlhf.runtime.signals import output_closed
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+MODES = {METRICS: 0o666, SAMPLES: PRIVATE}  # of new files, less the umask: samples are conversations
 SECONDS_BETWEEN_LINES = 5.0
 
 # What the live line shows of a step's metrics, where it has them.
@@ -61,9 +63,9 @@ class RunLog:
         self._trackers = _start_trackers(trackers, run_dir, config or {}) if is_main() else []
 
     def note(self, text: str) -> None:
-        """A line for the reader."""
+        """A line for the reader, without credentials."""
         try:
-            self.console.print(text, markup=False)
+            self.console.print(redacted(text), markup=False)
         except OSError as error:  # such as EIO, of a terminal that was closed
             output_closed(error)
 
@@ -135,7 +137,7 @@ class RunLog:
             kept = [line for line in lines if _belongs(line, stage, step)]
             if name == METRICS:
                 self._remember(stage, kept)
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            write_atomically(path, "".join(line + "\n" for line in kept), MODES[name])
 
     def _remember(self, stage: str, lines: Sequence[str]) -> None:
         """Take up the newest value of each of a stage's metrics, as if this process had recorded them."""
@@ -156,7 +158,7 @@ class RunLog:
         path = self.run_dir / name
         with doing("writing", path):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=lambda at, flags: os.open(at, flags, MODES[name])) as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -214,7 +216,7 @@ def _start_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, An
                 tracker.start()
         except ImportError as error:
             raise ConfigError(f"trackers: {name!r} needs a package that is not installed ({error})") from None
-        tracker.store_init_configuration(_flat(config))
+        tracker.store_init_configuration(_flat(redacted_tree(config)))
         trackers.append(tracker)
     return trackers
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chatrlhf.errors import DivergedError
-from chatrlhf.runtime.atomic_files import write_atomically
+from chatrlhf.runtime.atomic_files import PRIVATE, write_atomically
 from chatrlhf.runtime.collectives import is_main
 
 FOLDER = "skipped"
@@ -67,7 +67,7 @@ class SkippedSteps:
             if is_main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 facts = {"stage": self.stage, "step": step, "why": why, "where": where, "rows": list(rows)}
-                write_atomically(path, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
+                write_atomically(path, json.dumps(facts, ensure_ascii=False, indent=1) + "\n", PRIVATE)
             line += f", which are in {path}"
         if not counts:
             self.warn(f"{line}; nothing is learned from these")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,17 @@ class ZeroEngine:
 
     def close(self) -> None:
         self.model.destroy()
+
+
+def classes_in_states() -> list[type]:
+    """Classes of the objects beside tensors in DeepSpeed's checkpoints; none where it is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def _unrounded(root: Root, as_loaded: dict[str, Tensor]) -> None:

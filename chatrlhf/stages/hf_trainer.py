@@ -10,6 +10,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from chatrlhf.sharding.accelerate_env import DeepSpeed, Sharding, environment_fo
 from chatrlhf.sharding.checkpoint_layout import check_sharding, write_sharding
 from chatrlhf.sharding.gather import meta_copy, unshard
 from chatrlhf.sharding.launch import microbatching
+from chatrlhf.sharding.safe_loading import known_objects
 from chatrlhf.stages.resumable_trainer import ORDER, order_state
 
 FINGERPRINT = "model_fingerprint.txt"
@@ -262,7 +264,8 @@ def run_trainer(
             if weight.requires_grad:
                 weight.data = weight.data.float()
         writes = doing(f"{stage}: training, with checkpoints in", store.folder)
-        with writes, log.stage(stage, trainer.total_steps, done, every):
+        reads = known_objects(path) if path is not None and sharding is not None else nullcontext()
+        with writes, reads, log.stage(stage, trainer.total_steps, done, every):
             trainer.train(resume_from_checkpoint=str(path) if path else None)
         request = stop.any_rank_stopped()
         if request is not None and trainer.state.global_step < trainer.state.max_steps:

@@ -11,6 +11,7 @@ from typing import Any
 
 from chatrlhf.config.on_resume import LENGTH, NEEDS_PROGRESS, OF_THE_BASE, OnResume, flat, rules
 from chatrlhf.errors import CheckpointError
+from chatrlhf.errors.redaction import redacted_tree
 from chatrlhf.runtime.manifest import Manifest
 
 # In what a stage is made from. Of the data: file -> hash; all else is key -> [what it names, hash or None].
@@ -37,6 +38,9 @@ class Resumption:
     made_from: Callable[[str], dict[str, Any]]
     starts_from: Callable[[str], tuple[str, ...]]
     sharded: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.settings = redacted_tree(self.settings)  # as the manifest has them: a new password changes nothing
 
     def check(self) -> list[str]:
         """Refuse what cannot be resumed.
@@ -70,7 +74,7 @@ class Resumption:
         """The settings that a stage was last trained by."""
         of_run = flat(self.manifest.config)
         known = self.manifest.stages.get(stage, {}).get("settings", {})
-        return of_run | {key: value for key, value in known.items() if key in of_run}
+        return redacted_tree(of_run | {key: value for key, value in known.items() if key in of_run})
 
     def _changed(self, stage: str) -> dict[str, tuple[Any, Any]]:
         """Keys that a stage reads, with the values that it was trained by and those of now."""

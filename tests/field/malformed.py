@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' helpe
 
 from malformed_runs import Case, run, sound_folder  # noqa: E402
 
-from chatrlhf.data import templates  # noqa: E402
+from chatrlhf.data import render_limits  # noqa: E402
 
 SEED = 11
 
@@ -538,7 +538,7 @@ def all_cases(whole: bool = False) -> list[Case]:
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
-    templates.RENDERING_SECONDS = 0.2
+    render_limits.RENDERING_SECONDS = 0.2
     wanted, failed, start = sys.argv[1:], 0, time.perf_counter()
     with sound_folder() as sound:
         for case in all_cases(whole=bool(wanted)):

@@ -13,7 +13,7 @@ from malformed_runs import Case, inside, run, sound_folder
 
 from chatrlhf import load_config, pipeline
 from chatrlhf.cli import main
-from chatrlhf.data import templates
+from chatrlhf.data import render_limits
 from chatrlhf.errors import UserError
 from chatrlhf.tools.inspect import validation
 
@@ -30,7 +30,7 @@ def sound():
 
 @pytest.fixture(autouse=True)
 def _impatient(one_thread, monkeypatch):
-    monkeypatch.setattr(templates, "RENDERING_SECONDS", 0.3)
+    monkeypatch.setattr(render_limits, "RENDERING_SECONDS", 0.3)
 
 
 def failing(cases: list[Case], sound: Path) -> dict[str, str]:

@@ -27,6 +27,7 @@ from chatrlhf.models.loading.quantization import how_quantized
 from chatrlhf.models.loading.weight_files import (
     ADAPTER_FILES,
     MODEL_FILES,
+    archive_fault,
     folder_damage,
     headers,
     local_folder,
@@ -70,8 +71,12 @@ def load_reported(
         ConfigError: it cannot be loaded; the reason is given.
         WeightsError: a file is damaged, or tensors are missing, of another shape or type, or not finite.
     """
+    folder = local_folder(name, kwargs.get("revision"))
+    if wrong := next(filter(None, map(archive_fault, weight_files(folder) if folder else [])), None):
+        raise WeightsError(f"{key}: {name!r} cannot be loaded: {wrong}")
     with explained(key, name, kwargs.get("revision")), _conversion_errors(key, name):
         # Mismatches are reported with the rest, instead of raised with a reference to a log.
+        kwargs = {"trust_remote_code": False} | kwargs  # None would ask on the terminal
         model, report = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     if loaded_adapters(model):
         raise ConfigError(f"{key}: {name!r} holds adapters on the hub; download them into a folder and name that")

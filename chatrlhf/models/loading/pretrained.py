@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.errors import ConfigError
@@ -20,6 +20,7 @@ from chatrlhf.models.loading.loading_report import UNUSED_BY_BACKBONES, explaine
 from chatrlhf.models.loading.lora import base_of, config_of, revision_of_base
 from chatrlhf.models.loading.quantization import how_quantized, never_repack
 from chatrlhf.models.loading.rope import stretch_positions
+from chatrlhf.models.loading.safe_config import auto_config
 
 
 def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> Any:
@@ -32,7 +33,7 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     kwargs = hub_kwargs(section) | revision_of_base(name)
     holder = key if base_of(name) is None else f"{key}: the base of the adapters in {name}"
     with explained(holder, place, kwargs.get("revision")):
-        settings = AutoConfig.from_pretrained(place, **kwargs)
+        settings = auto_config(place, **kwargs)
     with doing(f"{key}: reading the configuration of", name, untrusted=True):
         check_sizes(settings, key, place)
         leave_router_logits(settings)
@@ -54,7 +55,7 @@ def leave_router_logits(settings: Any) -> None:
 def hub_kwargs(config: ActorConfig | RewardConfig | None) -> dict[str, Any]:
     """How a section's model is to be fetched."""
     if config is None:
-        return {}
+        return {"trust_remote_code": False}
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     return kwargs | ({"revision": config.revision} if config.revision else {})
 

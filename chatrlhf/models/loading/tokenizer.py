@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.errors.boundary import doing
+from chatrlhf.models.loading.safe_config import refuse_large_texts
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -41,8 +42,9 @@ def load_tokenizer(name: str, key: str, **kwargs: Any) -> Any:
         MissingError: it is not there. ConfigError, OutsideError: it cannot be loaded, or it has no EOS token.
     """
     with doing(f"{key}: reading the tokenizer in", name, untrusted=True):
+        refuse_large_texts(name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False} | kwargs)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             kind = MissingError if isinstance(error, OSError) else ConfigError

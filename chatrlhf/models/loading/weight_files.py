@@ -81,6 +81,8 @@ def damage(path: Path) -> str | None:
     with path.open("rb") as file:
         if file.read(len(LFS)) == LFS:
             return f"{path.name} is a git-lfs pointer, not the weights; run git lfs pull in its repository"
+    if (wrong := archive_fault(path)) is not None:
+        return wrong
     try:
         headers(path)
     except pickle.UnpicklingError:
@@ -90,6 +92,21 @@ def damage(path: Path) -> str | None:
     except Exception as error:  # safetensors, zip and pickle readers raise whatever a damaged file brings about
         return f"{path.name} is damaged or cut short ({size:,} bytes: {one_line(error)}); {AGAIN}"
     return None
+
+
+def archive_fault(path: Path) -> str | None:
+    """What is wrong with a PyTorch file that unpacks to more than it has, and the remedy; PyTorch compresses none."""
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return None  # said by whoever reads it
+    size = path.stat().st_size
+    if unpacked <= size:
+        return None
+    return f"{path.name} has {size:,} bytes and unpacks to {unpacked:,}, which PyTorch's files never do; {SAFE}"
 
 
 def _header(piece: Any) -> Header:
@@ -102,6 +119,8 @@ def _index_damage(index: Path) -> str | None:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{index.name} is no list of shards ({one_line(error)}); {AGAIN}"
+    if elsewhere := sorted(shard for shard in shards if Path(shard).name != shard):
+        return f"{index.name} names {elsewhere[0]!r}, which is not in its folder; {AGAIN}"
     lacking = sorted(shard for shard in shards if not (index.parent / shard).is_file())
     if lacking:
         return f"{index.name} names {lacking[0]}, one of {len(lacking)} shards that are not there; {AGAIN}"

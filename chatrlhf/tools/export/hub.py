@@ -13,6 +13,7 @@ from chatrlhf.models.loading.lora import ADAPTER_CONFIG
 from chatrlhf.runtime.atomic_files import CONTENTS
 from chatrlhf.tools.export.model_card import model_card
 from chatrlhf.tools.export.provenance import origin_of
+from chatrlhf.tools.export.weights import refuse_link_out
 
 TOKEN = "HF_TOKEN"
 CARD = "README.md"
@@ -64,7 +65,7 @@ class Repository:
         """Upload a folder's files in one commit, with a model card where it has none; returns its address.
 
         Raises:
-            ConfigError: there are no weights in it; or as `check`.
+            ConfigError: there are no weights in it, or a link out of it; or as `check`.
             UserError: the hub refuses, or cannot be reached.
         """
         from huggingface_hub import CommitOperationAdd
@@ -73,6 +74,8 @@ class Repository:
         files = {name: path for name, path in files.items() if name != CONTENTS and not path.name.startswith(".")}
         if not any("/" not in name and name.endswith((".safetensors", ".bin")) for name in files):
             raise ConfigError(f"{folder} has no weights (*.safetensors); name the folder of a model")
+        for path in files.values():
+            refuse_link_out(path, folder)
         with self._explained():
             self._api.create_repo(self.name, private=not self.public, exist_ok=True)
             there = self._refuse_what_is_there()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from chatrlhf.errors import CheckpointError, ConfigError
 from chatrlhf.models.loading.adapter_loading import wrapped
@@ -22,6 +22,7 @@ from chatrlhf.models.loading.generation_config import (
 from chatrlhf.models.loading.loading_report import explained, load_pretrained
 from chatrlhf.models.loading.lora import base_of, config_of, revision_of_base
 from chatrlhf.models.loading.rope_mismatch import scaling_warning
+from chatrlhf.models.loading.safe_config import auto_config
 from chatrlhf.models.stop_tokens import stop_tokens, write_stop_tokens
 from chatrlhf.runtime.atomic_files import publish_folder
 from chatrlhf.tools.export.delta import refuse_existing
@@ -48,13 +49,13 @@ def merge(adapters: Path, output: Path, dtype: torch.dtype, warn: Callable[[str]
     key, fetched = f"--model: the base of the adapters in {adapters}", revision_of_base(str(adapters))
     check_generation_config(base, "--model", fetched.get("revision"))
     with explained(key, config_of(str(adapters))):
-        config = AutoConfig.from_pretrained(config_of(str(adapters)), **fetched)
+        config = auto_config(config_of(str(adapters)), **fetched)
     model = load_pretrained(language_model_class(config), base, key, config=config, dtype=dtype, **fetched)
     if (warning := scaling_warning(str(adapters), None)) is not None:
         warn(warning)
     adapted = wrapped(model, adapters)
     with explained("--model", str(adapters)):
-        tokenizer = AutoTokenizer.from_pretrained(adapters)
+        tokenizer = AutoTokenizer.from_pretrained(adapters, trust_remote_code=False)
     adopt_generation_config(model, adapters)
     ends = stop_tokens(model, tokenizer)
     write_stop_tokens(model, ends.ids)

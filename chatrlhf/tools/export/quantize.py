@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.models.loading.generation_config import check_generation_config, make_savable
@@ -23,6 +23,7 @@ from chatrlhf.models.loading.loading_report import explained, load_pretrained
 from chatrlhf.models.loading.lora import base_of
 from chatrlhf.models.loading.quantization import quantization_from
 from chatrlhf.models.loading.rope import positions
+from chatrlhf.models.loading.safe_config import auto_config
 from chatrlhf.models.loading.tokenizer import load_tokenizer
 from chatrlhf.runtime.atomic_files import publish_folder
 from chatrlhf.runtime.device import pick_device
@@ -139,7 +140,7 @@ def _check(asked: Asked) -> None:
 def _config(asked: Asked) -> Any:
     check_generation_config(str(asked.model), "--model")
     with explained("--model", str(asked.model)):
-        config = AutoConfig.from_pretrained(asked.model)
+        config = auto_config(asked.model)
     if hasattr(config, "quantization_config"):
         raise ConfigError(f"--model: the weights of {asked.model} are quantized already; name the whole model")
     return config

@@ -17,6 +17,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.models.loading.weight_files import folder_damage, headers
 from chatrlhf.runtime.atomic_files import CONTENTS
+from chatrlhf.runtime.links import leads_out
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".index.json")
@@ -95,10 +96,23 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def copy_other_files(source: Path, target: Path) -> None:
-    """Configuration, tokenizer, template and whatever else lies beside weights."""
+    """Configuration, tokenizer, template and whatever else lies beside weights.
+
+    Raises:
+        ConfigError: one is a link out of the folder.
+    """
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHTS) and path.name != CONTENTS:
+            refuse_link_out(path, source)
             shutil.copy2(path, target / path.name)
+
+
+def refuse_link_out(path: Path, folder: Path) -> None:
+    """Raise a ConfigError where a file of a model's folder is a link to one elsewhere, which may be anybody's."""
+    if leads_out(path, folder):
+        raise ConfigError(
+            f"{path} is a link to {path.resolve()}, outside of the model's folder; remove it, or put the file there"
+        )
 
 
 def write_index(folder: Path, names_of: dict[str, list[str]]) -> None:

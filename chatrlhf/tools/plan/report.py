@@ -9,6 +9,7 @@ import yaml
 
 from chatrlhf.config.load import load_peft_config
 from chatrlhf.config.schema import Config
+from chatrlhf.errors.redaction import redacted, redacted_tree
 from chatrlhf.models.critic_init import ALL_BLOCKS
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.runtime.run_log import quiet_libraries
@@ -25,12 +26,12 @@ def show_plan(config: Config, type: str, hardware: Hardware | None = None, assum
     stages = config.stages(type)
     quiet_libraries()
     plan = plan_run(config, stages, hardware, assumed)
-    yaml.safe_dump(config.model_dump(mode="json"), sys.stdout, sort_keys=False, allow_unicode=True)
+    yaml.safe_dump(redacted_tree(config.model_dump(mode="json")), sys.stdout, sort_keys=False, allow_unicode=True)
     print("\n# plan")
     for line in lines(config, plan, stages):
-        print(line)
+        print(redacted(line))
     for warning in [*config.notes, *plan.inputs.warnings]:
-        print(f"warning: {warning}")
+        print(redacted(f"warning: {warning}"))
 
 
 def lines(config: Config, plan: RunPlan, stages: list[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from chatrlhf.config.strict_json import parse_row
 from chatrlhf.errors import DataError
+from chatrlhf.runtime.atomic_files import PRIVATE
 from chatrlhf.tools.synth.llm import Reply
 
 KEY = "key"
@@ -32,7 +33,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
             self._lock.acquire()
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, PRIVATE)
         except filelock.Timeout:
             raise DataError(f"{path}: another process writes to it; wait for that, or give another --output") from None
         except OSError as error:

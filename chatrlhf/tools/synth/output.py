@@ -4,6 +4,8 @@ NAME.json              the rows
 NAME.meta.json         model, licence, options, counts, tokens, cost; whether all rows are there
 NAME.quarantine.jsonl  replies that are no rows, each with its reason
 NAME.journal.jsonl     every answer; with it the same command asks nothing twice
+
+The last two can be read by their owner alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 from chatrlhf.data.files import write_rows
 from chatrlhf.errors import DataError
-from chatrlhf.runtime.atomic_files import replace_file
+from chatrlhf.runtime.atomic_files import PRIVATE, replace_file
 from chatrlhf.runtime.file_hash import sha256_of
 
 
@@ -59,7 +61,7 @@ class Output:
         try:
             write_rows(self.path, rows)
             if aside or self.quarantine.exists():
-                write_rows(self.quarantine, aside)
+                write_rows(self.quarantine, aside, PRIVATE)
             about = {**about, "rows": len(rows), "quarantined": len(aside), "sha256": sha256_of(self.path)}
             text = json.dumps(about, indent=2, ensure_ascii=False)
             replace_file(self.meta, f"{text}\n")

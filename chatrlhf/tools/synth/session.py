@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from chatrlhf import __version__
 from chatrlhf.errors.boundary import exit_status
+from chatrlhf.errors.redaction import redacted, redacted_tree
 from chatrlhf.runtime.signals import listening
 from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.journal import Journal
@@ -143,7 +144,7 @@ class _Bar:
 
     def tell(self, line: str) -> None:
         """A line about a wait."""
-        self.console.print(line, markup=False)
+        self.console.print(redacted(line), markup=False)
 
     async def follow(self, client: LLMClient) -> None:
         """Keep what is shown up to date."""
@@ -191,7 +192,7 @@ def _about(
         "complete": complete,
         "model": model,
         "licence": LICENCE,
-        "options": shown,
+        "options": redacted_tree(shown),
         "made_by": f"chatrlhf {__version__}",
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "this_run": {

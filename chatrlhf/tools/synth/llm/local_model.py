@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     LogitsProcessor,
@@ -17,9 +16,11 @@ from transformers import (
 )
 
 from chatrlhf.conversation import SPEAKERS, Prompt, Turn
+from chatrlhf.data.render_limits import refuse_long, render_limits
 from chatrlhf.errors import ConfigError, GenerationError
 from chatrlhf.models.loading.loading_report import explained, load_pretrained
 from chatrlhf.models.loading.lora import base_of
+from chatrlhf.models.loading.safe_config import auto_config
 from chatrlhf.models.loading.tokenizer import load_tokenizer
 from chatrlhf.models.stop_tokens import ids_without_token, stop_tokens, vocabulary_rows
 from chatrlhf.runtime.device import pick_device
@@ -52,7 +53,7 @@ class LocalModel:
             if base_of(name) is not None:
                 raise ConfigError(f"--model: {name!r} holds adapters; merge them first (chatrlhf export merge)")
             with explained("--model", name):
-                config = AutoConfig.from_pretrained(name)
+                config = auto_config(name)
                 self.tokenizer = load_tokenizer(name, "--model")
             self.is_seq2seq = bool(config.is_encoder_decoder)
             kind = AutoModelForSeq2SeqLM if self.is_seq2seq else AutoModelForCausalLM
@@ -92,14 +93,24 @@ class LocalModel:
         """A chat as this model knows chats: by its template, or as one text where it has none."""
         if self.tokenizer.chat_template is None:
             return self.tokenizer(flat(messages, opens_reply=not self.is_seq2seq)).input_ids
+        chat = [{"role": each.role, "content": each.content} for each in messages]
+        try:
+            text = self._rendered(chat)
+        except GenerationError:  # of models that know no system message
+            text = self._rendered(_without_system(chat))
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _rendered(self, chat: list[dict[str, str]]) -> str:
+        """A chat by the model's own template. Raises GenerationError where that refuses it, or is beyond the limits."""
         from jinja2 import TemplateError
 
-        chat = [{"role": each.role, "content": each.content} for each in messages]
-        arguments = {"add_generation_prompt": True, "return_dict": False}
         try:
-            return self.tokenizer.apply_chat_template(chat, **arguments)
-        except TemplateError:  # of models that know no system message
-            return self.tokenizer.apply_chat_template(_without_system(chat), **arguments)
+            with render_limits():
+                text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            refuse_long(text, chat)
+        except (TemplateError, TimeoutError, MemoryError, ValueError) as error:
+            raise GenerationError(f"--model: the chat template of {self.model!r} fails ({error})") from None
+        return text
 
     async def _work(self) -> None:
         while self._waiting:

@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from chatrlhf.errors import GenerationError
+from chatrlhf.errors.redaction import redacted
 from chatrlhf.tools.synth.llm import NoAnswer, Reply, Request, TryAgain
 
 OPENAI = "https://api.openai.com/v1"
@@ -51,7 +52,9 @@ class Endpoint:
         # OpenAI's newer models know the limit by a name that other endpoints do not all have.
         self._limit = "max_completion_tokens" if base_url is None else "max_tokens"
         self._key = os.environ.get(key_name, "")
-        self._client = self._openai.AsyncOpenAI(**arguments, timeout=timeout)
+        # What is asked, and the key, are for the place that was named alone: no redirect is followed.
+        http_client = self._openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout)
+        self._client = self._openai.AsyncOpenAI(**arguments, timeout=timeout, http_client=http_client)
 
     async def reply(self, request: Request) -> Reply:
         openai = self._openai
@@ -84,6 +87,11 @@ class Endpoint:
         if status == 401:  # its text may repeat a part of the key
             return GenerationError(f"the endpoint does not take the key in {self._key_name} (401); correct it")
         reason = f"{status}: {self._shown(error.message)}"
+        if 300 <= status < 400:
+            place = error.response.headers.get("location", "no address")
+            return GenerationError(
+                f"the endpoint redirects ({status}) to {self._shown(place)}; name that as --base-url if you trust it"
+            )
         if status in FOR_ALL or error.code == "insufficient_quota":
             return GenerationError(f"the endpoint refuses model {self.model!r} ({reason}); correct --model, or pay")
         if status in PASSING or status >= 500:
@@ -99,6 +107,7 @@ class Endpoint:
         """An endpoint's words in one short line, without the key."""
         text = " ".join(str(reason).split()) or type(reason).__name__
         text = text.replace(self._key, "[key]") if self._key else text
+        text = redacted(text)
         return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
 
 
@@ -106,7 +115,8 @@ def served_model(base_url: str, key_name: str = "OPENAI_API_KEY") -> str:
     """The model of an endpoint that has only one. Raises GenerationError where there is no such thing."""
     openai, arguments = _client_arguments(base_url, key_name)
     try:
-        with openai.OpenAI(**arguments, timeout=20) as client:
+        http_client = openai.DefaultHttpxClient(follow_redirects=False, timeout=20)
+        with openai.OpenAI(**arguments, timeout=20, http_client=http_client) as client:
             names = [model.id for model in client.models.list().data or []]
     except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
         raise GenerationError(
