@@ -16,6 +16,7 @@ from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.rl.reward_scaling import RewardScaling
 from chatrlhf.rl.rewards import RewardSource
 from chatrlhf.runtime.collectives import gather_results
+from chatrlhf.runtime.device import release_cached
 from chatrlhf.types import Rollout, ScoredRollout
 
 
@@ -98,9 +99,26 @@ class Scorer:
             read.trunk_rows = local_rows(places)
         return merge_shards(rollouts, places), merge_shards(raw_scores, places), read
 
-    @torch.no_grad()
     def likelihoods(self, rollout: Rollout) -> Likelihoods:
-        """Each row read by policy, critic and reference, rows of similar length side by side."""
+        """Each row read by policy, critic and reference, rows of similar length side by side.
+
+        Where the device's memory is too small for so many, half as many are read from there on.
+        """
+        while (read := self._likelihoods_if_they_fit(rollout)) is None:
+            release_cached(self.device)
+            self.micro_batch_size //= 2
+        return read
+
+    def _likelihoods_if_they_fit(self, rollout: Rollout) -> Likelihoods | None:
+        try:
+            return self._likelihoods(rollout)
+        except torch.OutOfMemoryError:
+            if self.micro_batch_size <= 1:
+                raise
+        return None  # outside of the handler: the error's traceback holds on to what was computed
+
+    @torch.no_grad()
+    def _likelihoods(self, rollout: Rollout) -> Likelihoods:
         shape = rollout.response_mask.shape
         read = Likelihoods(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape))
         lengths = rollout.prompts.attention_mask.sum(dim=1) + rollout.lengths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -19,6 +20,7 @@ from chatrlhf.rl.experience import Algorithm
 from chatrlhf.rl.gradient_backend import GradientBackend
 from chatrlhf.rl.microbatches import cut_by_length
 from chatrlhf.runtime.collectives import sum_over_ranks
+from chatrlhf.runtime.device import release_cached
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.finite import first_module_not_finite, first_not_finite
 from chatrlhf.runtime.malloc import trim_malloc
@@ -68,6 +70,7 @@ class Updater:
     settings: UpdateSettings
     device: torch.device
     backend: GradientBackend
+    warn: Callable[[str], None] = print
     not_taken: list[NotTaken] = field(default_factory=list)  # of the last update
 
     def update(self, experience: Experience, kl_coef: float, generator: torch.Generator) -> dict[str, float]:
@@ -118,7 +121,9 @@ class Updater:
         """
         reached("rl.optimizer_step")
         beat("RL: update, a minibatch")
-        sums = sum_over_ranks(self.backward(minibatch, kl_coef))
+        while (own := self._backward_if_it_fits(minibatch, kl_coef)) is None:
+            self._halve_microbatches()
+        sums = sum_over_ranks(own)
         reached("rl.gradients", self.actor_critic)
         norms = self.backend.clip(self.settings.max_grad_norm)
         sums |= zip(("ppo/grad_norm", CRITICS_NORM)[: len(norms)], norms, strict=True)
@@ -135,6 +140,26 @@ class Updater:
             # DeepSpeed leaves out a step whose fp16 gradients overflow, and lowers its loss scale.
             read["ppo/grad_norm"] = float(late[0])
         return read
+
+    def _backward_if_it_fits(self, minibatch: Experience, kl_coef: float) -> dict[str, Tensor] | None:
+        """`backward`, or None where the device's memory is too small for it and smaller microbatches may fit."""
+        try:
+            return self.backward(minibatch, kl_coef)
+        except torch.OutOfMemoryError:
+            if self.backend.shards or self.settings.micro_batch_size <= 1:  # all ranks would have to halve theirs
+                raise
+        return None  # outside of the handler: the error's traceback holds on to what was computed
+
+    def _halve_microbatches(self) -> None:
+        """From here on half as many tokens go through a backward; the gradient of a minibatch stays the same."""
+        self.backend.zero_grad()
+        release_cached(self.device)
+        size = self.settings.micro_batch_size // 2
+        self.warn(
+            f"RL: out of memory; a backward has {size} of the longest sequences from here on, in place of "
+            f"{self.settings.micro_batch_size} (trainer_config.micro_batch_size), with the same gradients"
+        )
+        self.settings = replace(self.settings, micro_batch_size=size)
 
     def _where(self, minibatch: Experience, kl_coef: float) -> str | None:
         """What in a minibatch, or in the models' forward on it, is the first not to be finite."""

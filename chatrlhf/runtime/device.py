@@ -32,3 +32,9 @@ def resolve_rl_precision(precision: str, device: torch.device) -> str:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
     return resolve_precision(precision, device)
+
+
+def release_cached(device: torch.device) -> None:
+    """Give memory back to the device that nothing uses."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

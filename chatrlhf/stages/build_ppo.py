@@ -240,7 +240,7 @@ class PPOBuilder:
         )
         scheduler = _schedule(optimizer, self.config, self.done)
         backend = PlainBackend(actor_critic, optimizer, scheduler, self.device, masters)
-        return Updater(actor_critic, algorithm, settings, self.device, backend)
+        return Updater(actor_critic, algorithm, settings, self.device, backend, self.log.warn)
 
     def _sharded(self, models: PPOModels, dtype: torch.dtype) -> ShardedModels:
         """The models in the hands of engines."""

@@ -161,3 +161,20 @@ def test_scoring_leaves_no_graph_behind():
     policy = gpt2()
     scored = scorer(policy).score(sampled(policy))
     assert not scored.old_logprobs.requires_grad and not scored.values.requires_grad
+
+
+def test_where_memory_is_short_fewer_rows_are_read_at_once(monkeypatch):
+    policy = llama()
+    rollout = sampled(policy)
+    judge = scorer(policy, micro_batch_size=8)
+    want = scorer(policy, micro_batch_size=2).score(rollout)
+    evaluate = type(judge.actor_critic).evaluate
+
+    def limited(self, sequences, *args, **kwargs):
+        if len(sequences.input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return evaluate(self, sequences, *args, **kwargs)
+
+    monkeypatch.setattr(type(judge.actor_critic), "evaluate", limited)
+    assert_same(judge.score(rollout), want)
+    assert judge.micro_batch_size == 2

@@ -21,6 +21,7 @@ from tiny import (
     rollout,
     updater,
 )
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatrlhf.functional.kl import k3
 from chatrlhf.functional.logprobs import SamplingDistribution
@@ -506,6 +507,92 @@ def test_a_weight_that_is_not_finite_is_named():
     update = updater(made, "rloo", lr=1e-2, epochs=1, batch_size=8)
     assert update.update(data, 0.0, torch.Generator()) == {}
     assert update.not_taken[0].where == "policy.lm_head.weight"
+
+
+# ----- out of memory
+
+
+@pytest.mark.parametrize("fit", [1, 2, 5])
+def test_where_memory_is_short_smaller_microbatches_give_the_same_step(fit, monkeypatch):
+    made = actor_critic("separate")
+    data = experience(made)
+    said: list[str] = []
+    short, want = (updater(copy.deepcopy(made), lr=0.1, micro_batch_size=8) for _ in range(2))
+    short.warn = said.append
+    losses, sizes = Updater.losses, []
+
+    def limited(self, sequences, micro, *rest):
+        sizes.append(len(micro))
+        if len(micro) > fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(self, sequences, micro, *rest)
+
+    stats = want.step(data, 0.0)
+    # Rows of one length each, so that a microbatch has as many rows as it may.
+    monkeypatch.setattr(
+        "chatrlhf.rl.update.cut_by_length", lambda lengths, size, _: torch.arange(len(lengths)).split(size)
+    )
+    monkeypatch.setattr(Updater, "losses", limited)
+    assert short.step(data, 0.0) == pytest.approx(stats, rel=1e-4, abs=1e-6)
+    left = 2 ** (fit.bit_length() - 1)
+    assert short.settings.micro_batch_size == left and len(said) == {1: 3, 2: 2, 4: 1}[left]
+    assert "out of memory" in said[0] and "with the same gradients" in said[0]
+    for name, weight in want.actor_critic.state_dict().items():
+        torch.testing.assert_close(short.actor_critic.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_that_is_too_small_the_step_is_the_same():
+    """What a backward of two rows needs is all there is; it is asked for sixteen."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    made = PolicyOnly(LlamaForCausalLM(config).eval().cuda(), PLAIN)
+    batch = rollout(prompts([100] * 16), [200] * 16)
+    rows = Experience(
+        batch.prompts.input_ids,
+        batch.prompts.attention_mask,
+        batch.response_ids,
+        batch.response_mask,
+        batch.min_new_tokens,
+        *[torch.randn(batch.response_mask.shape) for _ in range(4)],
+        None,
+        None,
+    ).to("cuda")
+    short, want = (updater(copy.deepcopy(made), "rloo", lr=0.1, micro_batch_size=size) for size in (16, 2))
+    said: list[str] = []
+    for each in (short, want):
+        each.warn, each.device = said.append, torch.device("cuda")
+        each.backend.device = each.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    stats = want.step(rows, 0.0)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.2 * torch.cuda.max_memory_reserved() / total)
+    try:
+        assert short.step(rows, 0.0) == pytest.approx(stats, rel=1e-3, abs=1e-5)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said and short.settings.micro_batch_size < 16
+
+
+def test_where_one_row_does_not_fit_it_is_an_error(monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made = actor_critic("none")
+    update = updater(made, "rloo", micro_batch_size=2)
+    update.warn = lambda _: None
+    monkeypatch.setattr(Updater, "losses", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        update.step(experience(made), 0.0)
 
 
 # ----- epochs and minibatches
