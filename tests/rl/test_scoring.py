@@ -166,8 +166,8 @@ def test_scoring_leaves_no_graph_behind():
 def test_where_memory_is_short_fewer_rows_are_read_at_once(monkeypatch):
     policy = llama()
     rollout = sampled(policy)
-    judge = scorer(policy, micro_batch_size=8)
-    want = scorer(policy, micro_batch_size=2).score(rollout)
+    judge = scorer(policy, micro_batch_size=2)
+    want, judge.micro_batch_size = judge.score(rollout), 8
     evaluate = type(judge.actor_critic).evaluate
 
     def limited(self, sequences, *args, **kwargs):

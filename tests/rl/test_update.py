@@ -542,6 +542,7 @@ def test_where_memory_is_short_smaller_microbatches_give_the_same_step(fit, monk
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_that_is_too_small_the_step_is_the_same():
     """What a backward of two rows needs is all there is; it is asked for sixteen."""
     config = LlamaConfig(
