@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from chatrlhf.models.for_stages import load_actor, load_policy, trained_reward_m
 from chatrlhf.models.loading.lora import add_adapters, base_of, has_adapters, where
 from chatrlhf.models.loading.model_info import trained_count
 from chatrlhf.models.loading.quantization import ready_for_adapters
-from chatrlhf.models.reward_model import scorer_of_critic
+from chatrlhf.models.reward_model import RewardScorer, scorer_of_critic
 from chatrlhf.models.stop_tokens import stop_tokens, write_stop_tokens
 from chatrlhf.models.weight_sharing import Base, share_weights
 from chatrlhf.rl.comparison import show_comparison
@@ -49,13 +50,56 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
         ctx.log.note("RL: no checkpoint was published yet, so it starts at its beginning")
     # What will be sharded need not fit on one device first.
     place = torch.device("cpu") if shards_params(sharding) else ctx.device
-    policy, encoder, base = _starting_policy(ctx, place)
-    shared = Base(policy, base) if has_adapters(policy) else None
-    reward_scorer = None
-    if ctx.reward is None:
+
+    def trained_reward(shared: Base | None) -> RewardScorer | None:
+        if ctx.reward is not None:
+            return None
         # A critic that is trained by adapters trains those of the reward model further: on the base that is saved.
         apart = config.critic_config.peft_enable
-        reward_scorer = trained_reward_model(ctx.dir / "reward", config.reward_config, ctx.device, shared, apart)
+        return trained_reward_model(ctx.dir / "reward", config.reward_config, ctx.device, shared, apart)
+
+    models = starting_models(ctx, place, trained_reward)
+    actor_critic, encoder = models.actor_critic, models.encoder
+    policy = actor_critic.policy
+    shown = ctx.inputs.actor.held_out if ctx.inputs.actor is not None else ()
+    builder = PPOBuilder(config, ctx.device, ctx.log, sharding, done, shown)
+    trainer = builder.build(models, rows, files.store)
+    files.begin(actor_critic)
+    if rank() > 0:
+        from transformers import set_seed
+
+        # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
+        set_seed(ctx.seed("RL") + rank())
+    trainer.train(checkpoint)
+    with trainer.updater.backend.full_precision():
+        publish_policy(ctx.dir / "actor_rl", policy, encoder)
+        if (critic := actor_critic.value_function()) is not None:
+            # In the reward model's file format: its score of a text is V behind the text's last token.
+            publish_folder(ctx.dir / "critic", scorer_of_critic(*critic, encoder).save)
+    trainer.updater.backend.close()
+    if trainer.before is not None and trainer.after is not None:
+        show_comparison(ctx.log.console, trainer.before, trainer.after, trainer_config.eval_best)
+    for line in trainer.guards.summary() if trainer.guards is not None else ():
+        ctx.log.note(f"guard {line}")
+    if trainer.before is not None and trainer.after is not None:
+        ctx.log.note(str(judge(trainer.before, trainer.after)))
+    return record(ctx, "RL", "actor_rl", config.actor_config.model, rows)
+
+
+def starting_models(
+    ctx: RunContext, place: torch.device, reward_model: Callable[[Base | None], RewardScorer | None]
+) -> PPOModels:
+    """What PPO begins with.
+
+    Args:
+        place: where the policy is made.
+        reward_model: gives the reward model, which may be built on the weights it is given; None where a function
+            gives the reward.
+    """
+    config, trainer_config = ctx.config, ctx.config.trainer_config
+    policy, encoder, base = _starting_policy(ctx, place)
+    shared = Base(policy, base) if has_adapters(policy) else None
+    reward_scorer = reward_model(shared)
     reward: RewardSource = ctx.reward or ModelReward(reward_scorer, encoder)
     distribution = sampling_distribution(config, encoder, policy, ctx.log.note)
     # What gen_kwargs names besides ends the replies of the policy that is left behind, too.
@@ -84,29 +128,7 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
     ctx.log.note(
         f"RL: {trainer_config.algorithm}, {trained_count(actor_critic):,} parameters in training; {critic_line}"
     )
-    shown = ctx.inputs.actor.held_out if ctx.inputs.actor is not None else ()
-    builder = PPOBuilder(config, ctx.device, ctx.log, sharding, done, shown)
-    trainer = builder.build(PPOModels(actor_critic, reference, encoder, reward), rows, files.store)
-    files.begin(actor_critic)
-    if rank() > 0:
-        from transformers import set_seed
-
-        # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
-        set_seed(ctx.seed("RL") + rank())
-    trainer.train(checkpoint)
-    with trainer.updater.backend.full_precision():
-        publish_policy(ctx.dir / "actor_rl", policy, encoder)
-        if (critic := actor_critic.value_function()) is not None:
-            # In the reward model's file format: its score of a text is V behind the text's last token.
-            publish_folder(ctx.dir / "critic", scorer_of_critic(*critic, encoder).save)
-    trainer.updater.backend.close()
-    if trainer.before is not None and trainer.after is not None:
-        show_comparison(ctx.log.console, trainer.before, trainer.after, trainer_config.eval_best)
-    for line in trainer.guards.summary() if trainer.guards is not None else ():
-        ctx.log.note(f"guard {line}")
-    if trainer.before is not None and trainer.after is not None:
-        ctx.log.note(str(judge(trainer.before, trainer.after)))
-    return record(ctx, "RL", "actor_rl", config.actor_config.model, rows)
+    return PPOModels(actor_critic, reference, encoder, reward)
 
 
 def _starting_policy(ctx: RunContext, device: torch.device) -> tuple[torch.nn.Module, Encoder, str]:
