@@ -63,7 +63,7 @@ def check_pair(actor: Any, reward: Any, texts: Sequence[str]) -> CheckResult:
 
 
 def few_prompts(inputs: Inputs) -> list[Prompt]:
-    """Prompts that the policy reads; where there are none, those of judgements, which a template of their own may show."""
+    """Prompts that the policy reads; where there are none, those of judgements."""
     if inputs.actor is None and inputs.prompts is None and inputs.reward is not None:
         return [row.prompt for row in sampled(inputs.reward.train, FEW_ROWS)]
     prompts = sampled(inputs.prompts.train, FEW_ROWS) if inputs.prompts is not None else []

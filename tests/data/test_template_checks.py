@@ -14,7 +14,10 @@ from chatrlhf.data.templates import FORMATS, Template
 
 PROMPTS = [Prompt.of("the cat"), Prompt((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")))]
 ROWS = [Demonstration(PROMPTS[0], "the hat"), Demonstration(PROMPTS[1], "on the mat")]
-SHOWN = "{%- for m in messages -%}{%- if m.role == 'assistant' -%}REPLY{%- else -%}{{ m.content }}{%- endif -%}{%- endfor -%}"
+SHOWN = (
+    "{%- for m in messages -%}{%- if m.role == 'assistant' -%}REPLY{%- else -%}{{ m.content }}{%- endif -%}"
+    "{%- endfor -%}"
+)
 
 
 def encoder(source: str = "", made=None, kind: type[Encoder] = Encoder) -> Encoder:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from chatrlhf.config.load import load_peft_config
+from chatrlhf.config.schema import ActorConfig, RewardConfig
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.inputs import corpus
 from chatrlhf.data.row_checks import sampled
@@ -38,7 +39,7 @@ def check_actor(session: Session) -> Iterator[CheckResult]:
     config, start = session.config.actor_config, session.start()
     with fresh_weights() as fresh, same_random_numbers(session.config.seed):
         model, tokenizer = load_actor(start, corpus(session.config), session.device, config.precision)
-        fresh += _added_rows(start, tokenizer)
+        fresh += _added_rows("actor_config.model", start.model, start, tokenizer)
         yield fresh_weights_result("actor fresh weights", start.model, model, fresh, "ACTOR" in session.stages)
         if "ACTOR" not in session.stages:
             return
@@ -61,6 +62,9 @@ def check_reward_model(session: Session) -> Iterator[CheckResult]:
         model, name = scorer.model, session.config.reward_config.model
         if scorer.head_from is None:
             fresh += [f"head.{name}" for name in model.head_weights()]
+        if name != "actor":
+            key = "reward_config.model"
+            fresh += _added_rows(key, str(name), session.config.reward_config, scorer.tokenizer)
         start = str(session.start().model) if name == "actor" else str(name)
         yield fresh_weights_result("reward model fresh weights", start, model, fresh, True)
 
@@ -111,13 +115,12 @@ def fresh_weights_result(
     return judged(name, f"{named}; the rest of {count} are those of {start}", remedy, warn=not is_trained)
 
 
-def _added_rows(start: Any, tokenizer: Any) -> list[str]:
+def _added_rows(key: str, name: str, section: ActorConfig | RewardConfig, tokenizer: Any) -> list[str]:
     """Embeddings of tokens that the model did not have."""
-    if start.model == TINY:
+    if name == TINY:
         return []
-    rows = read_model_config(start.model, "actor_config.model", start).get_text_config().vocab_size
-    added = range(rows, len(tokenizer))
-    return [f"embedding of {tokenizer.convert_ids_to_tokens(id)}" for id in added]
+    rows = read_model_config(name, key, section).get_text_config().vocab_size
+    return [f"embedding of {tokenizer.convert_ids_to_tokens(id)}" for id in range(rows, len(tokenizer))]
 
 
 def _rows_to_judge(session: Session) -> list[tuple[Prompt, str]]:

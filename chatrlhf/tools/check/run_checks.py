@@ -30,6 +30,7 @@ class Group(NamedTuple):
     name: str
     checks: Callable[[Session], Iterator[CheckResult]]
     needs: tuple[str, ...] = ()
+    loads: bool = False  # models, whose memory the next group needs
 
 
 DATA, KEYS = "data", CONFIGURATION
@@ -40,9 +41,9 @@ GROUPS = (
     Group("rows", check_texts, (DATA, KEYS)),
     Group("reward function", check_reward_function, (DATA, KEYS)),
     Group("plan", check_plan, (DATA, KEYS)),
-    Group("actor", check_actor, (DATA, KEYS)),
-    Group("reward model", check_reward_model, (DATA, KEYS)),
-    Group("RL", check_policy, (DATA, KEYS, "actor", "reward model")),
+    Group("actor", check_actor, (DATA, KEYS), loads=True),
+    Group("reward model", check_reward_model, (DATA, KEYS), loads=True),
+    Group("RL", check_policy, (DATA, KEYS, "actor", "reward model"), loads=True),
 )
 
 
@@ -73,6 +74,6 @@ def run_checks(
             except UserError as error:
                 session.failed.add(group.name)
                 yield failed(group.name, error)
-            gc.collect()
-            if torch.cuda.is_available():
+            if group.loads:
+                gc.collect()
                 torch.cuda.empty_cache()
