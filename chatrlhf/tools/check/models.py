@@ -36,7 +36,13 @@ PADDED_ROWS = 8
 
 def check_actor(session: Session) -> Iterator[CheckResult]:
     """The actor as the ACTOR stage, or RL without it, starts from it."""
+    if not {"ACTOR", "RL"} & set(session.stages):
+        return
     config, start = session.config.actor_config, session.start()
+    folder = None if "ACTOR" in session.stages else session.context().trained("ACTOR", "actor", config.model)
+    if folder is not None:
+        yield CheckResult("actor fresh weights", "pass", f"none; RL starts from the fine-tuned actor in {folder}")
+        return
     with fresh_weights() as fresh, same_random_numbers(session.config.seed):
         model, tokenizer = load_actor(start, corpus(session.config), session.device, config.precision)
         fresh += _added_rows("actor_config.model", start.model, start, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,16 @@ def test_the_tiny_model_is_fresh_as_asked_and_none_to_begin_rl_with(session):
     assert actor.status == room.status == "pass" and "drawn at random, as 'tiny' asks" in actor.measured
     (actor,) = check_actor(session("RL", reward_config__reward_fn="small_run:length"))
     assert actor.status == "warn"
+
+
+def test_rl_starts_from_the_actor_that_is_there(session, tmp_path):
+    made = session("RL", reward_config__reward_fn="small_run:length")
+    (tmp_path / "run" / "actor").mkdir(parents=True)
+    record = {"stages": {"ACTOR": {"status": "done", "model": "tiny", "output": "actor", "metrics": {}}}}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(record))
+    (actor,) = check_actor(made)
+    assert actor.status == "pass" and str(tmp_path / "run" / "actor") in actor.measured
+    assert not list(check_actor(session("REWARD")))
 
 
 def test_added_embeddings_are_named(session, named):
