@@ -25,7 +25,8 @@ EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sa
 `chatrlhf data stats|check|show FILE` looks into a file of rows;
 `chatrlhf eval perplexity TEXT` compares models over contexts of several lengths;
 `chatrlhf export merge|delta|apply-delta|quantize|push` does what is done with finished weights;
-`chatrlhf plan --compare A,B,C --gpu 24GB` says which models can be trained on which hardware."""
+`chatrlhf plan --compare A,B,C --gpu 24GB` says which models can be trained on which hardware;
+`chatrlhf reproduce RUN` makes a run again beside it, and compares."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +83,10 @@ def _run(words: Sequence[str]) -> int:
         from chatrlhf.tools.plan.cli import main as plan
 
         return plan(words[1:])
+    if words[:1] == ["reproduce"]:
+        from chatrlhf.tools.reproduce.cli import main as reproduce
+
+        return reproduce(words[1:])
     return _train(words)
 
 

@@ -1,0 +1,108 @@
+"""What a manifest says of how to repeat a run: each stage with the settings of the call that trained it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from chatrlhf.config import load_config
+from chatrlhf.config.on_resume import OnResume, rules, settings_of
+from chatrlhf.config.schema import STAGES, Config
+from chatrlhf.errors import CheckpointError
+from chatrlhf.runtime.manifest import CALLS, FILE_NAME, Manifest
+
+DAY = "day"  # a fact of the manifest, see `pipeline.py`
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A stage that is to be trained again."""
+
+    stage: str
+    config: Config  # whose folder is the new one
+    recorded: Config  # whose folder is the run's
+    call: dict[str, Any]  # of the manifest, the last that trained the stage
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run's folder says of the run."""
+
+    manifest: Manifest
+    reruns: list[Rerun]
+    notes: list[str]  # what is left out, or cannot be equal
+
+    @property
+    def day(self) -> date | None:
+        """The date that templates have shown."""
+        day = self.manifest.facts.get(DAY)
+        return None if day is None else date.fromisoformat(day)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The newest call."""
+        return self.reruns[-1].call
+
+
+def read_record(run_dir: Path, into: Path, overrides: Sequence[str] = ()) -> Record:
+    """How to repeat the finished stages of a run.
+
+    Args:
+        into: the new run's folder.
+        overrides: words such as ``section.key=value``, laid over each stage's settings.
+
+    Raises:
+        CheckpointError: there is no run, or what it has done cannot be repeated; it says why.
+    """
+    if not (run_dir / FILE_NAME).exists():
+        raise CheckpointError(f"{run_dir}: no run is here ({FILE_NAME} is missing); name the output_dir of a run")
+    manifest = Manifest.open(run_dir, resume=True)
+    done = [stage for stage in STAGES if manifest.is_done(stage)]
+    if not done:
+        raise CheckpointError(f"{run_dir}: no stage is finished, so there is nothing to compare with; finish it first")
+    reruns = [_rerun(manifest, stage, into, overrides) for stage in done]
+    notes = [
+        f"{stage} is not finished and is left out" for stage in STAGES if stage in manifest.stages.keys() - {*done}
+    ]
+    if any(rerun.stage == "RL" and rerun.config.trainer_config.rollout_backend == "vllm" for rerun in reruns):
+        notes.append("vLLM samples with random numbers of its own, so RL cannot come out equal")
+    return Record(manifest, reruns, notes)
+
+
+def _rerun(manifest: Manifest, stage: str, into: Path, overrides: Sequence[str]) -> Rerun:
+    calls = [manifest.calls[number] for number in manifest.stages[stage].get(CALLS, [])]
+    if not calls:
+        raise CheckpointError(
+            f"{manifest.run_dir}: {stage} was trained by a version that did not record its calls; train it again to "
+            "have a run that can be reproduced"
+        )
+    if (given := calls[-1].get("reward_given")) is not None and stage == "RL":
+        raise CheckpointError(
+            f"{manifest.run_dir}: the reward function {given} of RL was given in Python, which a manifest cannot keep; "
+            "name it in reward_config.reward_fn, or repeat the run in Python"
+        )
+    recorded = [_config_of(call, manifest.run_dir, ()) for call in calls]
+    if changed := _changed(stage, recorded):
+        raise CheckpointError(
+            f"{manifest.run_dir}: {stage} was continued by --resume with other settings ({', '.join(changed)}), which "
+            "one run cannot repeat; reproduce runs that were resumed unchanged"
+        )
+    return Rerun(stage, _config_of(calls[-1], into, overrides), recorded[-1], calls[-1])
+
+
+def _config_of(call: dict[str, Any], run_dir: Path, overrides: Sequence[str]) -> Config:
+    folder = call.get("config_folder")
+    keys = {"output_dir": str(run_dir), "trackers": []}
+    config = load_config(call["config"], keys, base_dir=None if folder is None else Path(folder))
+    return load_config(config, overrides) if overrides else config
+
+
+def _changed(stage: str, configs: list[Config]) -> list[str]:
+    """Keys that a stage reads and that differ between the calls that trained it; files are compared by content."""
+    first, *others = (settings_of(stage, config.model_dump(mode="json")) for config in configs)
+    kinds = rules()
+    changed = {key for other in others for key, value in other.items() if value != first[key]}
+    return sorted(key for key in changed if kinds[key].on_resume is not OnResume.BY_CONTENT)
