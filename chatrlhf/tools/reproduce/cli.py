@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +42,14 @@ def main(words: Sequence[str]) -> int:
     console.print(f"{run_dir}: {', '.join(stages)}, as the manifest says", markup=False)
     for line in record.notes:
         console.print(f"note: {line}", markup=False)
-    with _in_folder(record.call["working_directory"]):
-        others = content_differences(record, lambda line: console.print(line, markup=False))
-        for line in others:
-            console.print(f"differs: {line}", markup=False)
-        if others:
-            console.print("it would be another run, so it is not made; restore what differs (--set names other places)")
-            return USER_ERROR
-        same_machine = _told(record, console)
-        _run_again(record)
+    others = content_differences(record, lambda line: console.print(line, markup=False))
+    for line in others:
+        console.print(f"differs: {line}", markup=False)
+    if others:
+        console.print("it would be another run, so it is not made; restore what differs (--set names other places)")
+        return USER_ERROR
+    same_machine = _told(record, console)
+    _run_again(record)
     if not collectives.is_main():
         return 0
     tolerance = options.tolerance if options.tolerance is not None else 0.0 if same_machine else TOLERANCE
@@ -100,19 +97,8 @@ def _run_again(record: Record) -> None:
     from chatrlhf.pipeline import run
 
     for rerun in record.reruns:
-        run(rerun.config, type=rerun.stage, day=record.day)
-
-
-@contextmanager
-def _in_folder(name: str) -> Iterator[None]:
-    """In the working directory of the run, where that is there: files and reward functions may be looked for in it."""
-    before = os.getcwd()
-    if Path(name).is_dir():
-        os.chdir(name)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+        with rerun.in_its_folder():
+            run(rerun.config, type=rerun.stage, day=record.day)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,6 +27,17 @@ class Rerun:
     config: Config  # whose folder is the new one
     recorded: Config  # whose folder is the run's
     call: dict[str, Any]  # of the manifest, the last that trained the stage
+
+    @contextmanager
+    def in_its_folder(self) -> Iterator[None]:
+        """In the working directory it had, where that is there: files and functions may be looked for in it."""
+        before, folder = os.getcwd(), Path(self.call["working_directory"])
+        if folder.is_dir():
+            os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,11 @@ def _of_stage(record: Record, rerun: Rerun, note: Callable[[str], None]) -> Iter
     # Where data are by --set, and results of stages before in the run's own folder, as they were.
     config = rerun.config.model_copy(update={"output_dir": rerun.recorded.output_dir})
     try:
-        reward = reward_function(config, None, [rerun.stage])
-        inputs = read_inputs(config, [rerun.stage], needs_judgements=reward is None)
-        config.fix_day(record.day or config.day)
-        now = Sources(config, record.manifest, inputs, reward, note).made_from(rerun.stage)
+        with rerun.in_its_folder():
+            reward = reward_function(config, None, [rerun.stage])
+            inputs = read_inputs(config, [rerun.stage], needs_judgements=reward is None)
+            config.fix_day(record.day or config.day)
+            now = Sources(config, record.manifest, inputs, reward, note).made_from(rerun.stage)
     except UserError as error:
         yield f"{rerun.stage}: {one_line(error, limit=1000)}"
         return
