@@ -22,6 +22,7 @@ from chatrlhf.runtime.device import resolve_rl_precision
 from chatrlhf.runtime.seeding import step_seed
 from chatrlhf.stages.build_ppo import PPOBuilder
 from chatrlhf.stages.context import require
+from chatrlhf.stages.readiness import check_readiness
 from chatrlhf.stages.rl import starting_models
 from chatrlhf.tools.check.models import judge_of
 from chatrlhf.tools.check.resources import check_disk
@@ -38,6 +39,13 @@ def check_policy(session: Session) -> Iterator[CheckResult]:
     """What RL begins with, on a rollout of a few prompts."""
     if "RL" not in session.stages:
         return
+    if session.stages == ["RL"]:
+        check_readiness(
+            session.context(FunctionReward(some_score, "of a check") if session.has_function else None), "RL"
+        )
+        yield CheckResult(
+            "RL readiness", "pass", "actor and reward model that are in the folder have learned something"
+        )
     with same_random_numbers(session.config.seed):
         trainer = fresh_trainer(session)
         scored, experience = first_experience(trainer)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import llama, tokenizer
 
+from chatrlhf.errors import NotTrainedError
 from chatrlhf.tools.check import policy
 from chatrlhf.tools.check.models import NAMED, check_actor, check_reward_model, fresh_weights_result
 from chatrlhf.tools.check.policy import check_policy, first_experience, fresh_policy_results, fresh_trainer
@@ -75,6 +76,22 @@ def test_a_fresh_policy_is_its_own_reference(session):
     assert [result.name for result in results[:3]] == ["RL KL of the fresh policy", "RL first ratio", "RL sampler"]
     assert {result.status for result in results} == {"pass"}
     assert not list(check_policy(session("ACTOR")))
+
+
+@pytest.mark.parametrize("loss, passes", [(2.0, True), (5.6, False)], ids=["learned", "guesses"])
+def test_rl_is_told_that_it_would_not_start_from_an_untrained_actor(session, tmp_path, loss, passes):
+    keys = {"reward_config__reward_fn": "small_run:length", "guards_config__allow_untrained_actor": False}
+    made = session("RL", **keys)
+    (tmp_path / "run" / "actor").mkdir(parents=True)
+    losses = {"loss/eval_start": 5.7, "loss/eval": loss, "loss/chance": 5.7}
+    stage = {"status": "done", "model": "tiny", "output": "actor", "metrics": losses}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"stages": {"ACTOR": stage}}))
+    results = check_policy(made)
+    if passes:
+        assert next(results).name == "RL readiness"
+    else:
+        with pytest.raises(NotTrainedError, match="that of guessing"):
+            next(results)
 
 
 def test_a_policy_that_is_another_than_its_reference_fails(session, monkeypatch):
