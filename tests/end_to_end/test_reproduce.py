@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from datetime import date
 
 import pytest
 from resuming import stop
@@ -39,9 +40,11 @@ def test_a_run_comes_out_bit_equal_also_one_that_was_resumed_and_other_seeds_do_
 def test_what_is_another_machine_s_is_compared_within_a_tolerance(config, capsys, monkeypatch):
     from chatrlhf.tools.reproduce import sameness
 
-    run(config, type="ACTOR")
+    run(config, type="ACTOR", day=date(2024, 2, 29))
     there = sameness.hardware
     monkeypatch.setattr(sameness, "hardware", lambda threads: there(threads) | {"gpu": "H100"})
     assert cli.main(["reproduce", str(config.run_dir)]) == 0
     shown = capsys.readouterr().out
+    reproduced = config.run_dir.with_name("run-reproduced")
+    assert Manifest.open(reproduced, resume=True).facts["day"] == "2024-02-29"  # that a template may show
     assert "differs: hardware, gpu: none -> H100" in shown and "within tolerance (up to 0.001)" in shown

@@ -262,5 +262,5 @@ def _put_back(weights: list[nn.Parameter], values: list[Tensor]) -> None:
 def _digest(weights: list[nn.Parameter]) -> str:
     digest = hashlib.sha256()
     for weight in weights:
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
