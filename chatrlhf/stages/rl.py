@@ -25,6 +25,7 @@ from chatrlhf.rl.progress import Progress
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.rl.verdict import judge
 from chatrlhf.runtime.atomic_files import publish_folder
+from chatrlhf.runtime.checkpoints import StageFiles
 from chatrlhf.runtime.collectives import broadcast, rank
 from chatrlhf.runtime.device import resolve_rl_precision
 from chatrlhf.sharding.accelerate_env import Sharding, environment_for, shards_params
@@ -41,7 +42,7 @@ def run_rl(ctx: RunContext) -> dict[str, Any]:
 
 
 def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
-    config, trainer_config, rows = ctx.config, ctx.config.trainer_config, require(ctx.inputs.prompts)
+    config, trainer_config = ctx.config, ctx.config.trainer_config
     files = ctx.files("RL", trainer_config.n_checkpoints_to_keep)
     _, checkpoint = files.newest or (0, None)
     done = Progress.of(checkpoint, trainer_config)
@@ -59,31 +60,7 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
         return trained_reward_model(ctx.dir / "reward", config.reward_config, ctx.device, shared, apart)
 
     models = starting_models(ctx, place, trained_reward)
-    actor_critic, encoder = models.actor_critic, models.encoder
-    policy = actor_critic.policy
-    shown = ctx.inputs.actor.held_out if ctx.inputs.actor is not None else ()
-    builder = PPOBuilder(config, ctx.device, ctx.log, sharding, done, shown)
-    trainer = builder.build(models, rows, files.store)
-    files.begin(actor_critic)
-    if rank() > 0:
-        from transformers import set_seed
-
-        # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
-        set_seed(ctx.seed("RL") + rank())
-    trainer.train(checkpoint)
-    with trainer.updater.backend.full_precision():
-        publish_policy(ctx.dir / "actor_rl", policy, encoder)
-        if (critic := actor_critic.value_function()) is not None:
-            # In the reward model's file format: its score of a text is V behind the text's last token.
-            publish_folder(ctx.dir / "critic", scorer_of_critic(*critic, encoder).save)
-    trainer.updater.backend.close()
-    if trainer.before is not None and trainer.after is not None:
-        show_comparison(ctx.log.console, trainer.before, trainer.after, trainer_config.eval_best)
-    for line in trainer.guards.summary() if trainer.guards is not None else ():
-        ctx.log.note(f"guard {line}")
-    if trainer.before is not None and trainer.after is not None:
-        ctx.log.note(str(judge(trainer.before, trainer.after)))
-    return record(ctx, "RL", "actor_rl", config.actor_config.model, rows)
+    return _train(ctx, models, files, sharding, done, checkpoint)
 
 
 def starting_models(
@@ -129,6 +106,38 @@ def starting_models(
         f"RL: {trainer_config.algorithm}, {trained_count(actor_critic):,} parameters in training; {critic_line}"
     )
     return PPOModels(actor_critic, reference, encoder, reward)
+
+
+def _train(
+    ctx: RunContext, models: PPOModels, files: StageFiles, sharding: Sharding, done: Progress, checkpoint: Path | None
+) -> dict[str, Any]:
+    """PPO from its beginning or from a checkpoint, and what it leaves."""
+    config, trainer_config, rows = ctx.config, ctx.config.trainer_config, require(ctx.inputs.prompts)
+    actor_critic, encoder = models.actor_critic, models.encoder
+    policy = actor_critic.policy
+    shown = ctx.inputs.actor.held_out if ctx.inputs.actor is not None else ()
+    builder = PPOBuilder(config, ctx.device, ctx.log, sharding, done, shown)
+    trainer = builder.build(models, rows, files.store)
+    files.begin(actor_critic)
+    if rank() > 0:
+        from transformers import set_seed
+
+        # Everything is made; from here on a reward function that draws random numbers draws others on each rank.
+        set_seed(ctx.seed("RL") + rank())
+    trainer.train(checkpoint)
+    with trainer.updater.backend.full_precision():
+        publish_policy(ctx.dir / "actor_rl", policy, encoder)
+        if (critic := actor_critic.value_function()) is not None:
+            # In the reward model's file format: its score of a text is V behind the text's last token.
+            publish_folder(ctx.dir / "critic", scorer_of_critic(*critic, encoder).save)
+    trainer.updater.backend.close()
+    if trainer.before is not None and trainer.after is not None:
+        show_comparison(ctx.log.console, trainer.before, trainer.after, trainer_config.eval_best)
+    for line in trainer.guards.summary() if trainer.guards is not None else ():
+        ctx.log.note(f"guard {line}")
+    if trainer.before is not None and trainer.after is not None:
+        ctx.log.note(str(judge(trainer.before, trainer.after)))
+    return record(ctx, "RL", "actor_rl", config.actor_config.model, rows)
 
 
 def _starting_policy(ctx: RunContext, device: torch.device) -> tuple[torch.nn.Module, Encoder, str]:

@@ -93,12 +93,12 @@ def _set_threads(call: dict[str, Any]) -> None:
 
 
 def _run_again(record: Record) -> None:
-    """Train each stage, by the settings it had."""
+    """Train each stage, by the settings it had and with those beside it that it had."""
     from chatrlhf.pipeline import run
 
-    for rerun in record.reruns:
-        with rerun.in_its_folder():
-            run(rerun.config, type=rerun.stage, day=record.day)
+    for launch in record.launches:
+        with launch.rerun.in_its_folder():
+            run(launch.rerun.config, type=launch.type, resume=launch.resume, day=record.day)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class Rerun:
     stage: str
     config: Config  # whose folder is the new one
     recorded: Config  # whose folder is the run's
-    call: dict[str, Any]  # of the manifest, the last that trained the stage
+    number: str  # in the manifest, of the last call that trained the stage
+    call: dict[str, Any]
 
     @contextmanager
     def in_its_folder(self) -> Iterator[None]:
@@ -38,6 +40,15 @@ class Rerun:
             yield
         finally:
             os.chdir(before)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that is to be started in the new folder."""
+
+    rerun: Rerun  # whose settings it has
+    type: str
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,24 @@ class Record:
         """The date that templates have shown."""
         day = self.manifest.facts.get(DAY)
         return None if day is None else date.fromisoformat(day)
+
+    @property
+    def launches(self) -> list[Launch]:
+        """The runs that repeat the calls, in their order.
+
+        A stage by itself comes out as it does among others, but for RL: it also reads the demonstrations of an ACTOR
+        stage that it was asked for with. So a call of several stages is repeated as one where RL was left by it, and
+        what an earlier call has left is kept as --resume keeps it.
+        """
+        launches: list[Launch] = []
+        by_call = groupby(sorted(self.reruns, key=lambda rerun: int(rerun.number)), key=lambda rerun: rerun.number)
+        for group in (list(reruns) for _, reruns in by_call):
+            last = group[-1]
+            if last.stage == "RL" and len(last.call["asked"]) > 1:
+                launches.append(Launch(last, "ALL", resume=bool(launches)))
+            else:
+                launches += [Launch(rerun, rerun.stage, resume=False) for rerun in group]
+        return launches
 
     @property
     def call(self) -> dict[str, Any]:
@@ -86,7 +115,8 @@ def read_record(run_dir: Path, into: Path, overrides: Sequence[str] = ()) -> Rec
 
 
 def _rerun(manifest: Manifest, stage: str, into: Path, overrides: Sequence[str]) -> Rerun:
-    calls = [manifest.calls[number] for number in manifest.stages[stage].get(CALLS, [])]
+    numbers = manifest.stages[stage].get(CALLS, [])
+    calls = [manifest.calls[number] for number in numbers]
     if not calls:
         raise CheckpointError(
             f"{manifest.run_dir}: {stage} was trained by a version that did not record its calls; train it again to "
@@ -103,7 +133,7 @@ def _rerun(manifest: Manifest, stage: str, into: Path, overrides: Sequence[str])
             f"{manifest.run_dir}: {stage} was continued by --resume with other settings ({', '.join(changed)}), which "
             "one run cannot repeat; reproduce runs that were resumed unchanged"
         )
-    return Rerun(stage, _config_of(calls[-1], into, overrides), recorded[-1], calls[-1])
+    return Rerun(stage, _config_of(calls[-1], into, overrides), recorded[-1], numbers[-1], calls[-1])
 
 
 def _config_of(call: dict[str, Any], run_dir: Path, overrides: Sequence[str]) -> Config:

@@ -50,6 +50,27 @@ def test_a_stage_is_repeated_with_the_settings_of_its_call(files, claimed):
     assert {rerun.config.run_dir for rerun in record.reruns} == {files / "new"}
 
 
+def test_stages_are_launched_as_they_were_asked_for(files, claimed):
+    config = config_of(files, reward_config__reward_fn="small_run:length")
+
+    def launches():
+        record = read_record(claimed, files / "new")
+        return [(launch.type, launch.resume, launch.rerun.number) for launch in record.launches]
+
+    claim(claimed, config, "RL")
+    assert launches() == [("ACTOR", False, "1"), ("RL", False, "2")]
+    stored = json.loads((claimed / FILE_NAME).read_text())
+    stored["calls"]["2"]["asked"] = ["ACTOR", "REWARD", "RL"]  # with --resume, since ACTOR is the first call's
+    (claimed / FILE_NAME).write_text(json.dumps(stored))
+    assert launches() == [("ACTOR", False, "1"), ("ALL", True, "2")]
+    stored["stages"]["ACTOR"]["calls"] = ["2"]
+    (claimed / FILE_NAME).write_text(json.dumps(stored))
+    assert launches() == [("ALL", False, "2")]
+    stored["stages"]["RL"]["status"] = "begun"
+    (claimed / FILE_NAME).write_text(json.dumps(stored))
+    assert launches() == [("ACTOR", False, "2")]
+
+
 def test_nothing_of_trackers_is_repeated(files):
     claim(files / "run", config_of(files, trackers=["tensorboard"]))
     assert read_record(files / "run", files / "new").reruns[0].config.trackers == []
