@@ -84,7 +84,6 @@ def check_actor_training(session: Session, model: nn.Module, tokenizer: Any) -> 
         "a run cannot be reproduced bit for bit here; num_threads: 1, or another GPU kernel (attn_implementation), may",
         warn=len(set(digests)) > 1,
     )
-    _put_back(weights, before)
     share = LEARNED_BY_ADAPTERS if has_adapters(model) else LEARNED
     yield overfits_rows(steps(ACTOR_STEPS), len(rows), share)
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import llama, tokenizer
+from transformers import AutoModelForSequenceClassification
 
 from chatrlhf.errors import NotTrainedError
+from chatrlhf.models.loading.loading_report import fresh_weights, load_pretrained
 from chatrlhf.tools.check import policy
 from chatrlhf.tools.check.models import NAMED, check_actor, check_reward_model, fresh_weights_result
 from chatrlhf.tools.check.policy import check_policy, first_experience, fresh_policy_results, fresh_trainer
@@ -62,6 +64,13 @@ def test_added_embeddings_are_named(session, named):
     reward, padding, room = check_reward_model(made)
     assert "head.out.weight" in reward.measured and "embedding of <new>" in reward.measured
     assert reward.status == padding.status == room.status == "pass"
+
+
+def test_what_a_file_lacks_and_may_lack_is_noted_while_it_is_loaded(named):
+    with fresh_weights() as fresh:
+        load_pretrained(AutoModelForSequenceClassification, named, "key", fresh=("score.",), num_labels=1)
+    load_pretrained(AutoModelForSequenceClassification, named, "key", fresh=("score.",), num_labels=1)
+    assert fresh == ["key: score.weight"]
 
 
 def test_checks_of_models_leave_the_global_generators_alone(session):
