@@ -9,7 +9,7 @@ from small_run import length
 from chatrlhf.config import Config
 from chatrlhf.data.inputs import read_inputs
 from chatrlhf.rl.rewards import FunctionReward
-from chatrlhf.runtime.manifest import Manifest
+from chatrlhf.runtime.manifest import OUTPUTS, Manifest
 from chatrlhf.stages.sources import Sources
 
 
@@ -24,5 +24,5 @@ def claim(
     made_from = Sources(config, manifest, inputs, judge, print).made_from(stage)
     manifest.start(stage, made_from, {})
     if finish:
-        manifest.finish(stage, {"model": "tiny", "output": stage.lower(), "metrics": {}})
+        manifest.finish(stage, {"model": "tiny", "output": OUTPUTS[stage][0], "metrics": {}})
     return manifest

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatrlhf.errors import ConfigError
 from chatrlhf.errors.boundary import USER_ERROR
+from chatrlhf.errors.redaction import redacted
 
 if TYPE_CHECKING:  # with torch behind it: what is asked for help needs none
-    from rich.console import Console
-
     from chatrlhf.tools.reproduce.record import Record
 
 BESIDE = "-reproduced"
@@ -39,27 +38,31 @@ def main(words: Sequence[str]) -> int:
         raise ConfigError(f"--into: {into} is there already, and nothing is written over it; remove it or name another")
     record = read_record(run_dir, into, options.set)
     stages = [rerun.stage for rerun in record.reruns]
-    console.print(f"{run_dir}: {', '.join(stages)}, as the manifest says", markup=False)
+
+    def say(line: str) -> None:
+        console.print(redacted(line), markup=False)
+
+    say(f"{run_dir}: {', '.join(stages)}, as the manifest says")
     for line in record.notes:
-        console.print(f"note: {line}", markup=False)
-    others = content_differences(record, lambda line: console.print(line, markup=False))
+        say(f"note: {line}")
+    others = content_differences(record, say)
     for line in others:
-        console.print(f"differs: {line}", markup=False)
+        say(f"differs: {line}")
     if others:
-        console.print("it would be another run, so it is not made; restore what differs (--set names other places)")
+        say("it would be another run, so it is not made; restore what differs (--set names other places)")
         return USER_ERROR
-    same_machine = _told(record, console)
+    same_machine = _told(record, say)
     _run_again(record)
     if not collectives.is_main():
         return 0
     tolerance = options.tolerance if options.tolerance is not None else 0.0 if same_machine else TOLERANCE
     compared = list(compare_runs(run_dir, into, stages))
     show(console, compared, tolerance)
-    console.print(f"{summary(compared, tolerance)}; the reproduction is in {into}", markup=False)
+    say(f"{summary(compared, tolerance)}; the reproduction is in {into}")
     return USER_ERROR if any(each.verdict(tolerance) == "differs" for each in compared) else 0
 
 
-def _told(record: Record, console: Console) -> bool:
+def _told(record: Record, say: Callable[[str], None]) -> bool:
     """Say which settings and what of the machine is another; returns whether all that computes is the same.
 
     Raises:
@@ -79,9 +82,9 @@ def _told(record: Record, console: Console) -> bool:
     for rerun in record.reruns:
         lines += environment_differences(rerun.call, rerun.config.num_threads)
         for line in setting_differences(rerun, record.manifest.stages[rerun.stage]):
-            console.print(f"differs: setting {line}", markup=False)
+            say(f"differs: setting {line}")
     for line in dict.fromkeys(lines):
-        console.print(f"differs: {line}", markup=False)
+        say(f"differs: {line}")
     return not lines
 
 

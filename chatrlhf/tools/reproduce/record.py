@@ -15,6 +15,7 @@ from chatrlhf.config import load_config
 from chatrlhf.config.on_resume import OnResume, rules, settings_of
 from chatrlhf.config.schema import STAGES, Config
 from chatrlhf.errors import CheckpointError
+from chatrlhf.errors.redaction import HIDDEN
 from chatrlhf.runtime.manifest import CALLS, FILE_NAME, Manifest
 
 DAY = "day"  # a fact of the manifest, see `pipeline.py`
@@ -133,7 +134,13 @@ def _rerun(manifest: Manifest, stage: str, into: Path, overrides: Sequence[str])
             f"{manifest.run_dir}: {stage} was continued by --resume with other settings ({', '.join(changed)}), which "
             "one run cannot repeat; reproduce runs that were resumed unchanged"
         )
-    return Rerun(stage, _config_of(calls[-1], into, overrides), recorded[-1], numbers[-1], calls[-1])
+    config = _config_of(calls[-1], into, overrides)
+    if hidden := [key for key, value in settings_of(stage, config.model_dump(mode="json")).items() if _hides(value)]:
+        raise CheckpointError(
+            f"{manifest.run_dir}: credentials in {', '.join(hidden)} are not kept in a manifest; give the whole value "
+            f"by --set {hidden[0]}=..."
+        )
+    return Rerun(stage, config, recorded[-1], numbers[-1], calls[-1])
 
 
 def _config_of(call: dict[str, Any], run_dir: Path, overrides: Sequence[str]) -> Config:
@@ -141,6 +148,11 @@ def _config_of(call: dict[str, Any], run_dir: Path, overrides: Sequence[str]) ->
     keys = {"output_dir": str(run_dir), "trackers": []}
     config = load_config(call["config"], keys, base_dir=None if folder is None else Path(folder))
     return load_config(config, overrides) if overrides else config
+
+
+def _hides(value: Any) -> bool:
+    """Whether credentials in a URL were left out when the value was written."""
+    return isinstance(value, str) and ":/" in value and (f"{HIDDEN}@" in value or f"={HIDDEN}" in value)
 
 
 def _changed(stage: str, configs: list[Config]) -> list[str]:

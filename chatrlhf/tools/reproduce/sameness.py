@@ -8,6 +8,7 @@ from typing import Any
 from chatrlhf.config.on_resume import settings_of
 from chatrlhf.data.inputs import read_inputs
 from chatrlhf.errors import UserError, one_line
+from chatrlhf.errors.redaction import redacted_tree
 from chatrlhf.pipeline import reward_function
 from chatrlhf.runtime.provenance import code, hardware, versions
 from chatrlhf.stages.resume import DATA
@@ -45,7 +46,7 @@ def setting_differences(rerun: Rerun, recorded: dict[str, Any]) -> list[str]:
     Args:
         recorded: of the manifest, the stage's.
     """
-    now = settings_of(rerun.stage, rerun.config.model_dump(mode="json"))
+    now = redacted_tree(settings_of(rerun.stage, rerun.config.model_dump(mode="json")))  # as the manifest has them
     then = recorded.get("settings", now)
     changed = [key for key in now if key in then and then[key] != now[key]]
     return [f"{key}: {then[key]!r} -> {now[key]!r}" for key in changed]

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from small_run import write_config, write_files
 
 from chatrlhf import cli
 from chatrlhf.errors import ConfigError
 from chatrlhf.runtime.check_result import CheckResult, failed, judged
 from chatrlhf.tools.check import run_checks
+from chatrlhf.tools.check.report import as_json, show
 from chatrlhf.tools.check.start import check_folder, check_keys, check_texts
 
 
@@ -99,6 +101,12 @@ def test_the_command_prints_lines_or_one_object_and_writes_nothing(config, tmp_p
     assert "pass  ACTOR data: 48 rows to train on, 12 held out" in shown and "0 fail" in shown
     assert "warn  data: " in shown and "-> add rows" in shown  # 60 rows are few
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_results_are_shown_without_credentials(capsys):
+    result = CheckResult("a", "fail", "https://me:hunter22@host/", "use https://me:hunter22@host/")
+    show(Console(), result)
+    assert "hunter22" not in capsys.readouterr().out + json.dumps(as_json([result]))
 
 
 def test_what_fails_is_the_exit_status(config, capsys):

@@ -95,6 +95,18 @@ def test_a_reward_function_of_python_code_cannot_be_repeated(files):
         read_record(files / "run", files / "new")
 
 
+def test_credentials_that_a_manifest_hides_have_to_be_given_again(files):
+    url = "https://me:hunter22@127.0.0.1:9/score?token=abcdefgh"
+    claim(files / "run", config_of(files, reward_config__reward_fn=url), "RL")
+    assert "hunter22" not in (files / "run" / FILE_NAME).read_text()
+    with pytest.raises(CheckpointError, match="credentials in reward_config.reward_fn are not kept"):
+        read_record(files / "run", files / "new")
+    (rerun,) = read_record(files / "run", files / "new", [f"reward_config.reward_fn={url}"]).reruns
+    assert rerun.config.reward_config.reward_fn == url
+    recorded = {"settings": {"reward_config.reward_fn": "https://***@127.0.0.1:9/score?token=***"}}
+    assert setting_differences(rerun, recorded) == []
+
+
 def test_a_stage_that_was_continued_unchanged_can_be_repeated_and_one_that_was_changed_not(files):
     def resume(**changes):
         manifest = Manifest.open(files / "run", resume=True)
