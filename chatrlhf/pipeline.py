@@ -15,7 +15,7 @@ import torch
 from chatrlhf.config.on_resume import flat
 from chatrlhf.config.schema import STAGES, Config
 from chatrlhf.data.inputs import read_inputs
-from chatrlhf.errors import ConfigError, Interrupted, OutsideError
+from chatrlhf.errors import ConfigError, Interrupted, OutsideError, WeightsError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.preflight import preflight
@@ -29,6 +29,7 @@ from chatrlhf.runtime.run_lock import RunLock
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
 from chatrlhf.runtime.signals import limited, listening, stop_if_asked
 from chatrlhf.runtime.watchdog import beat, watched
+from chatrlhf.runtime.whole_folders import RECORDED, require_whole
 from chatrlhf.sharding.launch import sharding_of
 from chatrlhf.stages.context import RunContext
 from chatrlhf.stages.readiness import check_readiness
@@ -124,6 +125,7 @@ def _run(
         reward.function.check([*inputs.prompts.train, *inputs.prompts.held_out])
     sources = Sources(config, manifest, inputs, reward, RunLog(config.run_dir).note)
     resumption = _resumption(sources, stages) if resume else None
+    gather_results(lambda: _require_results(sources, stages, resumption) if is_main() else None)
     differences = resumption.check() if resumption else []
     gather_results(lambda: _claim_for_writing(manifest, lock) if is_main() else None)
     manifest.begin(config, stages, reward.name if reward_fn is not None and reward is not None else None)
@@ -190,6 +192,22 @@ def _resumption(sources: Sources, stages: list[str]) -> Resumption:
     stages = [stage for stage in stages if stage != "REWARD" or sources.reward is None]
     sharded = frozenset(stage for stage in stages if sharding_of(config, stage) is not None)
     return Resumption(sources.manifest, settings, stages, sources.made_from, sources.starts_from, sharded)
+
+
+def _require_results(sources: Sources, stages: list[str], resumption: Resumption | None) -> None:
+    """See that what earlier stages have left is whole, where this run keeps it or starts from it."""
+    manifest = sources.manifest
+    for stage in stages:
+        is_kept = resumption is not None and resumption.is_kept(stage)
+        needed = (stage,) if is_kept else [each for each in sources.starts_from(stage) if each not in stages]
+        for each in filter(manifest.is_done, needed):
+            for name in manifest.stages[each].get(RECORDED, {}):
+                if not (place := manifest.run_dir / name).is_dir():
+                    raise WeightsError(
+                        f"{place} is missing, and {FILE_NAME} says that {each} has left it. Restore it from a copy, or "
+                        f"train it again with --type {each}"
+                    )
+                require_whole(place)
 
 
 def _run_stage(ctx: RunContext, stage: str, resumption: Resumption | None) -> StageResult:

@@ -152,6 +152,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, s
     return process.returncode, out, err
 
 
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """A run's manifest without its checksum, as of an earlier version: so it may be written with changes."""
+    stored = json.loads((run_dir / "manifest.json").read_text())
+    del stored["sha256"]
+    return stored
+
+
 def records(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """The rows of a log, without how long things took."""
     rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]

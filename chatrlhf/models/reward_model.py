@@ -44,6 +44,7 @@ from chatrlhf.models.sequences import response_states
 from chatrlhf.models.sequences_seq2seq import sequences_for
 from chatrlhf.models.weight_sharing import Base
 from chatrlhf.runtime.fault_points import reached
+from chatrlhf.runtime.whole_folders import require_whole
 
 SETTINGS, HEAD = "reward_model.json", "reward_head.safetensors"
 OWN = "own"  # the pooling of a classifier that is kept whole
@@ -174,6 +175,7 @@ def load_reward_model(
     folder = Path(path)
     if not is_reward_model(path):
         raise CheckpointError(f"{folder}: no reward model here ({SETTINGS} is missing); train one with --type REWARD")
+    require_whole(folder)
     with doing("reading the reward model in", folder, untrusted=True):
         settings = saved_settings(folder)
         backbone, place = read_backbone(folder, settings, settings["quantization"], base, keep_adapters, **kwargs)

@@ -279,6 +279,7 @@ class PPOTrainer:
             "before": self.before.state_dict() if self.before else None,
             "after": self.after.state_dict() if self.after else None,
         }
+        self.log.save_digests(STAGE, folder)
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def progress(self, step: int) -> Progress:
@@ -321,6 +322,7 @@ class PPOTrainer:
         self.after = HeldOutReport(**state["after"]) if state["after"] else None
         step = self.done.steps
         self.log.rewind(STAGE, step)
+        self.log.compare(STAGE, folder)
         self.log.note(f"{STAGE}: resumed from {folder} (step {step} of {self.num_steps})")
         if step == self.num_steps:
             self.log.note(f"{STAGE}: its {self.done.episodes} episodes were made before, there is nothing left to do")

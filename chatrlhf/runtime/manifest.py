@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from chatrlhf.runtime.run_log import METRICS, SAMPLES
 FILE_NAME, PREVIOUS = "manifest.json", "previous"
 CALLS = "calls"  # that trained a stage, by their numbers
 KEPT = ("made_from", "settings", CALLS)  # of a stage, from its beginning
+CHECKSUM = "sha256"  # of all else in the file; a manifest of an earlier version has none
 _RESTORE = "restore it, or use another output_dir"
 # Where each stage leaves its results.
 OUTPUTS = {"PRETRAIN": ("pretrained",), "ACTOR": ("actor",), "REWARD": ("reward",), "RL": ("actor_rl", "critic")}
@@ -58,6 +60,8 @@ class Manifest:
             stored = json.loads(content.decode("utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # neither text nor JSON, or lists that are too deep
             raise CheckpointError(f"{path}: it cannot be read as JSON ({error}); {_RESTORE}") from None
+        if isinstance(stored, dict) and CHECKSUM in stored and stored.pop(CHECKSUM) != _checksum(stored):
+            raise CheckpointError(f"{path}: it is not what was written there (its checksum differs); {_RESTORE}")
         if not _is_record(stored):
             raise CheckpointError(f"{path}: it is JSON, but no record of a run; {_RESTORE}")
         facts = stored.get("facts", {}) if resume else {}
@@ -209,9 +213,14 @@ class Manifest:
             **({"moving": self.moving} if self.moving else {}),
             **extra,
         }
-        write_atomically(
-            self.run_dir / FILE_NAME, json.dumps(redacted_tree(stored), indent=2, ensure_ascii=False) + "\n"
-        )
+        stored = json.loads(json.dumps(redacted_tree(stored)))  # as it will be read
+        stored[CHECKSUM] = _checksum(stored)
+        write_atomically(self.run_dir / FILE_NAME, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+
+
+def _checksum(stored: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, whatever its layout."""
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 def _is_record(stored: Any) -> bool:

@@ -6,6 +6,7 @@ On a terminal a live bar with throughput and time left; elsewhere one plain line
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from chatrlhf.runtime.collectives import is_main
 from chatrlhf.runtime.signals import output_closed
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+DIGESTS = "logs.json"  # in a checkpoint
 MODES = {METRICS: 0o666, SAMPLES: PRIVATE}  # of new files, less the umask: samples are conversations
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -60,6 +62,7 @@ class RunLog:
         self._task: Any = None
         self._total, self._every = 0, 1
         self._last_line = 0.0
+        self._digests: dict[tuple[str, str], Any] = {}  # by file and stage, of its lines so far
         self._trackers = _start_trackers(trackers, run_dir, config or {}) if is_main() else []
 
     def note(self, text: str) -> None:
@@ -137,6 +140,10 @@ class RunLog:
             kept = [line for line in lines if _belongs(line, stage, step)]
             if name == METRICS:
                 self._remember(stage, kept)
+            self._digests[name, stage] = hashlib.sha256()
+            for line in kept:
+                if json.loads(line)["stage"] == stage:
+                    self._digests[name, stage].update(f"{line}\n".encode())
             write_atomically(path, "".join(line + "\n" for line in kept), MODES[name])
 
     def _remember(self, stage: str, lines: Sequence[str]) -> None:
@@ -145,6 +152,23 @@ class RunLog:
         for record in map(json.loads, lines):
             if record["stage"] == stage:
                 self.last[stage] |= {name: value for name, value in record.items() if name not in ("stage", "step")}
+
+    def save_digests(self, stage: str, folder: Path) -> None:
+        """Write into a checkpoint what a stage has recorded up to now, as hashes."""
+        known = {name: self._digest(name, stage).hexdigest() for name in (METRICS, SAMPLES)}
+        (folder / DIGESTS).write_text(json.dumps(known) + "\n", encoding="utf-8")
+
+    def compare(self, stage: str, checkpoint: Path) -> None:
+        """Warn where a stage's records up to a checkpoint are not those that were written; `rewind` comes before."""
+        path = checkpoint / DIGESTS
+        if not is_main() or not path.exists():  # of an earlier version
+            return
+        for name, digest in json.loads(path.read_text(encoding="utf-8")).items():
+            if self._digest(name, stage).hexdigest() != digest:
+                self.warn(f"{self.run_dir / name}: what it has of {stage} is not what was written; the run continues")
+
+    def _digest(self, name: str, stage: str) -> Any:
+        return self._digests.setdefault((name, stage), hashlib.sha256())
 
     def close(self) -> None:
         """Let the trackers finish."""
@@ -155,11 +179,12 @@ class RunLog:
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if not is_main():
             return
-        path = self.run_dir / name
+        path, line = self.run_dir / name, json.dumps(record, ensure_ascii=False) + "\n"
+        self._digest(name, record["stage"]).update(line.encode())
         with doing("writing", path):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8", opener=lambda at, flags: os.open(at, flags, MODES[name])) as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(line)
 
 
 def quiet_libraries() -> None:

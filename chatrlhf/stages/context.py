@@ -28,6 +28,7 @@ from chatrlhf.runtime.checkpoints import CheckpointStore, StageFiles
 from chatrlhf.runtime.manifest import OUTPUTS, Manifest
 from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.seeding import step_seed
+from chatrlhf.runtime.whole_folders import RECORDED, listing_hashes
 from chatrlhf.stages.sources import Sources
 
 Read = TypeVar("Read")
@@ -144,6 +145,7 @@ def record(ctx: RunContext, stage: str, output: str, model: str | None, rows: Ro
         "inputs": rows.files,
         "rows": {"train": rows.epochs.size, "held_out": len(rows.held_out)},
         "output": output,
+        RECORDED: listing_hashes(ctx.dir, OUTPUTS[stage]),
         "metrics": ctx.log.last.get(stage, {}),
     }
 

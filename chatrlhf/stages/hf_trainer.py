@@ -201,6 +201,7 @@ class StageCallback(TrainerCallback):
             seen = self.trainer.order.state_dict() | {"skipped": self.trainer.skipped.state_dict()}
             (folder / ORDER).write_text(json.dumps(seen) + "\n", encoding="utf-8")
             write_sharding(folder, self.sharding)
+            self.log.save_digests(self.stage, folder)
 
         self.published = self.store.publish(state.global_step, move)
         if is_main():
@@ -246,6 +247,8 @@ def run_trainer(
     elif files.resume:
         log.note(f"{stage}: no checkpoint was published yet, so it starts at its beginning")
     log.rewind(stage, done if path is not None else -1)
+    if path is not None:
+        log.compare(stage, path)
     device = next(model.parameters()).device
     bare = meta_copy(model) if sharding is not None else None
     with environment_for(sharding), StopRequest() as stop:

@@ -12,6 +12,7 @@ import pytest
 from field_reports import report
 from resuming import configured, stop, write_case
 from safetensors.torch import load_file, save_file
+from small_run import read_manifest
 
 from chatrlhf import run
 from chatrlhf.errors import CheckpointError, ConfigError
@@ -239,7 +240,7 @@ def test_runs_of_an_earlier_version_are_resumed_and_it_is_said_what_is_not_known
     """Whose manifests know of finished stages alone, and whose checkpoints hold a step."""
     stop(configured(tree), "ACTOR", STOPS_IN_ACTOR)
     manifest = tmp_path / "run" / "manifest.json"
-    stored = json.loads(manifest.read_text())
+    stored = read_manifest(tmp_path / "run")
     manifest.write_text(json.dumps(stored | {"stages": {}, "facts": {}}))
     (folder,) = (tmp_path / "run" / "checkpoints" / "ACTOR").glob("step-000004")
     (folder / "order.json").unlink()

@@ -21,6 +21,7 @@ from chatrlhf.models.loading.lora import base_of, config_of, revision_of_base
 from chatrlhf.models.loading.quantization import how_quantized, never_repack
 from chatrlhf.models.loading.rope import stretch_positions
 from chatrlhf.models.loading.safe_config import auto_config
+from chatrlhf.runtime.whole_folders import require_whole
 
 
 def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig | None = None) -> Any:
@@ -28,7 +29,9 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
 
     Raises:
         ConfigError: there is none, or nothing in it to stretch; it names the key.
+        WeightsError: a run has left the folder, and it is not what it was.
     """
+    require_whole(name)
     place = config_of(name)
     kwargs = hub_kwargs(section) | revision_of_base(name)
     holder = key if base_of(name) is None else f"{key}: the base of the adapters in {name}"

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.models.loading.safe_config import refuse_large_texts
+from chatrlhf.runtime.whole_folders import require_whole
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -41,6 +42,7 @@ def load_tokenizer(name: str, key: str, **kwargs: Any) -> Any:
     Raises:
         MissingError: it is not there. ConfigError, OutsideError: it cannot be loaded, or it has no EOS token.
     """
+    require_whole(name)
     with doing(f"{key}: reading the tokenizer in", name, untrusted=True):
         refuse_large_texts(name)
         try:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from reproduce_run import claim
-from small_run import settings
+from small_run import read_manifest, settings
 
 from chatrlhf import cli, load_config
 from chatrlhf.errors import CheckpointError
@@ -59,7 +59,7 @@ def test_stages_are_launched_as_they_were_asked_for(files, claimed):
 
     claim(claimed, config, "RL")
     assert launches() == [("ACTOR", False, "1"), ("RL", False, "2")]
-    stored = json.loads((claimed / FILE_NAME).read_text())
+    stored = read_manifest(claimed)
     stored["calls"]["2"]["asked"] = ["ACTOR", "REWARD", "RL"]  # with --resume, since ACTOR is the first call's
     (claimed / FILE_NAME).write_text(json.dumps(stored))
     assert launches() == [("ACTOR", False, "1"), ("ALL", True, "2")]
@@ -82,7 +82,7 @@ def test_what_cannot_be_repeated_is_said(files, claimed):
     claim(files / "begun", config_of(files), finish=False)
     with pytest.raises(CheckpointError, match="no stage is finished"):
         read_record(files / "begun", files / "new")
-    stored = json.loads((claimed / FILE_NAME).read_text())
+    stored = read_manifest(claimed)
     del stored["stages"]["ACTOR"]["calls"]
     (claimed / FILE_NAME).write_text(json.dumps(stored))
     with pytest.raises(CheckpointError, match="did not record its calls"):
@@ -196,7 +196,7 @@ def test_the_commit_of_a_checkout_is_read_from_its_files(tmp_path):
 
 @pytest.mark.parametrize("calls", [["1"], {"1": "call"}, {"one": {}}], ids=["a list", "no record", "no number"])
 def test_a_manifest_with_malformed_calls_is_refused(claimed, calls):
-    stored = json.loads((claimed / FILE_NAME).read_text())
+    stored = read_manifest(claimed)
     (claimed / FILE_NAME).write_text(json.dumps(stored | {"calls": calls}))
     with pytest.raises(CheckpointError, match="no record of a run"):
         Manifest.open(claimed, resume=True)
