@@ -32,7 +32,7 @@ from chatrlhf.stages.sft_seq2seq import PairCollator, reply_loss
 from chatrlhf.tools.check.session import Session, same_random_numbers
 
 ACTOR_ROWS, ACTOR_STEPS = 8, 60
-LEARNED, LEARNED_BY_ADAPTERS = 0.5, 0.8  # share of the first loss that a few rows fall below
+LEARNED, LEARNED_BY_ADAPTERS = 0.5, 0.9  # share of the first loss that a few rows fall below
 KNOWN = 0.1  # nats a token: rows that are known already
 PAIRS, PAIR_STEPS = 32, 200
 LR_TIMES_WIDTH, ADAPTERS_LR = 0.2, 10.0  # AdamW's learning rate times the hidden size; of adapters so much more

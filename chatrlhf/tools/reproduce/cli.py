@@ -26,12 +26,12 @@ def main(words: Sequence[str]) -> int:
     from chatrlhf.runtime.run_log import quiet_libraries
     from chatrlhf.tools.reproduce.compare import TOLERANCE, compare_runs
     from chatrlhf.tools.reproduce.record import read_record
-    from chatrlhf.tools.reproduce.report import show, summary
+    from chatrlhf.tools.reproduce.report import WIDTH, show, summary
     from chatrlhf.tools.reproduce.sameness import content_differences
 
     collectives.start()
     quiet_libraries()
-    console = Console(highlight=False, soft_wrap=True, quiet=not collectives.is_main())
+    console = Console(width=max(Console().width, WIDTH), highlight=False, quiet=not collectives.is_main())
     run_dir = options.run.absolute()
     into = options.into.absolute() if options.into else run_dir.with_name(f"{run_dir.name}{BESIDE}")
     if into.exists() and (not into.is_dir() or any(into.iterdir())):
@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
     stages = [rerun.stage for rerun in record.reruns]
 
     def say(line: str) -> None:
-        console.print(redacted(line), markup=False)
+        console.print(redacted(line), markup=False, soft_wrap=True)
 
     say(f"{run_dir}: {', '.join(stages)}, as the manifest says")
     for line in record.notes:
@@ -53,7 +53,9 @@ def main(words: Sequence[str]) -> int:
         return USER_ERROR
     same_machine = _told(record, say)
     _run_again(record)
-    if not collectives.is_main():
+    is_main = collectives.is_main()
+    collectives.end()
+    if not is_main:
         return 0
     tolerance = options.tolerance if options.tolerance is not None else 0.0 if same_machine else TOLERANCE
     compared = list(compare_runs(run_dir, into, stages))

@@ -15,6 +15,7 @@ from chatrlhf.runtime.atomic_files import CONTENTS
 from chatrlhf.runtime.manifest import OUTPUTS
 from chatrlhf.runtime.run_log import METRICS, SAMPLES
 
+ADAPTERS = "adapter_config.json"
 TIMINGS = ("time/", "tokens/s")
 TOLERANCE = 1e-3  # on other hardware, or with other packages
 Verdict = Literal["equal", "within", "differs"]
@@ -105,16 +106,23 @@ def _apart_inside(one: Path, other: Path, first: Path, second: Path) -> dict[str
     if one.suffix == ".safetensors":
         return _tensors(one, other)
     try:
-        # A file may name the folder of its run.
-        texts = [
-            path.read_text(encoding="utf-8").replace(str(run.absolute()), "RUN")
-            for path, run in ((one, first), (other, second))
-        ]
+        texts = [_without_folder(path, run) for path, run in ((one, first), (other, second))]
         if texts[0] == texts[1]:
             return {}
-        return _leaves(*(json.loads(text) for text in texts), "")
+        values = [json.loads(text) for text in texts]
+        # peft writes its sets of modules in an order of chance.
+        return _leaves(*(map(_sorted, values) if one.name == ADAPTERS else values), "")
     except ValueError:  # neither text nor JSON
         return {"its bytes": math.inf}
+
+
+def _without_folder(path: Path, run: Path) -> str:
+    """A file's text; it may name the folder of its run."""
+    return path.read_text(encoding="utf-8").replace(str(run.absolute()), "RUN")
+
+
+def _sorted(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: sorted(each, key=str) if isinstance(each, list) else each for name, each in values.items()}
 
 
 def _tensors(one: Path, other: Path) -> dict[str, float]:

@@ -25,7 +25,7 @@ def show(console: Console, compared: Sequence[Compared], tolerance: float) -> No
         verdict = each.verdict(tolerance)
         shown = "-" if math.isinf(each.difference) else f"{each.difference:.1e}" if each.difference else "0"
         table.add_row(each.what, each.size, shown, each.where, f"[{COLOURS[verdict]}]{WORDS[verdict]}")
-    console.print(table, width=max(console.width, WIDTH))
+    console.print(table)
 
 
 def summary(compared: Sequence[Compared], tolerance: float) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import classifiers
 import pytest
 import small_run
 import torch
@@ -15,6 +19,7 @@ from torch import nn
 from chatrlhf.conversation import Prompt
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.templates import FORMATS
+from chatrlhf.errors import RewardError
 from chatrlhf.models.loading.backbone import backbone_of
 from chatrlhf.models.reward_model import RewardScorer
 from chatrlhf.models.reward_network import RewardModel
@@ -22,6 +27,7 @@ from chatrlhf.models.scalar_head import ScalarHead
 from chatrlhf.rl.rewards import FunctionReward
 from chatrlhf.runtime import disk_space
 from chatrlhf.tools.check import resources, run_checks
+from chatrlhf.tools.check.models import check_reward_model
 from chatrlhf.tools.check.resources import check_disk, check_plan
 from chatrlhf.tools.check.reward_function import answers, check_padding, check_reward_function
 from chatrlhf.tools.plan.hardware import Device, Hardware
@@ -46,6 +52,42 @@ def test_a_function_answers_for_two_rows(session):
 def test_a_score_that_depends_on_other_rows_is_told():
     results = list(answers(FunctionReward(relative, "relative").texts, ["a", "b"]))
     assert [result.status for result in results] == ["pass", "warn"] and results[1].remedy
+
+
+class Judge(BaseHTTPRequestHandler):
+    """An endpoint whose scores are lengths."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps({"scores": [len(each) for each in asked["completions"]]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        """Nothing is said."""
+
+
+def test_an_endpoint_answers_and_one_that_is_gone_fails(session):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    made = session("RL", reward_config__reward_fn=f"http://127.0.0.1:{server.server_port}/score")
+    try:
+        assert [result.status for result in check_reward_function(made)] == ["pass", "pass"]
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(RewardError, match="127.0.0.1"):
+        list(check_reward_function(made))
+
+
+def test_a_classifier_is_tried_as_it_is(session, tmp_path):
+    words = classifiers.chat_tokenizer(None)
+    folder = classifiers.save(tmp_path / "judge", classifiers.classifier(vocab=len(words)), words)
+    made = session("RL", reward_config__model=str(folder), reward_config__train_dataset_path=None)
+    (padding,) = check_reward_model(made)
+    assert made.is_classifier and padding.status == "pass" and padding.measured.startswith("8 rows")
 
 
 def test_a_function_that_raises_fails(data, tmp_path, monkeypatch):

@@ -105,6 +105,16 @@ def test_other_files_are_compared_by_what_is_in_them(runs):
     assert by_name(runs)["actor/words.model"].where == f"only one run has it, not {runs[1]}"
 
 
+def test_the_modules_of_adapters_are_a_set(runs):
+    for run, modules in zip(runs, (["q", "v"], ["v", "q"]), strict=True):
+        (run / "actor" / "adapter_config.json").write_text(json.dumps({"r": 4, "target_modules": modules}))
+    assert by_name(runs)["actor/adapter_config.json"].difference == 0
+    (runs[1] / "actor" / "adapter_config.json").write_text(json.dumps({"r": 4, "target_modules": ["q", "k"]}))
+    assert by_name(runs)["actor/adapter_config.json"].where == "target_modules[0]"
+    (runs[1] / "actor" / "config.json").write_text(json.dumps({"base": "RUN/pretrained", "sizes": [2.5, 1]}))
+    assert by_name(runs)["actor/config.json"].where == "sizes[0]"  # elsewhere an order counts
+
+
 def test_the_table_says_what_is_equal_within_and_not(capsys):
     found = [Compared("a", "1 step", 0.0), Compared("b", "1 step", 1e-4, "step 1"), Compared("c", "1", math.inf, "x")]
     show(Console(), found, 1e-3)
