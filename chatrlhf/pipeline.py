@@ -20,7 +20,7 @@ from chatrlhf.errors.boundary import doing
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.preflight import preflight
 from chatrlhf.rl.rewards import DialogueReward, FunctionReward, RewardFunction, resolve_reward_fn
-from chatrlhf.runtime.collectives import gather_results, is_main, start
+from chatrlhf.runtime.collectives import gather_results, is_main, rank, start
 from chatrlhf.runtime.device import pick_device
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.manifest import FILE_NAME, Manifest
@@ -28,6 +28,7 @@ from chatrlhf.runtime.output_dir import check_output_dir
 from chatrlhf.runtime.run_lock import RunLock
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
 from chatrlhf.runtime.signals import limited, listening, stop_if_asked
+from chatrlhf.runtime.watchdog import beat, watched
 from chatrlhf.sharding.launch import sharding_of
 from chatrlhf.stages.context import RunContext
 from chatrlhf.stages.readiness import check_readiness
@@ -137,21 +138,29 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
     trained = [stage for stage in stages if stage != "REWARD" or reward is None]
     ctx = RunContext(config, inputs, log, manifest, pick_device(), reward, resume, trained)
     results: dict[str, StageResult] = {}
+    watch = watched(config.run_dir, config.guards_config.silence, rank())
     try:
-        for stage in stages:
-            if stage == "REWARD" and reward is not None:
-                log.note(f"REWARD: skipped, the reward is {reward.name}")
-                continue
-            check_readiness(ctx, stage)
-            results[stage] = _run_stage(ctx, stage, resumption)
-            gc.collect()
-            if stage != trained[-1]:
-                stop_if_asked(f"{stage} is finished; continue with --resume")
+        with watch:
+            _run_stages(ctx, stages, resumption, results)
     except Interrupted as stopped:
         raise stopped.or_else("no step was being made; continue with --resume") from None
     finally:
         log.close()
     return RunResult(config.run_dir, results)
+
+
+def _run_stages(
+    ctx: RunContext, stages: list[str], resumption: Resumption | None, results: dict[str, StageResult]
+) -> None:
+    for stage in stages:
+        if stage == "REWARD" and ctx.reward is not None:
+            ctx.log.note(f"REWARD: skipped, the reward is {ctx.reward.name}")
+            continue
+        check_readiness(ctx, stage)
+        results[stage] = _run_stage(ctx, stage, resumption)
+        gc.collect()
+        if stage != ctx.stages[-1]:
+            stop_if_asked(f"{stage} is finished; continue with --resume")
 
 
 def _claim(config: Config, lock: RunLock) -> None:
@@ -193,6 +202,7 @@ def _run_stage(ctx: RunContext, stage: str, resumption: Resumption | None) -> St
         # depend on which stages ran earlier in this process.
         set_seed(ctx.seed(stage))
         reached("run.stage", stage)
+        beat(f"{stage}: reading models and data")
         with doing(stage):
             record = _stage_function(stage)(ctx)
             ctx.manifest.finish(stage, record)

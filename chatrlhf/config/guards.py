@@ -46,6 +46,9 @@ class GuardsConfig(Section):
     stop_at_coin_flip: bool = Field(
         False, description="do not start RL where the reward model orders held-out replies no better than a coin"
     )
+    silence: Above = Field(
+        (600.0, None), description="seconds without progress at which it is said what hangs, and the process ends"
+    )
     window: int = Field(10, ge=1, le=10_000, description="RL steps whose median is compared with the bands below")
     kl_per_token: Above = Field((1.0, 5.0), description="KL to the SFT actor, nats a token (k3)")
     kl_per_reply: Above = Field((100.0, None), description="KL to the SFT actor, nats a reply (k3)")

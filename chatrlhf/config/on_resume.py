@@ -100,7 +100,7 @@ RULES = (
     Rule("trainer_config.gen_kwargs", NONE, (), "do_sample top_k top_p repetition_penalty pad_token_id"),
     Rule("trainer_config.vllm", EFFECT, RL, "mode gpu_memory_utilization enable_sleep_mode server_base_url"),
     Rule("trainer_config.vllm", EFFECT, RL, "server_timeout group_port"),
-    Rule("guards_config", EFFECT, STAGES, "skipped_steps"),
+    Rule("guards_config", EFFECT, STAGES, "skipped_steps silence"),
     Rule("guards_config", EFFECT, RL, "allow_untrained_actor stop_at_coin_flip window kl_per_token kl_per_reply"),
     Rule("guards_config", EFFECT, RL, "entropy repetition distinct_2 length_change finished_drop clip_fraction"),
     Rule("guards_config", EFFECT, RL, "explained_variance flat_rewards forgotten"),

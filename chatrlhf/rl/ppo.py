@@ -37,6 +37,7 @@ from chatrlhf.runtime.run_log import RunLog
 from chatrlhf.runtime.seeding import generator_states, set_generator_states, step_generator, step_seed
 from chatrlhf.runtime.signals import StopRequest
 from chatrlhf.runtime.skipped_steps import SkippedSteps
+from chatrlhf.runtime.watchdog import beat
 from chatrlhf.sharding.accelerate_env import Sharding
 from chatrlhf.sharding.checkpoint_layout import check_sharding, write_sharding
 from chatrlhf.types import ScoredRollout
@@ -114,6 +115,7 @@ class PPOTrainer:
         return dict(self.log.last.get(STAGE, {}))
 
     def _judge(self, held_out: HeldOut) -> HeldOutReport:
+        beat("RL: held-out prompts")
         with self.updater.backend.gathered_weights():
             return held_out.evaluate()
 
@@ -124,8 +126,10 @@ class PPOTrainer:
         rows = rollout_rows(prompts.group_ids)  # this rank's share; the scorer puts shares together
         try:
             with self.updater.backend.gathered_weights():
+                beat(f"RL step {step + 1}: rollout")
                 rollout = self.engine.generate(prompts, step_seed(self.seed, step, "rollout"), rows)
                 clock.append(time.perf_counter())
+                beat(f"RL step {step + 1}: rewards, and the models' reading of the rollout")
                 scored = self.scorer.score(rollout, rows)
         except (DivergedError, NonFiniteRewardError) as error:
             if world_size() > 1:  # the others may be waiting in the middle of their part
@@ -134,6 +138,7 @@ class PPOTrainer:
             self.skipped.skip(step + 1, str(error), None, texts, error)
             return
         clock.append(time.perf_counter())
+        beat(f"RL step {step + 1}: update")
         coef = self.kl.coef
         experience = make_experience(scored, self.algorithm, self.estimation(coef))
         try:

@@ -22,6 +22,7 @@ from chatrlhf.runtime.collectives import sum_over_ranks
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.finite import first_module_not_finite, first_not_finite
 from chatrlhf.runtime.malloc import trim_malloc
+from chatrlhf.runtime.watchdog import beat
 from chatrlhf.types import Experience
 
 
@@ -116,6 +117,7 @@ class Updater:
             DivergedError: the same, of a backend that steps before its gradients are known.
         """
         reached("rl.optimizer_step")
+        beat("RL: update, a minibatch")
         sums = sum_over_ranks(self.backward(minibatch, kl_coef))
         reached("rl.gradients", self.actor_critic)
         norms = self.backend.clip(self.settings.max_grad_norm)

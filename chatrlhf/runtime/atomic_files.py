@@ -13,6 +13,7 @@ from chatrlhf.errors.boundary import doing
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.file_hash import sha256_of
 from chatrlhf.runtime.links import leads_out
+from chatrlhf.runtime.watchdog import beat
 
 CONTENTS = "contents.json"
 WRITING = ".writing-"
@@ -34,6 +35,7 @@ def publish_folder(target: Path, write: Callable[[Path], None], by_all: Callable
     from chatrlhf.runtime.collectives import barrier, is_main  # brings torch, which small files can do without
 
     writing = target.parent / f"{WRITING}{target.name}"
+    beat(f"writing {target}")
     barrier()
     with doing("writing the folder", target):
         if is_main():

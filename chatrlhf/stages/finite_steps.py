@@ -19,6 +19,7 @@ from chatrlhf.runtime.collectives import all_reduce_max, world_size
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.finite import first_module_not_finite, first_not_finite
 from chatrlhf.runtime.skipped_steps import SkippedSteps
+from chatrlhf.runtime.watchdog import beat
 
 
 class FiniteSteps:
@@ -31,6 +32,7 @@ class FiniteSteps:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """A microbatch's loss, 0 where it is not finite: the Trainer's own mean would stay a NaN for ever."""
+        beat(f"{self.skipped.stage}: a microbatch of step {self.state.global_step + 1}")
         self._microbatches.append(dict(inputs))  # what computes the loss may take some out
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._losses.append(loss)

@@ -18,6 +18,7 @@ from chatrlhf.compat import num_items_in_batch, without_unused_columns
 from chatrlhf.data.encoder import IGNORED
 from chatrlhf.data.row_sampler import RowOrder
 from chatrlhf.runtime.collectives import gather_objects, rank, world_size
+from chatrlhf.runtime.watchdog import beat
 from chatrlhf.stages.resumable_trainer import ResumableTrainer
 
 
@@ -110,6 +111,7 @@ class GlobalBatches(ResumableTrainer):
         return output
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        beat(f"{self.skipped.stage}: held-out rows")
         labels = num_items_in_batch(self, [inputs], self.args.device)  # before the step takes them out
         loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
         if labels is not None:

@@ -59,6 +59,7 @@ def test_there_is_a_case_for_each():
             "allow_untrained_actor",
             "stop_at_coin_flip",
             "window",
+            "silence",
         }
     )
 
