@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 
 from chatrlhf.errors import RewardError
-from chatrlhf.errors.redaction import redacted
 from chatrlhf.runtime.http_client import fetch
 
 TIMEOUT_SECONDS = 120.0
@@ -19,9 +18,8 @@ SHOWN_CHARS = 80
 def http_reward(url: str) -> Callable[[list[str], list[str]], Sequence[float]]:
     """A reward function that posts ``{"prompts": [...], "completions": [...]}`` and reads ``{"scores": [...]}``.
 
-    User and password in the URL are sent as basic authentication, and are shown nowhere.
+    User and password in the URL are sent as basic authentication; errors hide them.
     """
-    shown = redacted(url)
 
     def post(prompts: list[str], completions: list[str]) -> Sequence[float]:
         body = json.dumps({"prompts": prompts, "completions": completions}).encode()
@@ -31,11 +29,11 @@ def http_reward(url: str) -> Callable[[list[str], list[str]], Sequence[float]]:
         # OSError: no connection, an error status, a redirect elsewhere, a timeout; ValueError: not JSON, or not even
         # text; RecursionError: lists within lists within lists.
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            raise RewardError(f"reward_config.reward_fn: {shown} gave no scores ({error})") from None
+            raise RewardError(f"reward_config.reward_fn: {url} gave no scores ({error})") from None
         scores = answer.get("scores") if isinstance(answer, dict) else answer
         if not isinstance(scores, list):
             raise RewardError(
-                f"reward_config.reward_fn: {shown} answered without a list of scores: {str(answer)[:SHOWN_CHARS]!r}"
+                f"reward_config.reward_fn: {url} answered without a list of scores: {str(answer)[:SHOWN_CHARS]!r}"
             )
         return scores
 

@@ -105,18 +105,12 @@ def test_a_folder_on_the_path_stays_where_it_is(here):
     assert sys.path[0] == str(here) and sys.path.count(str(here)) == 1
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        pytest.param(("main.py",), id="main.py"),
-        pytest.param(("-m", "chatrlhf"), id="python -m", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("words", ["main.py", pytest.param("-m chatrlhf", marks=pytest.mark.slow)])
 def test_files_beside_the_driver_replace_none_of_pythons(here, proof, words):
     (here / "main.py").write_bytes((ROOT / "main.py").read_bytes())
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *words, "nowhere.yaml"], env=environment, cwd=here, capture_output=True, text=True
+        [sys.executable, *words.split(), "nowhere.yaml"], env=environment, cwd=here, capture_output=True, text=True
     )
     assert done.returncode == 2 and "nowhere.yaml" in done.stderr, done.stderr
     assert not proof.exists()
