@@ -55,21 +55,26 @@ def supervise(
 def _run(words: Sequence[str]) -> tuple[int, bool]:
     """Exit status as `subprocess` has it, and whether a signal came here, which is passed on."""
     asked: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    # In a session of its own: a terminal's Ctrl-C reaches it once, through here.
-    process = subprocess.Popen([sys.executable, *words], env=os.environ | {"PYTHONPATH": path}, start_new_session=True)
 
     def pass_on(number: int, _: FrameType | None) -> None:
         asked.append(number)
-        process.send_signal(number)
+        for process in started:
+            process.send_signal(number)
 
     previous = {number: signal.getsignal(number) for number in NUMBERS}
     for number, handler in previous.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, pass_on)
     try:
-        return process.wait(), bool(asked)
+        # In a session of its own: a terminal's Ctrl-C reaches it once, through here.
+        environment = os.environ | {"PYTHONPATH": path}
+        started.append(subprocess.Popen([sys.executable, *words], env=environment, start_new_session=True))
+        for number in asked:  # before it was there
+            started[0].send_signal(number)
+        return started[0].wait(), bool(asked)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -58,6 +58,7 @@ class RunLog:
         self.run_dir = run_dir
         self.console = _Terminal(highlight=False, soft_wrap=True, quiet=not is_main())
         self.last: dict[str, dict[str, float]] = {}
+        self.at_start: dict[str, dict[str, float]] = {}  # before the first step
         self._progress: Progress | None = None
         self._task: Any = None
         self._total, self._every = 0, 1
@@ -110,6 +111,8 @@ class RunLog:
         record = {"stage": stage, "step": step, **{name: _rounded(value) for name, value in metrics.items()}}
         self._append(METRICS, record)
         self.last.setdefault(stage, {}).update(metrics)
+        if step == 0:
+            self.at_start.setdefault(stage, {}).update(metrics)
         for tracker in self._trackers:
             tracker.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=step)
         line = "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
@@ -148,10 +151,13 @@ class RunLog:
 
     def _remember(self, stage: str, lines: Sequence[str]) -> None:
         """Take up the newest value of each of a stage's metrics, as if this process had recorded them."""
-        self.last[stage] = {}
+        self.last[stage], self.at_start[stage] = {}, {}
         for record in map(json.loads, lines):
             if record["stage"] == stage:
-                self.last[stage] |= {name: value for name, value in record.items() if name not in ("stage", "step")}
+                metrics = {name: value for name, value in record.items() if name not in ("stage", "step")}
+                self.last[stage] |= metrics
+                if record["step"] == 0:
+                    self.at_start[stage] |= metrics
 
     def save_digests(self, stage: str, folder: Path) -> None:
         """Write into a checkpoint what a stage has recorded up to now, as hashes."""

@@ -143,8 +143,6 @@ class StageCallback(TrainerCallback):
         metrics = {METRIC_NAMES[name]: value for name, value in logs.items() if name in METRIC_NAMES}
         if "loss/eval" in metrics and self.extra_metrics is not None:
             metrics |= self.extra_metrics()  # by all ranks, which may each hold a part of the model
-        if "loss/eval" in metrics and state.global_step == 0:
-            metrics["loss/eval_start"] = metrics["loss/eval"]
         if self.trainer.step_was_skipped:  # the sums of a step that was not taken say nothing
             metrics = {name: value for name, value in metrics.items() if name not in OF_A_STEP}
             metrics["guard/skipped_steps"] = self.trainer.skipped.total

@@ -186,4 +186,6 @@ def run_actor(ctx: RunContext) -> dict[str, Any]:
     publish_policy(ctx.dir / "actor", model, encoder)
     done = record(ctx, "ACTOR", "actor", config.model, rows)
     done["metrics"] = done["metrics"] | {"loss/chance": math.log(vocabulary_rows(model))}
+    if "loss/eval" in (before := ctx.log.at_start.get("ACTOR", {})):
+        done["metrics"]["loss/eval_start"] = before["loss/eval"]
     return done
