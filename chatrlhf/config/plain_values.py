@@ -33,6 +33,8 @@ def check_plain(name: str, value: Any, annotation: Any) -> None:
         ValueError: what is wrong and what is expected; it does not name the key.
     """
     kinds = _kinds(annotation)
+    if isinstance(value, (list, tuple)):
+        _check_repeats(value, annotation)
     if BaseModel in kinds or value is None:
         return
     if isinstance(value, dict):
@@ -42,7 +44,6 @@ def check_plain(name: str, value: Any, annotation: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for each in value:
             _check_one(name, each, kinds)
-        _check_repeats(value, annotation)
     else:
         _check_one(name, value, kinds)
 

@@ -71,6 +71,8 @@ class GenKwargs(Section):
     @model_validator(mode="after")
     def _only_the_plain_sampler(self) -> GenKwargs:
         why = "PPO needs the log-probabilities of the sampled distribution, for policy and reference alike"
+        if self.eos_token_id == []:
+            raise ValueError("eos_token_id: [] leaves nothing that ends a reply; write null, or the ids")
         refuse_larger("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.max_new_tokens)
         refuse_larger("min_new_tokens", self.min_new_tokens, "max_length", self.max_length)
         refuse_larger("min_length", self.min_length, "max_length", self.max_length)
@@ -189,7 +191,7 @@ class TrainerConfig(OptimizerKeys, DataKeys):
     )
     max_timesteps: int | None = Field(None, ge=1, le=MAX_STEPS, description="ChatLLaMA's: see num_episodes")
     update_timesteps: int | None = Field(
-        None, ge=1, le=MAX_STEPS, description="ChatLLaMA's: with num_examples gives num_rollouts"
+        None, ge=1, le=MAX_ROWS, description="ChatLLaMA's: with num_examples gives num_rollouts"
     )
     num_examples: int | None = Field(None, ge=1, le=MAX_STEPS, description="ChatLLaMA's: see num_episodes")
 
