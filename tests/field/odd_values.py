@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from chatrlhf.config.guards import GuardsConfig
 from chatrlhf.config.schema import Config
 
 # No key takes one of these, but for what `SENSIBLE` names.
@@ -29,12 +28,17 @@ FOR_KINDS: dict[type, dict[str, Any]] = {
     int: {"a switch": True, "a fraction": 2.5, "a word": "ten", "below all": -2, "above all": 10**18, "a mapping": {}},
     float: {"a switch": True, "infinity": float("inf"), "a word": "fast", "below all": -2, "above all": 10**18},
     str: {"a switch": False, "a number": 7, "blanks": "  ", "a long text": "x" * 200_000},
+    tuple: {
+        "a word": "high",
+        "three": [1, 1, 1],
+        "a switch": True,
+        "switches": [True, False],
+        "huge": [None, 1e30],
+        "below all": [None, -1e7],
+    },
     list: {"a word": "abc", "twice the same": ["a", "a"], "a mapping": {"a": 1}, "a switch": True},
     dict: {"a word": "abc", "a list": ["a"], "a switch": True},
     BaseModel: {"a word": "abc", "a number": 7, "a list": ["a"], "a switch": True},
-}
-OF_GUARDS = {
-    f"guards_config.{name}" for name, info in GuardsConfig.model_fields.items() if "Above" in str(info.annotation)
 }
 # (key, value's name) or (kind, value's name): why it is a sensible value all the same.
 SENSIBLE: dict[tuple[Any, str], str] = {
@@ -59,7 +63,7 @@ def kinds(annotation: Any) -> set[type]:
     if origin is Literal:
         return {type(each) for each in typing.get_args(annotation)}
     if origin in (list, tuple, dict):
-        return {dict if origin is dict else list}
+        return {origin}
     if isinstance(annotation, type):
         return {BaseModel} if issubclass(annotation, BaseModel) else {annotation} - {type(None)}
     if origin is typing.Annotated:
