@@ -221,10 +221,10 @@ def test_what_is_marked_is_what_has_labels():
     from chatrlhf.data.stage_rows import Demonstration
 
     row = Demonstration(Prompt.of("the cat"), "sat on")
-    assert marked(row, made, "completion", in_colour=False).plain == (
+    assert marked(*made.actor_row(row, "completion"), made, in_colour=False).plain == (
         f"\n\nHuman: the cat\n\nAssistant:⟦ sat on{made.tokenizer.eos_token}⟧"
     )
-    assert marked(row, made, "all", in_colour=False).plain.startswith("⟦")
+    assert marked(*made.actor_row(row, "all"), made, in_colour=False).plain.startswith("⟦")
 
 
 def test_a_public_dataset_by_its_name(write, capsys):
