@@ -294,6 +294,20 @@ WITHOUT_EFFECT = {
     "trainer_config.gen_kwargs.pad_token_id": "padding is known by masks, never by an id",
 }
 
+SWITCHED_FILES = {"peft_enable": "peft_config_path", "deepspeed_enable": "deepspeed_config_path"}
+
+
+def _is_missing_and_off(config: Config, section: Any, switch: str, path: str) -> bool:
+    """Whether a file is named that is not there, where ChatLLaMA's files name one that is not asked for."""
+    name = getattr(section, path)
+    if name is None or getattr(section, switch):
+        return False
+    try:
+        resolve_path(config, path, name)
+    except MissingError:
+        return True
+    return False
+
 
 def _surprises(config: Config) -> list[str]:
     notes = []
@@ -305,6 +319,14 @@ def _surprises(config: Config) -> list[str]:
             idle.append(f"{key} ({reason})")
     if idle:
         notes.append("accepted without effect: " + "; ".join(idle))
+    unread = [
+        f"{section}.{path} ({switch} is False)"
+        for section in ("actor_config", "reward_config", "critic_config")
+        for switch, path in SWITCHED_FILES.items()
+        if _is_missing_and_off(config, getattr(config, section), switch, path)
+    ]
+    if unread:
+        notes.append(f"files that do not exist, and that nothing reads: {', '.join(unread)}")
     temperature = config.trainer_config.gen_kwargs.temperature or config.actor_config.temperature
     if temperature is not None and temperature < LOW_TEMPERATURE:
         notes.append(

@@ -76,7 +76,7 @@ class TinyConfig(Section):
     """Dimensions of the Llama that `model: tiny` creates, with a byte-level BPE tokenizer."""
 
     hidden_size: int = Field(128, ge=8, le=10**6, description="width of the hidden states")
-    num_hidden_layers: int = Field(4, ge=1, le=10**4, description="blocks")
+    num_hidden_layers: int = Field(4, ge=1, le=2000, description="blocks")
     num_attention_heads: int = Field(4, ge=1, le=10**5, description="attention heads of a block")
     intermediate_size: int | None = Field(None, ge=8, le=10**7, description="null: 8/3 of hidden_size, in steps of 32")
     vocab_size: int = Field(1024, ge=260, le=10**7, description="upper bound for the tokenizer trained on the data")

@@ -7,7 +7,7 @@ import sys
 from chatrlhf.runtime.collectives import is_main
 
 LONG = 1_000_000  # characters of a row
-CHARACTERS_A_SECOND = 500_000  # that a tokenizer takes, about
+CHARACTERS_A_SECOND = 250_000  # that a tokenizer takes, about
 
 
 def announce_if_long(place: str, texts: list[str]) -> None:

@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from chatrlhf.config import load_config
 from chatrlhf.errors import ConfigError
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from chatrlhf.data.encoder import Encoder
 
-SHOWN = 20_000  # tokens of a stretch, and characters of a field
+SHOWN = 5_000  # tokens of a stretch, and characters of a field
 OPENING, CLOSING = "⟦", "⟧"  # around what is trained, where there is no color
 
 
@@ -49,8 +49,10 @@ def shortened(ids: list[int], encoder: Encoder) -> str:
     """The text of tokens; of more than `SHOWN` their beginning and end, and how many are left out."""
     if len(ids) <= SHOWN:
         return str(encoder.tokenizer.decode(ids, skip_special_tokens=False))
-    parts = [encoder.tokenizer.decode(part, skip_special_tokens=False) for part in (ids[: SHOWN // 2], ids[-100:])]
-    return f" … ({len(ids) - SHOWN // 2 - 100:,} tokens are not shown) … ".join(parts)
+    decode = encoder.tokenizer.decode
+    start = decode(ids[: SHOWN // 2], skip_special_tokens=False)[:SHOWN]  # a token may be a long run of one letter
+    end = decode(ids[-100:], skip_special_tokens=False)[-SHOWN:]
+    return f"{start} … (the middle of {len(ids):,} tokens is not shown) … {end}"
 
 
 def measure(ids: Sequence[int], labels: Sequence[int], encoder: Encoder) -> str:
