@@ -492,7 +492,7 @@ def path_cases() -> Iterator[Case]:
 
 
 def value_cases() -> Iterator[Case]:
-    """Nonsense in each key, by the command line; what YAML cannot write is left to `tests/config/test_odd_values.py`."""
+    """Nonsense in each key, by the command line."""
     for key, kind, value in odd_values():
         if isinstance(value, str) and len(value) > 1000:
             continue
@@ -508,13 +508,11 @@ ROWS: dict[str, bytes] = {
     "a number for a text": b'{"user_input": 5, "completion": "x"}',
     "a list for a text": b'{"user_input": ["a"], "completion": "x"}',
     "no completion": b'{"user_input": "a"}',
-    "an empty completion": b'{"user_input": "a", "completion": ""}',
     "an unknown field": b'{"user_input": "a", "completin": "x"}',
     "a key given twice": b'{"user_input": "a", "user_input": "b", "completion": "x"}',
     "null": b"null",
     "a text": b'"text"',
     "a null byte": b'{"user_input": "a\0", "completion": "x"}',
-    "a private character": '{"user_input": "\U0010fffd", "completion": "x"}'.encode(),
     "a bracket that is never closed": b'{"user_input": "a", "completion": "x"',
     "a number of 5,000 digits": b'{"user_input": "a", "completion": "x", "score": ' + b"9" * 5000 + b"}",
     "a deep value": b'{"user_input": "a", "completion": ' + b"[" * 5000 + b"]" * 5000 + b"}",
