@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -225,6 +226,18 @@ def test_what_is_marked_is_what_has_labels():
         f"\n\nHuman: the cat\n\nAssistant:⟦ sat on{made.tokenizer.eos_token}⟧"
     )
     assert marked(*made.actor_row(row, "all"), made, in_colour=False).plain.startswith("⟦")
+
+
+@pytest.mark.parametrize("text", ["x" * 1_200_000, " " * 1_200_000 + "x"], ids=["a letter", "blanks"])
+def test_a_row_of_megabytes_is_named_and_shown_in_part(write, capsys, text):
+    path = write([{"user_input": "the cat", "completion": text}])
+    for words in (("stats", path), ("show", path)):
+        start = time.process_time()
+        assert cli.main(["data", *map(str, words)]) == 0
+        assert time.process_time() - start < 60  # hours, where the tokenizer is made of all of it
+        out, err = capsys.readouterr()
+        assert "row 1: a row of 1,200,0" in err and len(out) < 100_000
+    assert "tokens is not shown" in out
 
 
 def test_a_public_dataset_by_its_name(write, capsys):
