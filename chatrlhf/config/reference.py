@@ -22,8 +22,8 @@ HEADER = """# Configuration
 
 Every key of the YAML file, by section; this page is made of the schema by `python -m chatrlhf.config.reference`, and a
 test compares the two. `--set section.key=value` overrides one. An unknown key is an error that names the nearest known
-one. Behind a type stand the numbers that it takes: `[0, 1)` holds 0 and not 1. *Other names* are ChatLLaMA's, trlX's or Hugging Face's for the same key. The last column says what `--resume` does
-with a key that has changed since.
+one. Behind a type stand the numbers that it takes: `[0, 1)` holds 0 and not 1. *Other names* are ChatLLaMA's, trlX's or
+Hugging Face's for the same key. The last column says what `--resume` does with a key that has changed since.
 """
 RESUME = {
     OnResume.TAKES_EFFECT: "takes effect",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from chatrlhf.runtime.collectives import is_main
-
 LONG = 1_000_000  # characters of a row
 CHARACTERS_A_SECOND = 250_000  # that a tokenizer takes, about
 
@@ -18,7 +16,11 @@ def announce_if_long(place: str, texts: list[str]) -> None:
         texts: all that the row holds.
     """
     characters = sum(map(len, texts))
-    if characters >= LONG and is_main():
+    if characters < LONG:
+        return
+    from chatrlhf.runtime.collectives import is_main  # it needs torch, which --help does without
+
+    if is_main():
         print(
             f"note: {place}: a row of {characters:,} characters, whose tokens are counted in about "
             f"{characters / CHARACTERS_A_SECOND:.0f} s; cut it or leave it out if that is too long",
