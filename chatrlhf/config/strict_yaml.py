@@ -65,6 +65,7 @@ class _StrictLoader(yaml.SafeLoader):
             raise _TooLarge(f"it is nested more than {MAX_DEPTH} levels deep", mark)
         before = self._values
         node = super().compose_node(parent, index)
+        assert node is not None
         self._depth -= 1
         if node in self._weights:  # an alias
             self._values += self._weights[node]
