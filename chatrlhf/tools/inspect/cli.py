@@ -46,10 +46,12 @@ def marked(ids: Sequence[int], labels: Sequence[int], encoder: Encoder, in_colou
 
 
 def shortened(ids: list[int], encoder: Encoder) -> str:
-    """The text of tokens; of more than `SHOWN` their beginning and end, and how many are left out."""
-    if len(ids) <= SHOWN:
-        return str(encoder.tokenizer.decode(ids, skip_special_tokens=False))
+    """The text of tokens; of more than `SHOWN`, or of endless ones, their beginning and end."""
     decode = encoder.tokenizer.decode
+    if len(ids) <= SHOWN:
+        text = str(decode(ids, skip_special_tokens=False))
+        if len(text) <= 10 * SHOWN:
+            return text
     start = decode(ids[: SHOWN // 2], skip_special_tokens=False)[:SHOWN]  # a token may be a long run of one letter
     end = decode(ids[-100:], skip_special_tokens=False)[-SHOWN:]
     return f"{start} … (the middle of {len(ids):,} tokens is not shown) … {end}"
