@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ def check_rows(config: Config, stages: list[str], inputs: Inputs) -> list[CheckR
     encoder = encoder_class(settings).of(tokenizer, template, longest)
     if "RL" in stages:
         _check_sampled_ids(config, tokenizer, settings.get_text_config().vocab_size)
+    _check_warmup(config, inputs)
     results = [
         *check_data(inputs),
         *_check_lengths(config, inputs, encoder),
@@ -186,6 +188,20 @@ def check_rows(config: Config, stages: list[str], inputs: Inputs) -> list[CheckR
     ]
     inputs.warnings += [result.line for result in results if result.status != "pass"]
     return results
+
+
+def _check_warmup(config: Config, inputs: Inputs) -> None:
+    """The learning rate arrives at its peak before ACTOR and REWARD end; of the other stages the schema knows it."""
+    for name, rows in (("actor_config", inputs.actor), ("reward_config", inputs.reward)):
+        section = getattr(config, name)
+        if rows is None or not section.warmup_steps:
+            continue
+        steps = ceil(rows.epochs.size / section.batch_size) * section.epochs
+        if section.warmup_steps > steps:
+            raise ConfigError(
+                f"{name}.warmup_steps: {section.warmup_steps} are more than the {steps} optimizer steps of "
+                f"{rows.epochs.size:,} rows in batches of {section.batch_size}; lower it, or train for more epochs"
+            )
 
 
 def _check_sampled_ids(config: Config, tokenizer: Any, rows: int) -> None:

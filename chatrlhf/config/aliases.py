@@ -139,5 +139,5 @@ def count_episodes(config: dict[str, Any]) -> dict[str, Any]:
     for key, other in (("num_episodes", "max_timesteps"), ("max_timesteps", "num_episodes")):
         alone = trainer.get(key) is not None and trainer.get(other) is None
         if alone and trainer.get("total_episodes") is None:
-            raise ConfigError(f"trainer_config: {key!r} counts only with {other!r}; give both, or total_episodes")
+            raise ConfigError(f"trainer_config.{key}: {key!r} counts only with {other!r}; give both, or total_episodes")
     return {**config, "trainer_config": trainer}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+from chatrlhf.config.plain_values import check_plain
 
 
 def must_divide(name: str, value: int, by_name: str, by: int) -> None:
@@ -13,7 +16,8 @@ def must_divide(name: str, value: int, by_name: str, by: int) -> None:
         return
     below, above = value // by * by, (value // by + 1) * by
     working = f"{below} or {above}" if below else f"{above}"
-    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    low = [d for d in range(1, isqrt(value) + 1) if value % d == 0]
+    divisors = {*low, *(value // d for d in low)}
     near = sorted(divisors, key=lambda d: (abs(d - by), d))[:3]
     raise ValueError(
         f"{name}: {value} is not divisible by {by_name} ({by}); set {name} to {working}, "
@@ -23,8 +27,15 @@ def must_divide(name: str, value: int, by_name: str, by: int) -> None:
 
 def check_micro_batch(section: Any) -> None:
     """Gradient accumulation takes whole microbatches."""
+    refuse_larger("micro_batch_size", section.micro_batch_size, "batch_size", section.batch_size)
     if section.micro_batch_size is not None and section.micro_batch_size < section.batch_size:
         must_divide("batch_size", section.batch_size, "micro_batch_size", section.micro_batch_size)
+
+
+def refuse_larger(name: str, value: int | None, by_name: str, most: int | None) -> None:
+    """Refuse a value above another one; a key that is null says nothing. Raises ValueError."""
+    if value is not None and most is not None and value > most:
+        raise ValueError(f"{name}: {value} is more than {by_name} ({most}); lower it, or raise {by_name}")
 
 
 def refuse_checkpoint_name(section: Any) -> None:
@@ -36,18 +47,14 @@ def refuse_checkpoint_name(section: Any) -> None:
         )
 
 
-BEYOND = 2**63  # PyTorch's and Python's own counters end here
-
-
 class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, assignments are checked."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _no_number_beyond_64_bits(cls, values: Any) -> Any:
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, int) and abs(value) >= BEYOND:
-                raise ValueError(f"{name} has {len(str(abs(value)))} digits; give a number below {BEYOND:.1e}")
-        return values
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        check_plain(info.field_name, value, cls.model_fields[info.field_name].annotation)
+        return value

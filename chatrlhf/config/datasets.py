@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from chatrlhf.config.base import Section
+from chatrlhf.config.plain_values import MAX_SEED, MAX_STEPS
 
 
 class DatasetEntry(Section):
@@ -19,13 +20,13 @@ class DatasetEntry(Section):
     lang: str | None = Field(None, description="of a dataset in many languages only this one")
     columns: dict[str, str] = Field(default_factory=dict, description="of a file: our field -> its column")
     fraction: float = Field(1.0, gt=0, le=1, description="of its training rows, in an epoch")
-    size: int | None = Field(None, ge=1, description="training rows at most, in an epoch")
-    weight: float = Field(1.0, gt=0, description="how often each of these rows is seen in an epoch")
+    size: int | None = Field(None, ge=1, le=MAX_STEPS, description="training rows at most, in an epoch")
+    weight: float = Field(1.0, gt=0, le=10**4, description="how often each of these rows is seen in an epoch")
     val_split: float | None = Field(None, ge=0, lt=1, description="held out; null: validation_fraction")
-    max_val_set: int | None = Field(None, ge=0, description="rows held out at most")
+    max_val_set: int | None = Field(None, ge=0, le=MAX_STEPS, description="rows held out at most")
     loss_on: Literal["completion", "all_turns", "all"] | None = Field(None, description="null: actor_config.loss_on")
     drop_narrative: float = Field(0.0, ge=0, le=1, description="share of the records that lose their narrative")
-    max_chunk_size: int | None = Field(None, ge=1, description="characters of a piece of plain text")
+    max_chunk_size: int | None = Field(None, ge=1, le=10**9, description="characters of a piece of plain text")
 
 
 class DataKeys(Section):
@@ -34,7 +35,9 @@ class DataKeys(Section):
     datasets: list[DatasetEntry] = Field(default_factory=list, description="a mixture; no file is named then")
     deduplicate: bool = Field(True, description="of a mixture's rows that say the same only the first is taken")
     resample: bool = Field(True, description="where an epoch sees a part of a dataset, the next one sees other rows")
-    mixing_seed: int = Field(0, ge=0, description="draws what is held out and what is taken; the run's seed does not")
+    mixing_seed: int = Field(
+        0, ge=0, le=MAX_SEED, description="draws what is held out and what is taken; the run's seed does not"
+    )
 
     @field_validator("datasets", mode="before")
     @classmethod

@@ -29,8 +29,14 @@ def _ordered(limits: Limits, above: bool) -> Limits:
     return limits
 
 
-Above = Annotated[Limits, AfterValidator(_stop_is_above)]
-Below = Annotated[Limits, AfterValidator(_stop_is_below)]
+Amount = Annotated[float, Field(ge=0, le=10**6)] | None
+Share = Annotated[float, Field(ge=0, le=1)] | None
+Explained = Annotated[float, Field(ge=-(10**6), le=1)] | None
+Above = Annotated[tuple[Amount, Amount], AfterValidator(_stop_is_above)]
+Below = Annotated[tuple[Amount, Amount], AfterValidator(_stop_is_below)]
+ShareAbove = Annotated[tuple[Share, Share], AfterValidator(_stop_is_above)]
+ShareBelow = Annotated[tuple[Share, Share], AfterValidator(_stop_is_below)]
+ExplainedBelow = Annotated[tuple[Explained, Explained], AfterValidator(_stop_is_below)]
 
 
 class GuardsConfig(Section):
@@ -53,13 +59,15 @@ class GuardsConfig(Section):
     kl_per_token: Above = Field((1.0, 5.0), description="KL to the SFT actor, nats a token (k3)")
     kl_per_reply: Above = Field((100.0, None), description="KL to the SFT actor, nats a reply (k3)")
     entropy: Below = Field((0.01, None), description="of the policy, nats a token")
-    repetition: Above = Field((0.5, None), description="share of a reply's 4-grams of tokens that it has said before")
-    distinct_2: Below = Field((0.005, None), description="different pairs of tokens as a share of all in a batch")
+    repetition: ShareAbove = Field(
+        (0.5, None), description="share of a reply's 4-grams of tokens that it has said before"
+    )
+    distinct_2: ShareBelow = Field((0.005, None), description="different pairs of tokens as a share of all in a batch")
     length_change: Above = Field((4.0, None), description="reply length against the first steps', as a factor")
-    finished_drop: Above = Field((0.5, None), description="by how much the share of finished replies has fallen")
-    clip_fraction: Above = Field((0.5, None), description="share of tokens whose ratio is clipped")
-    explained_variance: Below = Field((-1.0, None), description="of the returns by the critic")
-    flat_rewards: Above = Field((0.5, None), description="1 where all replies of a batch have one reward, else 0")
+    finished_drop: ShareAbove = Field((0.5, None), description="by how much the share of finished replies has fallen")
+    clip_fraction: ShareAbove = Field((0.5, None), description="share of tokens whose ratio is clipped")
+    explained_variance: ExplainedBelow = Field((-1.0, None), description="of the returns by the critic")
+    flat_rewards: ShareAbove = Field((0.5, None), description="1 where all replies of a batch have one reward, else 0")
     forgotten: Above = Field(
         (2.0, None),
         description="rise of the loss on held-out demonstrations while the reward rises, nats a token; of --type ALL",

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from chatrlhf.config.aliases import FLAT_GENERATION_KEYS, RENAMED, count_episodes, translate
 from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.schema import Config
-from chatrlhf.config.strict_yaml import YamlFault, parse_yaml
+from chatrlhf.config.strict_yaml import MAX_CHARACTERS, YamlFault, parse_yaml
 from chatrlhf.errors import ConfigError, MissingError
 from chatrlhf.errors.boundary import doing
 
@@ -26,7 +26,8 @@ LOW_TEMPERATURE = 0.5
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 200
 SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 2, 8, 8
-MOST_VALUES = 100_000  # in a YAML file
+MAX_FAULTS = 8  # named in one message
+MAX_NAME = 80  # characters of a key in a message
 
 
 def load_config(
@@ -89,18 +90,28 @@ def _naming(where: str) -> Iterator[None]:
 def explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
     """A pydantic error as one line: key, what was received, what was expected; ``root`` is what was validated."""
     parts = []
-    for item in error.errors():
+    faults = error.errors(include_url=False)
+    for item in faults[:MAX_FAULTS]:
         loc = [str(part) for part in item["loc"]]
-        key = ".".join(loc)
+        key = _printable(".".join(loc))
         if item["type"] == "extra_forbidden":
-            near = _nearest_key(loc, root)
+            near = _nearest_key(loc, root) if len(loc[-1]) <= MAX_NAME else None
             parts.append(f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else ""))
         elif item["type"] == "value_error":
-            section = f"{key}: " if key else ""
-            parts.append(f"{section}{item['ctx']['error']}")
+            said = str(item["ctx"]["error"])
+            # Of a section as a whole; what it begins with is the key in it.
+            names_key = said.partition(":")[0] in _fields_at(loc, root)
+            parts.append(f"{key}{'.' if names_key else ': '}{said}" if key else said)
         else:
             parts.append(f"{key}: {item['msg'].lower()}, got {SHORT.repr(item['input'])}")
+    if len(faults) > MAX_FAULTS:
+        parts.append(f"and {len(faults) - MAX_FAULTS:,} more")
     return "; ".join(parts)
+
+
+def _printable(key: str) -> str:
+    shown = key if key.isprintable() else repr(key)[1:-1]
+    return shown if len(shown) <= 2 * MAX_NAME else f"{shown[:MAX_NAME]}…"
 
 
 def resolve_path(config: Config, key: str, value: str) -> Path:
@@ -161,7 +172,8 @@ def load_peft_config(config: Config, section: str = "actor_config") -> PeftConfi
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)  # /dev/zero has no end
     except FileNotFoundError:
         raise ConfigError(f"configuration file {str(path)!r} does not exist (working directory {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -175,22 +187,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections such as 'actor_config:', got a {type(raw).__name__}")
-    if _size(raw, {}) > MOST_VALUES:
-        raise ConfigError(
-            f"{path}: its aliases (*name) repeat more than {MOST_VALUES:,} values; write out what is meant"
-        )
     return raw
-
-
-def _size(value: Any, sizes: dict[int, int]) -> int:
-    """Values in a tree when each alias is replaced by what it stands for; too many in one that holds itself."""
-    if not isinstance(value, (dict, list)):
-        return 1
-    if id(value) not in sizes:
-        sizes[id(value)] = MOST_VALUES  # while it is being counted
-        parts = value.values() if isinstance(value, dict) else value
-        sizes[id(value)] = 1 + sum(_size(part, sizes) for part in parts)
-    return sizes[id(value)]
 
 
 def _overriding(overrides: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
@@ -244,6 +241,19 @@ def _covered(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _fields_at(loc: list[str], root: type[BaseModel]) -> set[str]:
+    """The keys of a section; none where something else stands there."""
+    section: Any = root
+    for part in loc:
+        if part.isdigit():  # a place in a list
+            continue
+        info = section.model_fields.get(part)
+        section = _section_type(info.annotation) if info is not None else None
+        if section is None:
+            return set()
+    return set(section.model_fields)
+
+
 def _nearest_key(loc: list[str], root: type[BaseModel]) -> str | None:
     """The known key most like the last part of ``loc``, looked for in its section first, then everywhere."""
     section: Any = root
@@ -286,6 +296,20 @@ WITHOUT_EFFECT = {
     "trainer_config.gen_kwargs.pad_token_id": "padding is known by masks, never by an id",
 }
 
+SWITCHED_FILES = {"peft_enable": "peft_config_path", "deepspeed_enable": "deepspeed_config_path"}
+
+
+def _is_missing_and_off(config: Config, section: Any, switch: str, path: str) -> bool:
+    """Whether a file is named that is not there, where ChatLLaMA's files name one that is not asked for."""
+    name = getattr(section, path)
+    if name is None or getattr(section, switch):
+        return False
+    try:
+        resolve_path(config, path, name)
+    except MissingError:
+        return True
+    return False
+
 
 def _surprises(config: Config) -> list[str]:
     notes = []
@@ -297,6 +321,14 @@ def _surprises(config: Config) -> list[str]:
             idle.append(f"{key} ({reason})")
     if idle:
         notes.append("accepted without effect: " + "; ".join(idle))
+    unread = [
+        f"{section}.{path} ({switch} is False)"
+        for section in ("actor_config", "reward_config", "critic_config")
+        for switch, path in SWITCHED_FILES.items()
+        if _is_missing_and_off(config, getattr(config, section), switch, path)
+    ]
+    if unread:
+        notes.append(f"files that do not exist, and that nothing reads: {', '.join(unread)}")
     temperature = config.trainer_config.gen_kwargs.temperature or config.actor_config.temperature
     if temperature is not None and temperature < LOW_TEMPERATURE:
         notes.append(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from chatrlhf.config.base import Section
+from chatrlhf.config.plain_values import MAX_TOKENS
 
 
 class QuantizationKeys(Section):
@@ -43,8 +44,8 @@ class PeftConfig(Section):
     peft_type: Literal["LORA"] = "LORA"
     task_type: Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"] | None = Field(None, description="null: what the model is")
     inference_mode: Literal[False] = False
-    r: int = Field(8, ge=1, description="rank")
-    lora_alpha: int = Field(32, ge=1, description="what the adapters add is scaled by lora_alpha / r")
+    r: int = Field(8, ge=1, le=10**5, description="rank")
+    lora_alpha: int = Field(32, ge=1, le=10**6, description="what the adapters add is scaled by lora_alpha / r")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="off in RL, where a fresh policy has to be its reference")
     bias: Literal["none"] = "none"
     target_modules: list[str] | str | None = Field(
@@ -72,12 +73,22 @@ class RopeScaling(Section):
     type: Literal["linear", "dynamic", "yarn", "default"] = Field(
         description="linear, dynamic, yarn, or default, which changes rope_theta alone"
     )
-    factor: float | None = Field(None, gt=1, description="the context becomes so many times the original one")
-    original_max_position_embeddings: int | None = Field(None, ge=1, description="tokens; null: the model's own")
-    rope_theta: float | None = Field(None, gt=0, description="base of the frequencies; null: the model's own")
-    attention_factor: float | None = Field(None, gt=0, description="yarn: of attention's logits; null: by the factor")
-    beta_fast: float | None = Field(None, gt=0, description="yarn: turns from which frequencies stay as they are")
-    beta_slow: float | None = Field(None, gt=0, description="yarn: turns below which they are divided by the factor")
+    factor: float | None = Field(None, gt=1, le=10**5, description="the context becomes so many times the original one")
+    original_max_position_embeddings: int | None = Field(
+        None, ge=1, le=MAX_TOKENS, description="tokens; null: the model's own"
+    )
+    rope_theta: float | None = Field(
+        None, gt=0, le=10**15, description="base of the frequencies; null: the model's own"
+    )
+    attention_factor: float | None = Field(
+        None, gt=0, le=1000, description="yarn: of attention's logits; null: by the factor"
+    )
+    beta_fast: float | None = Field(
+        None, gt=0, le=10**6, description="yarn: turns from which frequencies stay as they are"
+    )
+    beta_slow: float | None = Field(
+        None, gt=0, le=10**6, description="yarn: turns below which they are divided by the factor"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -15,14 +15,15 @@ from chatrlhf.config.aliases import RENAMED
 from chatrlhf.config.load import WITHOUT_EFFECT
 from chatrlhf.config.model import PeftConfig
 from chatrlhf.config.on_resume import OnResume, rules
+from chatrlhf.config.plain_values import MAX_SEED
 from chatrlhf.config.schema import Config
 
 HEADER = """# Configuration
 
 Every key of the YAML file, by section; this page is made of the schema by `python -m chatrlhf.config.reference`, and a
 test compares the two. `--set section.key=value` overrides one. An unknown key is an error that names the nearest known
-one. *Other names* are ChatLLaMA's, trlX's or Hugging Face's for the same key. The last column says what `--resume` does
-with a key that has changed since.
+one. Behind a type stand the numbers that it takes: `[0, 1)` holds 0 and not 1. *Other names* are ChatLLaMA's, trlX's or
+Hugging Face's for the same key. The last column says what `--resume` does with a key that has changed since.
 """
 RESUME = {
     OnResume.TAKES_EFFECT: "takes effect",
@@ -30,6 +31,8 @@ RESUME = {
     OnResume.BY_CONTENT: "same content",
     OnResume.NO_EFFECT: "–",
 }
+
+BOUNDS = ("ge", "gt", "le", "lt")
 
 
 def page() -> str:
@@ -65,7 +68,7 @@ def _row(section: str, key: str, info: FieldInfo, is_file: bool) -> str:
         rule = rules().get(section) or rules().get(section.removesuffix("[]"))
     cells = [
         f"`{key}`",
-        _type(info.annotation),
+        _type(info.annotation) + _band(info),
         _default(info),
         meaning,
         ", ".join(f"`{name}`" for name in others),
@@ -102,6 +105,23 @@ def _type(annotation: Any) -> str:
         return f"map of {_type(arguments[0])} to {_type(arguments[1])}"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _band(info: FieldInfo) -> str:
+    """Which numbers a key takes, behind its type: `[0, 1)` holds 0 and not 1."""
+    bound = {name: getattr(each, name) for each in info.metadata for name in BOUNDS if hasattr(each, name)}
+    if not bound:
+        return ""
+    low = f"[{_number(bound['ge'])}" if "ge" in bound else f"({_number(bound['gt'])}"
+    high = f"{_number(bound['le'])}]" if "le" in bound else f"{_number(bound['lt'])})"
+    return f" in {low}, {high}"
+
+
+def _number(bound: float) -> str:
+    if bound == MAX_SEED:
+        return "2^63 - 1"
+    power = len(str(bound)) - 1
+    return f"10^{power}" if bound == 10**power and power > 3 else f"{bound:,}"
 
 
 def _default(info: FieldInfo) -> str:

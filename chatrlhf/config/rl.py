@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from chatrlhf.config.base import Section, must_divide, refuse_checkpoint_name
+from chatrlhf.config.base import Section, must_divide, refuse_checkpoint_name, refuse_larger
 from chatrlhf.config.datasets import DataKeys
+from chatrlhf.config.plain_values import MAX_ROWS, MAX_SCORE, MAX_STEPS, MAX_TOKENS
 from chatrlhf.config.training import OptimizerKeys, Precision
 
 
@@ -22,7 +23,9 @@ class VllmConfig(Section):
     )
     enable_sleep_mode: bool = Field(False, description="colocate: vLLM gives that memory back between two rollouts")
     server_base_url: str = Field("http://localhost:8000", description="server: the address it answers at")
-    server_timeout: float = Field(240.0, gt=0, description="server: seconds until it has to answer at the start")
+    server_timeout: float = Field(
+        240.0, gt=0, le=10**6, description="server: seconds until it has to answer at the start"
+    )
     group_port: int = Field(51216, ge=1, le=65535, description="server: a free port, for sending weights")
 
     @field_validator("server_base_url")
@@ -33,6 +36,7 @@ class VllmConfig(Section):
         return url.rstrip("/")
 
 
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 DEFAULT_EPISODES = 3200
 
 
@@ -40,26 +44,38 @@ class GenKwargs(Section):
     """How rollouts are sampled. What PPO cannot score is refused rather than ignored."""
 
     max_new_tokens: int | None = Field(
-        None, ge=1, description="response tokens at most; null: actor_config.max_tokens, or what max_length leaves"
+        None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="response tokens at most; null: actor_config.max_tokens, or what max_length leaves",
     )
-    min_new_tokens: int | None = Field(None, ge=0, description="EOS is forbidden before so many")
-    max_length: int | None = Field(None, ge=2, description="prompt and response together")
-    min_length: int | None = Field(None, ge=0, description="prompt and response together")
+    min_new_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="EOS is forbidden before so many")
+    max_length: int | None = Field(None, ge=2, le=MAX_TOKENS, description="prompt and response together")
+    min_length: int | None = Field(None, ge=0, le=MAX_TOKENS, description="prompt and response together")
     temperature: float | None = Field(
-        None, gt=0, description="of the sampled distribution; null: actor_config.temperature, or 1"
+        None, ge=1e-4, le=100, description="of the sampled distribution; null: actor_config.temperature, or 1"
     )
     stop: list[str] = Field(default_factory=list, description="a response ends behind any of these strings")
-    forbidden_tokens: list[int] = Field(default_factory=list, description="token ids that are never sampled")
+    forbidden_tokens: list[TokenId] = Field(default_factory=list, description="token ids that are never sampled")
     do_sample: bool = Field(True, description="must be True: greedy rollouts are refused")
     top_k: float | None = Field(None, description="must be 0 or null: PPO cannot score a cut distribution")
     top_p: float | None = Field(None, description="must be 1 or null: PPO cannot score a cut distribution")
     repetition_penalty: float | None = Field(None, description="must be 1 or null: PPO cannot score it")
-    eos_token_id: int | list[int] | None = Field(None, description="null: all EOS of tokenizer, template and model")
-    pad_token_id: int | None = Field(None, description="without effect: padding is known by masks, never by an id")
+    eos_token_id: TokenId | list[TokenId] | None = Field(
+        None, description="null: all EOS of tokenizer, template and model"
+    )
+    pad_token_id: int | None = Field(
+        None, ge=-1, le=MAX_TOKENS, description="without effect: padding is known by masks, never by an id"
+    )
 
     @model_validator(mode="after")
     def _only_the_plain_sampler(self) -> GenKwargs:
         why = "PPO needs the log-probabilities of the sampled distribution, for policy and reference alike"
+        if self.eos_token_id == []:
+            raise ValueError("eos_token_id: [] leaves nothing that ends a reply; write null, or the ids")
+        refuse_larger("min_new_tokens", self.min_new_tokens, "max_new_tokens", self.max_new_tokens)
+        refuse_larger("min_new_tokens", self.min_new_tokens, "max_length", self.max_length)
+        refuse_larger("min_length", self.min_length, "max_length", self.max_length)
         if not self.do_sample:
             raise ValueError(f"do_sample: False is refused, greedy rollouts have no distribution: {why}")
         if self.top_k not in (None, 0):
@@ -80,41 +96,58 @@ class TrainerConfig(OptimizerKeys, DataKeys):
     examples_path: str | None = Field(None, description="rows of prompts; null: datasets")
     validation_examples_path: str | None = Field(None, description="held-out prompts")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="held out where no such file is named")
-    total_episodes: int | None = Field(None, ge=1, description="null: ChatLLaMA's 3,200, in whole rollout batches")
-    num_rollouts: int = Field(64, ge=1, description="sequences sampled between two updates")
-    samples_per_prompt: int | None = Field(None, ge=1, description="null: 1 for ppo, 4 for rloo and grpo")
-    chunk_size: int | None = Field(None, ge=1, description="sequences decoded side by side; null: num_rollouts")
-    batch_size: int | None = Field(None, ge=1, description="null: a quarter of num_rollouts where that divides")
-    micro_batch_size: int | None = Field(None, ge=1, description="longest sequences per backward; null: batch_size")
-    ppo_epochs: int = Field(4, ge=1, description="passes over a rollout batch")
-    actor_lr: float = Field(5e-6, ge=0, description="learning rate of the policy")
-    critic_lr: float = Field(9e-6, ge=0, description="learning rate of the critic")
+    total_episodes: int | None = Field(
+        None, ge=1, le=MAX_STEPS, description="null: ChatLLaMA's 3,200, in whole rollout batches"
+    )
+    num_rollouts: int = Field(64, ge=1, le=MAX_ROWS, description="sequences sampled between two updates")
+    samples_per_prompt: int | None = Field(None, ge=1, le=MAX_ROWS, description="null: 1 for ppo, 4 for rloo and grpo")
+    chunk_size: int | None = Field(
+        None, ge=1, le=MAX_ROWS, description="sequences decoded side by side; null: num_rollouts"
+    )
+    batch_size: int | None = Field(
+        None, ge=1, le=MAX_ROWS, description="null: a quarter of num_rollouts where that divides"
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, le=MAX_ROWS, description="longest sequences per backward; null: batch_size"
+    )
+    ppo_epochs: int = Field(4, ge=1, le=1000, description="passes over a rollout batch")
+    actor_lr: float = Field(5e-6, ge=0, le=1, description="learning rate of the policy")
+    critic_lr: float = Field(9e-6, ge=0, le=1, description="learning rate of the critic")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
     init_kl_coef: float = Field(
-        0.05, ge=0, description="beta: weight of the KL to the reference; fixed, or where the controller starts"
+        0.05,
+        ge=0,
+        le=1000,
+        description="beta: weight of the KL to the reference; fixed, or where the controller starts",
     )
-    target: float | None = Field(None, gt=0, description="nats per sequence; null: the coefficient stays fixed")
-    horizon: int = Field(10000, ge=1, description="sequences")
+    target: float | None = Field(
+        None, gt=0, le=10**6, description="nats per sequence; null: the coefficient stays fixed"
+    )
+    horizon: int = Field(10000, ge=1, le=MAX_STEPS, description="sequences")
     gamma: float = Field(1.0, ge=0, le=1, description="discount a token")
     lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE")
-    cliprange: float = Field(0.2, gt=0, description="epsilon of the policy's ratio")
+    cliprange: float = Field(0.2, gt=0, le=10, description="epsilon of the policy's ratio")
     cliprange_value: float | None = Field(
-        0.2, gt=0, description="how far a value may move from its old one; null: not clipped"
+        0.2, gt=0, le=MAX_SCORE, description="how far a value may move from its old one; null: not clipped"
     )
     cliprange_reward: float | None = Field(
-        10.0, gt=0, description="scores are clipped to plus and minus this; null: not clipped"
+        10.0, gt=0, le=MAX_SCORE, description="scores are clipped to plus and minus this; null: not clipped"
     )
     scale_reward: Literal["running", "ref"] | None = Field(
         None, description="scores are divided by their running deviation, or by ref_std"
     )
-    ref_mean: float | None = Field(None, description="trlX's; without effect: a score's mean stays in it")
-    ref_std: float | None = Field(
-        None, gt=0, description="of scores, for scale_reward: ref; null: measured at the start"
+    ref_mean: float | None = Field(
+        None, ge=-MAX_SCORE, le=MAX_SCORE, description="trlX's; without effect: a score's mean stays in it"
     )
-    vf_coef: float = Field(1.0, ge=0, description="weight of the value loss")
-    entropy_coef: float = Field(0.0, ge=0, description="ChatLLaMA's beta_s")
+    ref_std: float | None = Field(
+        None, gt=0, le=MAX_SCORE, description="of scores, for scale_reward: ref; null: measured at the start"
+    )
+    vf_coef: float = Field(1.0, ge=0, le=10**4, description="weight of the value loss")
+    entropy_coef: float = Field(0.0, ge=0, le=100, description="ChatLLaMA's beta_s")
     whiten_advantages: bool = Field(True, description="to mean 0 and deviation 1 over the batch's tokens")
-    missing_eos_penalty: float | None = Field(None, ge=0, description="taken off where a response did not finish")
+    missing_eos_penalty: float | None = Field(
+        None, ge=0, le=MAX_SCORE, description="taken off where a response did not finish"
+    )
     gen_kwargs: GenKwargs = Field(default_factory=GenKwargs, description="how rollouts are sampled")
     rollout_backend: Literal["chatrlhf", "vllm"] = Field(
         "chatrlhf", description="what samples rollouts: this package's engine, or vLLM through TRL"
@@ -123,6 +156,7 @@ class TrainerConfig(OptimizerKeys, DataKeys):
     importance_cap: float | None = Field(
         2.0,
         gt=0,
+        le=10**6,
         description="a token that vLLM sampled counts by its probability here over the one there, at most this much; "
         "null: no cap",
     )
@@ -135,23 +169,31 @@ class TrainerConfig(OptimizerKeys, DataKeys):
     precision: Precision = Field(
         "auto", description="auto: bfloat16 working weights under float32 masters where the device multiplies them"
     )
-    eval_interval: int | None = Field(None, ge=1, description="steps; null: only before and after")
+    eval_interval: int | None = Field(None, ge=1, le=MAX_STEPS, description="steps; null: only before and after")
     eval_fn: str | None = Field(None, description="'package.module:function': criteria of a completion, for the table")
-    eval_best: float | None = Field(None, description="the best eval_fn can give, for the share of the gap closed")
-    checkpoint_steps: int = Field(1000, ge=1, description="steps; a step is one rollout batch and its update")
-    n_checkpoints_to_keep: int = Field(2, ge=1, description="older checkpoints are deleted")
+    eval_best: float | None = Field(
+        None, ge=-MAX_SCORE, le=MAX_SCORE, description="the best eval_fn can give, for the share of the gap closed"
+    )
+    checkpoint_steps: int = Field(
+        1000, ge=1, le=MAX_STEPS, description="steps; a step is one rollout batch and its update"
+    )
+    n_checkpoints_to_keep: int = Field(2, ge=1, le=10**6, description="older checkpoints are deleted")
     checkpoint_name: str | None = Field(
         None, description="ChatLLaMA's; refused, --resume takes the newest valid checkpoint"
     )
-    num_layers_unfrozen: int = Field(-1, ge=-1, description="top blocks of the policy that are trained; -1: all")
+    num_layers_unfrozen: int = Field(
+        -1, ge=-1, le=10**4, description="top blocks of the policy that are trained; -1: all"
+    )
 
     # What ChatLLaMA counts in; `aliases.py` turns them into total_episodes and num_rollouts.
     num_episodes: int | None = Field(
-        None, ge=1, description="ChatLLaMA's: with max_timesteps and num_examples gives total_episodes"
+        None, ge=1, le=MAX_STEPS, description="ChatLLaMA's: with max_timesteps and num_examples gives total_episodes"
     )
-    max_timesteps: int | None = Field(None, ge=1, description="ChatLLaMA's: see num_episodes")
-    update_timesteps: int | None = Field(None, ge=1, description="ChatLLaMA's: with num_examples gives num_rollouts")
-    num_examples: int | None = Field(None, ge=1, description="ChatLLaMA's: see num_episodes")
+    max_timesteps: int | None = Field(None, ge=1, le=MAX_STEPS, description="ChatLLaMA's: see num_episodes")
+    update_timesteps: int | None = Field(
+        None, ge=1, le=MAX_ROWS, description="ChatLLaMA's: with num_examples gives num_rollouts"
+    )
+    num_examples: int | None = Field(None, ge=1, le=MAX_STEPS, description="ChatLLaMA's: see num_episodes")
 
     @model_validator(mode="after")
     def _derive_and_divide(self) -> TrainerConfig:
@@ -168,13 +210,15 @@ class TrainerConfig(OptimizerKeys, DataKeys):
             self.total_episodes = max(DEFAULT_EPISODES // self.num_rollouts, 1) * self.num_rollouts
         if self.batch_size is None:
             self.batch_size = self.num_rollouts // 4 if self.num_rollouts % 4 == 0 else self.num_rollouts
-        if self.micro_batch_size is None or self.micro_batch_size > self.batch_size:
+        refuse_larger("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
+        if self.micro_batch_size is None:
             self.micro_batch_size = self.batch_size
         if self.chunk_size is None or self.chunk_size > self.num_rollouts:
             self.chunk_size = self.num_rollouts
         must_divide("num_rollouts", self.num_rollouts, "samples_per_prompt", self.samples_per_prompt)
         must_divide("num_rollouts", self.num_rollouts, "batch_size", self.batch_size)
         must_divide("total_episodes", self.total_episodes, "num_rollouts", self.num_rollouts)
+        refuse_larger("warmup_steps", self.warmup_steps, "all optimizer steps of the stage", self.num_optimizer_steps)
         if self.num_layers_unfrozen == 0:
             raise ValueError("num_layers_unfrozen: 0 leaves nothing of the policy to train; use -1 (all) or 1 or more")
         return self

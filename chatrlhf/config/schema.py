@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from chatrlhf.config.base import Section, check_micro_batch, refuse_checkpoint_name
+from chatrlhf.config.base import Section, check_micro_batch, refuse_checkpoint_name, refuse_larger
 from chatrlhf.config.datasets import DataKeys
 from chatrlhf.config.guards import GuardsConfig
 from chatrlhf.config.model import ModelKeys, QuantizationKeys, RopeScaling
+from chatrlhf.config.plain_values import MAX_ROWS, MAX_SEED, MAX_STEPS, MAX_TOKENS
 from chatrlhf.config.rl import TrainerConfig
 from chatrlhf.config.training import LaunchKeys, OptimizerKeys, Precision
 from chatrlhf.errors.boundary import doing
@@ -26,24 +27,27 @@ class PretrainConfig(OptimizerKeys, DataKeys):
     train_dataset_path: str | None = Field(None, description="a text file, or rows with a field 'text'")
     validation_dataset_path: str | None = Field(None, description="held-out text; null: a part of the training text")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="of the documents; of one alone its end")
-    max_sequence_length: int = Field(2048, ge=8, description="tokens of every row")
-    steps: int = Field(100, ge=1, description="optimizer steps; text that does not suffice is seen again")
-    batch_size: int = Field(8, ge=1, description="rows per optimizer step")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows per backward; null: batch_size")
-    lr: float = Field(2e-5, ge=0, description="peak learning rate of AdamW")
+    max_sequence_length: int = Field(2048, ge=8, le=MAX_TOKENS, description="tokens of every row")
+    steps: int = Field(100, ge=1, le=MAX_STEPS, description="optimizer steps; text that does not suffice is seen again")
+    batch_size: int = Field(8, ge=1, le=MAX_ROWS, description="rows per optimizer step")
+    micro_batch_size: int | None = Field(None, ge=1, le=MAX_ROWS, description="rows per backward; null: batch_size")
+    lr: float = Field(2e-5, ge=0, le=1, description="peak learning rate of AdamW")
     gradient_checkpointing: bool = Field(False, description="activations are computed again, not kept")
     precision: Precision = Field(
         "auto", description="auto: bfloat16 products where the device has them, float32 weights"
     )
-    iteration_per_print: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
-    eval_interval: int | None = Field(None, ge=1, description="optimizer steps; null: at the beginning and the end")
-    checkpoint_steps: int = Field(100, ge=1, description="optimizer steps")
-    n_checkpoints_to_keep: int = Field(2, ge=1, description="older checkpoints are deleted")
+    iteration_per_print: int = Field(10, ge=1, le=MAX_STEPS, description="optimizer steps between two lines of metrics")
+    eval_interval: int | None = Field(
+        None, ge=1, le=MAX_STEPS, description="optimizer steps; null: at the beginning and the end"
+    )
+    checkpoint_steps: int = Field(100, ge=1, le=MAX_STEPS, description="optimizer steps")
+    n_checkpoints_to_keep: int = Field(2, ge=1, le=10**6, description="older checkpoints are deleted")
 
     @model_validator(mode="after")
     def _no_surprises(self) -> PretrainConfig:
         check_micro_batch(self)
         self.refuse_two_ways("train_dataset_path")
+        refuse_larger("warmup_steps", self.warmup_steps, "steps", self.steps)
         return self
 
     @property
@@ -65,20 +69,32 @@ class PretrainConfig(OptimizerKeys, DataKeys):
 STAGES = ("PRETRAIN", "ACTOR", "REWARD", "RL")
 
 
+MAX_TINY = 10**10  # parameters
+
+
 class TinyConfig(Section):
     """Dimensions of the Llama that `model: tiny` creates, with a byte-level BPE tokenizer."""
 
     hidden_size: int = Field(128, ge=8, le=10**6, description="width of the hidden states")
-    num_hidden_layers: int = Field(4, ge=1, le=10**4, description="blocks")
-    num_attention_heads: int = Field(4, ge=1, description="attention heads of a block")
+    num_hidden_layers: int = Field(4, ge=1, le=2000, description="blocks")
+    num_attention_heads: int = Field(4, ge=1, le=10**5, description="attention heads of a block")
     intermediate_size: int | None = Field(None, ge=8, le=10**7, description="null: 8/3 of hidden_size, in steps of 32")
-    vocab_size: int = Field(1024, ge=260, description="upper bound for the tokenizer trained on the data")
-    max_position_embeddings: int = Field(512, ge=8, description="tokens that it can read")
+    vocab_size: int = Field(1024, ge=260, le=10**7, description="upper bound for the tokenizer trained on the data")
+    max_position_embeddings: int = Field(512, ge=8, le=MAX_TOKENS, description="tokens that it can read")
     tie_word_embeddings: bool = Field(True, description="the output head is the embeddings")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of fresh weights")
+    initializer_range: float = Field(0.02, gt=0, le=10, description="standard deviation of fresh weights")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyConfig:
+        width = self.intermediate_size or 8 * self.hidden_size // 3
+        block = 4 * self.hidden_size**2 + 3 * self.hidden_size * width
+        weights = self.num_hidden_layers * block + self.vocab_size * self.hidden_size
+        if weights > MAX_TINY:
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, intermediate_size {width} and num_hidden_layers "
+                f"{self.num_hidden_layers} make {weights:.1e} parameters, and a model that starts from nothing has at "
+                f"most {MAX_TINY:.0e}; lower them, or name a model"
+            )
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 2 x num_attention_heads "
@@ -108,29 +124,37 @@ class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchKe
     loss_on: Literal["completion", "all_turns", "all"] = Field(
         "completion", description="what is trained: the last completion, every reply, or all text"
     )
-    lr: float = Field(9e-6, ge=0, description="peak learning rate of AdamW")
-    epochs: int = Field(1, ge=1, description="passes over the rows")
-    batch_size: int = Field(2, ge=1, description="sequences per optimizer step")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per backward; null: batch_size")
+    lr: float = Field(9e-6, ge=0, le=1, description="peak learning rate of AdamW")
+    epochs: int = Field(1, ge=1, le=10**6, description="passes over the rows")
+    batch_size: int = Field(2, ge=1, le=MAX_ROWS, description="sequences per optimizer step")
+    micro_batch_size: int | None = Field(
+        None, ge=1, le=MAX_ROWS, description="sequences per backward; null: batch_size"
+    )
     sort_by_length: bool = Field(False, description="batches are of rows of similar length, so that less is padding")
-    max_sequence_length: int = Field(2048, ge=4, description="tokens of prompt and completion together")
+    max_sequence_length: int = Field(2048, ge=4, le=MAX_TOKENS, description="tokens of prompt and completion together")
     over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their end cut off")
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1, description="share of each label spread over all tokens")
-    neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on embeddings in training; null: none")
-    max_tokens: int | None = Field(None, ge=1, description="response limit; gen_kwargs.max_new_tokens wins")
-    min_tokens: int | None = Field(None, ge=0, description="EOS is forbidden before; gen_kwargs wins")
-    additonal_prompt_tokens: int = Field(20, ge=0, description="ChatLLaMA's room beside a prompt; not needed here")
-    temperature: float | None = Field(None, gt=0, description="of rollouts; gen_kwargs.temperature wins")
+    neftune_noise_alpha: float | None = Field(
+        None, gt=0, le=10**4, description="noise on embeddings in training; null: none"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_TOKENS, description="response limit; gen_kwargs.max_new_tokens wins"
+    )
+    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="EOS is forbidden before; gen_kwargs wins")
+    additonal_prompt_tokens: int = Field(
+        20, ge=0, le=MAX_TOKENS, description="ChatLLaMA's room beside a prompt; not needed here"
+    )
+    temperature: float | None = Field(None, ge=1e-4, le=100, description="of rollouts; gen_kwargs.temperature wins")
     use_fairscale: bool = Field(
         False, description="Meta's original LLaMA files; True is refused with the conversion command"
     )
     precision: Precision = Field(
         "auto", description="auto: bfloat16 products where the device has them, float32 weights"
     )
-    iteration_per_print: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
-    eval_interval: int | None = Field(None, ge=1, description="optimizer steps; null: once an epoch")
-    checkpoint_steps: int = Field(5000, ge=1, description="optimizer steps")
-    n_checkpoints_to_keep: int = Field(2, ge=1, description="older checkpoints are deleted")
+    iteration_per_print: int = Field(10, ge=1, le=MAX_STEPS, description="optimizer steps between two lines of metrics")
+    eval_interval: int | None = Field(None, ge=1, le=MAX_STEPS, description="optimizer steps; null: once an epoch")
+    checkpoint_steps: int = Field(5000, ge=1, le=MAX_STEPS, description="optimizer steps")
+    n_checkpoints_to_keep: int = Field(2, ge=1, le=10**6, description="older checkpoints are deleted")
     checkpoint_name: str | None = Field(
         None, description="ChatLLaMA's; refused, --resume takes the newest valid checkpoint"
     )
@@ -145,6 +169,7 @@ class ActorConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchKe
         refuse_checkpoint_name(self)
         check_micro_batch(self)
         self.refuse_two_ways("train_dataset_path")
+        refuse_larger("min_tokens", self.min_tokens, "max_tokens", self.max_tokens)
         if self.use_fairscale:
             raise ValueError(
                 "use_fairscale: True means Meta's original LLaMA files; convert them to the Hugging Face format: set "
@@ -160,7 +185,7 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchK
     tokenizer_path: str | None = Field(None, description="null: the model's own tokenizer")
     model_folder: str | None = Field(None, description="ChatLLaMA's; the run's folder is used")
     rope_scaling: RopeScaling | None = Field(None, description="of a model of its own; the actor's has the actor's")
-    model_head_hidden_size: int | None = Field(None, ge=1, description="null: a linear head; else an MLP")
+    model_head_hidden_size: int | None = Field(None, ge=1, le=10**6, description="null: a linear head; else an MLP")
     fresh_head: bool = Field(False, description="drop the head of a classifier or reward model that model names")
     train_dataset_path: str | None = Field(None, description="rows with scores or preferences; null: datasets")
     validation_dataset_path: str | None = Field(None, description="held-out rows; null: validation_fraction")
@@ -171,21 +196,23 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchK
     )
     loss: Literal["regression", "pairwise"] | None = Field(None, description="null: chosen by the data")
     reward_fn: str | None = Field(None, description="'package.module:function' or an http(s) URL; no model needed")
-    lr: float = Field(9e-6, ge=0, description="peak learning rate of AdamW")
-    epochs: int = Field(1, ge=1, description="passes over the rows")
-    batch_size: int = Field(8, ge=1, description="rows (a pair is one row) per optimizer step")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows per backward; null: batch_size")
+    lr: float = Field(9e-6, ge=0, le=1, description="peak learning rate of AdamW")
+    epochs: int = Field(1, ge=1, le=10**6, description="passes over the rows")
+    batch_size: int = Field(8, ge=1, le=MAX_ROWS, description="rows (a pair is one row) per optimizer step")
+    micro_batch_size: int | None = Field(None, ge=1, le=MAX_ROWS, description="rows per backward; null: batch_size")
     sort_by_length: bool = Field(False, description="batches are of rows of similar length, so that less is padding")
-    max_sequence_length: int = Field(2048, ge=4, description="tokens of prompt and completion together")
+    max_sequence_length: int = Field(2048, ge=4, le=MAX_TOKENS, description="tokens of prompt and completion together")
     over_length: Literal["drop", "cut"] = Field("drop", description="rows beyond it: left out, or their start cut off")
-    neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on embeddings in training; null: none")
+    neftune_noise_alpha: float | None = Field(
+        None, gt=0, le=10**4, description="noise on embeddings in training; null: none"
+    )
     precision: Precision = Field(
         "auto", description="auto: bfloat16 products where the device has them, float32 weights"
     )
-    iteration_per_print: int = Field(10, ge=1, description="optimizer steps between two lines of metrics")
-    eval_interval: int | None = Field(None, ge=1, description="optimizer steps; null: once an epoch")
-    checkpoint_steps: int = Field(10000, ge=1, description="optimizer steps")
-    n_checkpoints_to_keep: int = Field(2, ge=1, description="older checkpoints are deleted")
+    iteration_per_print: int = Field(10, ge=1, le=MAX_STEPS, description="optimizer steps between two lines of metrics")
+    eval_interval: int | None = Field(None, ge=1, le=MAX_STEPS, description="optimizer steps; null: once an epoch")
+    checkpoint_steps: int = Field(10000, ge=1, le=MAX_STEPS, description="optimizer steps")
+    n_checkpoints_to_keep: int = Field(2, ge=1, le=10**6, description="older checkpoints are deleted")
     checkpoint_name: str | None = Field(
         None, description="ChatLLaMA's; refused, --resume takes the newest valid checkpoint"
     )
@@ -208,9 +235,11 @@ class CriticConfig(LaunchKeys):
     """Where PPO's value function comes from."""
 
     model: str | None = Field(None, description="null: the reward model; 'shared': on the actor's trunk; or a model")
-    model_head_hidden_size: int | None = Field(None, ge=1, description="null: a linear head; else an MLP")
+    model_head_hidden_size: int | None = Field(None, ge=1, le=10**6, description="null: a linear head; else an MLP")
     model_folder: str | None = Field(None, description="ChatLLaMA's; the run's folder is used")
-    max_sequence_length: int = Field(2048, ge=4, description="ChatLLaMA's; rollouts are bounded by the actor's")
+    max_sequence_length: int = Field(
+        2048, ge=4, le=MAX_TOKENS, description="ChatLLaMA's; rollouts are bounded by the actor's"
+    )
     checkpoint_name: str | None = Field(
         None, description="ChatLLaMA's; refused, --resume takes the newest valid checkpoint"
     )
@@ -224,7 +253,7 @@ class CriticConfig(LaunchKeys):
 class Config(Section):
     """A whole run."""
 
-    seed: int = Field(1, ge=0, description="of everything random in a run")
+    seed: int = Field(1, ge=0, le=MAX_SEED, description="of everything random in a run")
     output_dir: str | None = Field(None, description="null: actor_config.model_folder, or ./models")
     trackers: list[str] = Field(default_factory=list, description="any of accelerate's: tensorboard, wandb, ...")
     num_threads: int | None = Field(None, ge=1, le=65536, description="CPU threads of torch; null: its own choice")

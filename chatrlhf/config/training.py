@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from chatrlhf.config.base import Section
+from chatrlhf.config.plain_values import MAX_STEPS
 
 
 class LaunchKeys(Section):
@@ -46,10 +47,10 @@ class OptimizerKeys(Section):
     """AdamW, its schedule and gradient clipping; the same keys in all three stages."""
 
     lr_scheduler: Scheduler = Field("linear", description="shape of the learning rate over the stage")
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    warmup_steps: int = Field(0, ge=0, le=MAX_STEPS, description="optimizer steps")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
+    max_grad_norm: float | None = Field(1.0, gt=0, le=10**6, description="null: no clipping")
 
     @field_validator("betas")
     @classmethod

@@ -29,7 +29,8 @@ from chatrlhf.data import stage_rows
 from chatrlhf.data.chat_formats import in_our_shape
 from chatrlhf.data.files import read_rows
 from chatrlhf.data.json_row import Row, describe
-from chatrlhf.data.stage_rows import ActorRow, Preference, ScoredCompletion
+from chatrlhf.data.long_rows import announce_if_long
+from chatrlhf.data.stage_rows import ActorRow, Preference, ScoredCompletion, texts_of
 from chatrlhf.data.unread_fields import OF_MESSAGES, refuse_unread
 from chatrlhf.errors import DataError
 
@@ -236,6 +237,7 @@ def read_stage(path: Path, rows_of: StageRows) -> tuple[list[Any], list[Hashable
                 f"{row.place}: scored rows (completion, score) and preference rows (chosen, rejected) are mixed; "
                 "keep one shape a file"
             )
+        announce_if_long(row.place, texts_of(record))
         rows += drawn
         groups += [record.provenance.group or record.text or record.prompt] * len(drawn)
     if not rows:

@@ -61,7 +61,7 @@ def _watch(over: threading.Event, run_dir: Path, limits: Limits, rank: int) -> N
     warn, stop = limits
     known = [limit for limit in limits if limit is not None]
     said = -1.0  # the sign of life whose absence was said
-    while not over.wait(min(LONGEST_SLEEP, min(known) / 4)):
+    while not over.wait(max(min(LONGEST_SLEEP, min(known) / 4), 0.01)):
         at, phase = _progress.at, _progress.phase
         silent = time.monotonic() - at
         ends = stop is not None and silent > stop

@@ -1,7 +1,8 @@
 """Malformed inputs, made from a seed: files, YAML, folders and models that people bring damaged.
 
-`python tests/field/malformed.py` runs 300 of them and prints what each that fails has said. Given arguments, it takes
-all whose names hold one of these ("" is in each).
+`python tests/field/malformed.py` runs 300 of them, prints what each that fails has said, and how many were a clear
+error, accepted, a traceback or slow. Given arguments, it takes all whose names hold one of these ("" is in each, some
+four thousand with rows and with a dozen values for every key of the schema).
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' helpers, where this is run by itself
 
-from malformed_runs import Case, run, sound_folder  # noqa: E402
+from malformed_runs import Case, Outcome, run, sound_folder  # noqa: E402
+from odd_values import odd_values  # noqa: E402
 
 from chatrlhf.data import render_limits  # noqa: E402
 
@@ -489,6 +493,47 @@ def path_cases() -> Iterator[Case]:
         yield Case(f"eval: --json is {name}", "boundary", loops, words, (value[:40],))
 
 
+def value_cases() -> Iterator[Case]:
+    """Nonsense in each key, by the command line."""
+    for key, kind, value in odd_values():
+        if isinstance(value, str) and len(value) > 1000:
+            continue
+        tree = {key.rpartition(".")[2]: value}
+        for section in reversed(key.split(".")[:-1]):
+            tree = {section: tree}
+        text = yaml.safe_dump(tree, allow_unicode=False)
+        yield Case(f"{key} is {kind}", "files", written("c.yaml", text), ACTOR, (key, "c.yaml"))
+
+
+ROWS: dict[str, bytes] = {
+    "half a surrogate pair": b'{"user_input": "\\ud800", "completion": "x"}',
+    "a number for a text": b'{"user_input": 5, "completion": "x"}',
+    "a list for a text": b'{"user_input": ["a"], "completion": "x"}',
+    "no completion": b'{"user_input": "a"}',
+    "an unknown field": b'{"user_input": "a", "completin": "x"}',
+    "a key given twice": b'{"user_input": "a", "user_input": "b", "completion": "x"}',
+    "null": b"null",
+    "a text": b'"text"',
+    "a null byte": b'{"user_input": "a\0", "completion": "x"}',
+    "a bracket that is never closed": b'{"user_input": "a", "completion": "x"',
+    "a number of 5,000 digits": b'{"user_input": "a", "completion": "x", "score": ' + b"9" * 5000 + b"}",
+    "a deep value": b'{"user_input": "a", "completion": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+}
+SCORES = ('"high"', "true", "[1]", '"nan"', "NaN", "Infinity", "-Infinity", "1e999", "{}")
+
+
+def row_cases() -> Iterator[Case]:
+    """Rows that are wrong behind one that is right."""
+    for name, row in ROWS.items():
+        first = b'{"user_input": "the cat", "completion": "on the mat"}\n'
+        yield Case(f"a.jsonl with {name}", "files", written("a.jsonl", first + row + b"\n"), ACTOR, ("a.jsonl",))
+    words = ("c.yaml", "--type", "REWARD")
+    for score in SCORES:
+        rows = '{"user_input": "a", "completion": "b", "score": 1}\n{"user_input": "a", "completion": "c", "score": '
+        damage = written("r.jsonl", f"{rows}{score}}}\n")
+        yield Case(f"r.jsonl with score {score}", "files", damage, words, ("r.jsonl",))
+
+
 FUNCTIONS = {
     "a syntax error": "def score(p, c)\n    return 1\n",
     "tabs and blanks": "def score(p, c):\n\tx = 1\n        return x\n",
@@ -522,7 +567,7 @@ def function_cases() -> Iterator[Case]:
 
 
 def all_cases(whole: bool = False) -> list[Case]:
-    """300 cases, of each group some, and the same ones every time; or all that the groups have."""
+    """300 cases, of each group some, and the same ones every time; or all that the groups have, and every value."""
     draw = random.Random(SEED)
     groups = [
         (100, file_cases(draw)),
@@ -534,25 +579,41 @@ def all_cases(whole: bool = False) -> list[Case]:
         (10, function_cases()),
     ]
     drawn = [(number, list(group)) for number, group in groups]
-    return [case for number, group in drawn for case in (group if whole else draw.sample(group, number))]
+    taken = [case for number, group in drawn for case in (group if whole else draw.sample(group, number))]
+    return [*taken, *row_cases(), *value_cases()] if whole else taken
+
+
+SLOW = 20.0  # seconds
+
+
+def answered(outcome: Outcome, case: Case) -> str:
+    """How a case was answered."""
+    if outcome.seconds > SLOW:
+        return "slow"
+    faults = outcome.faults(case)
+    if "traceback" in faults:
+        return "traceback"
+    if outcome.status == 0:
+        return "accepted"
+    return "another error" if faults else "clear error"
 
 
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
     render_limits.RENDERING_SECONDS = 0.2
-    wanted, failed, start = sys.argv[1:], 0, time.perf_counter()
+    wanted, answers, start = sys.argv[1:], Counter[str](), time.perf_counter()
     with sound_folder() as sound:
         for case in all_cases(whole=bool(wanted)):
             if wanted and not any(word in case.name for word in wanted):
                 continue
             outcome = run(case, sound)
             faults = outcome.faults(case)
-            failed += bool(faults)
-            if faults:
+            answers[answered(outcome, case)] += 1
+            if faults or outcome.seconds > SLOW:
                 last = outcome.said.strip().splitlines()[-1:]
                 print(f"[{case.owner}] {case.name} ({outcome.seconds:.2f} s): {', '.join(faults)} | {last}", flush=True)
-    print(f"{failed} fail, {time.perf_counter() - start:.0f} s")
+    print(f"{dict(answers)} of {answers.total()}, {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

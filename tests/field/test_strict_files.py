@@ -384,12 +384,12 @@ ENDLESS = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n
         ("seed: 2024-13-45\n", "line 1: not valid YAML .'2024-13-45' cannot be read as timestamp"),
         ("seed: !!bool maybe\n", "line 1: not valid YAML .'maybe' cannot be read as bool"),
         ("seed: !!timestamp x\n", "line 1: not valid YAML .'x' cannot be read as timestamp"),
-        ("seed: " + "[" * 900, "nested too deep"),
+        ("seed: " + "[" * 900, "nested more than 100 levels deep"),
         ("seed: \0\n", "not valid YAML .unacceptable character"),
         ("a: 1\n---\nb: 2\n", "line 2: not valid YAML .expected a single document"),
         (
             "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in range(1, 30)) + "seed: *a29\n",
-            "its aliases .* repeat more than",
+            "more than 20,000 values, with what its aliases .* repeat",
         ),
     ],
 )
@@ -405,11 +405,11 @@ def test_yaml_that_is_none(write, text, said):
     expected="a word in quotes is that word; a bare None is null, as in ChatLLaMA's files",
 )
 def test_none_in_quotes_is_a_word(write):
-    text = "trainer_config: {target: None, gen_kwargs: {stop: [\"None\", 'None', None of it]}}\n"
+    text = "trainer_config: {target: None, gen_kwargs: {stop: [\"None\", 'None.', None of it]}}\n"
     config = load_config(write("c.yaml", text))
-    assert config.trainer_config.gen_kwargs.stop == ["None", "None", "None of it"]
+    assert config.trainer_config.gen_kwargs.stop == ["None", "None.", "None of it"]
     assert config.trainer_config.target is None
-    assert load_config(config).trainer_config.gen_kwargs.stop == ["None", "None", "None of it"]
+    assert load_config(config).trainer_config.gen_kwargs.stop == ["None", "None.", "None of it"]
     config = load_config({}, ['trainer_config.gen_kwargs.stop=["None"]', "trainer_config.target=None"])
     assert (config.trainer_config.gen_kwargs.stop, config.trainer_config.target) == (["None"], None)
     with pytest.raises(ConfigError, match="stop.0: input should be a valid string, got None"):

@@ -14,7 +14,7 @@ from chatrlhf.errors import ConfigError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.models.loading.adapter_merging import merged
 from chatrlhf.models.loading.backbone import backbone_of, head_stays_apart, language_model_class
-from chatrlhf.models.loading.config_sizes import check_sizes
+from chatrlhf.models.loading.config_sizes import check_file, check_sizes
 from chatrlhf.models.loading.generation_config import adopt_generation_config, check_generation_config
 from chatrlhf.models.loading.loading_report import UNUSED_BY_BACKBONES, explained, load_pretrained
 from chatrlhf.models.loading.lora import base_of, config_of, revision_of_base
@@ -35,6 +35,7 @@ def read_model_config(name: str, key: str, section: ActorConfig | RewardConfig |
     place = config_of(name)
     kwargs = hub_kwargs(section) | revision_of_base(name)
     holder = key if base_of(name) is None else f"{key}: the base of the adapters in {name}"
+    check_file(key, place)
     with explained(holder, place, kwargs.get("revision")):
         settings = auto_config(place, **kwargs)
     with doing(f"{key}: reading the configuration of", name, untrusted=True):

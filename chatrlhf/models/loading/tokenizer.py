@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,12 @@ from chatrlhf.runtime.whole_folders import require_whole
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
+# Byte-level BPE takes a run of letters, digits, signs or blanks for one word, and reads all of it at each merge: a run
+# of a hundred thousand takes minutes. Of a run beyond `LONGEST_WORD` characters only the beginning is learned from.
+LONGEST_WORD = 256
+LONG_WORD = re.compile(r"[^\W\d_]{N,}|\d{N,}|(?:[^\w\s]|_){N,}|\s{N,}".replace("N", str(LONGEST_WORD + 1)))
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most ``vocab_size`` tokens; every text can be written with it."""
     tokenizer = Tokenizer(models.BPE())
@@ -28,10 +35,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         min_frequency=2,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((_shortened(text) for text in texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )
+
+
+def _shortened(text: str) -> str:
+    return LONG_WORD.sub(lambda found: found[0][:LONGEST_WORD], text) if len(text) > LONGEST_WORD else text
 
 
 def load_tokenizer(name: str, key: str, **kwargs: Any) -> Any:

@@ -15,7 +15,6 @@ from rich.text import Text
 from chatrlhf.conversation import Conversation
 from chatrlhf.data.encoder import IGNORED, Encoder
 from chatrlhf.data.sources.catalogue import SOURCES
-from chatrlhf.data.stage_rows import ActorRow
 from chatrlhf.errors.boundary import doing
 from chatrlhf.tools.arguments import whole_number
 from chatrlhf.tools.inspect.validation import STAGES
@@ -25,15 +24,18 @@ if TYPE_CHECKING:
 
     from chatrlhf.data.encoder import Encoder
 
+SHOWN = 5_000  # tokens of a stretch, and characters of a field
 OPENING, CLOSING = "⟦", "⟧"  # around what is trained, where there is no color
 
 
-def marked(row: ActorRow, encoder: Encoder, loss_on: str, in_colour: bool) -> Text:
-    """The text of a row's tokens; what has a label is underlined, or in brackets where there is no color."""
-    ids, labels = encoder.actor_row(row, loss_on)
+def marked(ids: Sequence[int], labels: Sequence[int], encoder: Encoder, in_colour: bool) -> Text:
+    """The text of a row's tokens; what has a label is underlined, or in brackets where there is no color.
+
+    Of more than `SHOWN` tokens in a row with or without a label the middle is left out.
+    """
     text = Text()
     for trained, stretch in groupby(zip(ids, labels, strict=True), key=lambda token: token[1] != IGNORED):
-        shown = encoder.tokenizer.decode([token for token, _ in stretch], skip_special_tokens=False)
+        shown = shortened([token for token, _ in stretch], encoder)
         if not trained:
             text.append(shown, "dim")
         elif in_colour:
@@ -43,15 +45,33 @@ def marked(row: ActorRow, encoder: Encoder, loss_on: str, in_colour: bool) -> Te
     return text
 
 
-def measure(row: ActorRow, encoder: Encoder, loss_on: str) -> str:
+def shortened(ids: list[int], encoder: Encoder) -> str:
+    """The text of tokens; of more than `SHOWN`, or of endless ones, their beginning and end."""
+    decode = encoder.tokenizer.decode
+    if len(ids) <= SHOWN:
+        text = str(decode(ids, skip_special_tokens=False))
+        if len(text) <= 10 * SHOWN:
+            return text
+    start = decode(ids[: SHOWN // 2], skip_special_tokens=False)[:SHOWN]  # a token may be a long run of one letter
+    end = decode(ids[-100:], skip_special_tokens=False)[-SHOWN:]
+    return f"{start} … (the middle of {len(ids):,} tokens is not shown) … {end}"
+
+
+def measure(ids: Sequence[int], labels: Sequence[int], encoder: Encoder) -> str:
     """How many tokens a row has, and how many of them are trained."""
-    ids, labels = encoder.actor_row(row, loss_on)
     trained = sum(label != IGNORED for label in labels)
     over = f", beyond the context of {encoder.max_length:,}" if len(ids) > encoder.max_length else ""
     return f"{len(ids):,} tokens, {trained:,} of them trained{over}"
 
 
-TINY_VOCABULARY, TINY_ROWS = 4096, 2000  # of the tokenizer that is made where none is named
+def quoted(text: str) -> str:
+    """A field's text in quotes; of a long one its beginning, and how much is left out."""
+    left_out = len(text) - SHOWN
+    return repr(text) if left_out <= 0 else f"{text[:SHOWN]!r} … ({left_out:,} characters are not shown)"
+
+
+# Of the tokenizer that is made where none is named: its size, and the rows and characters of each that it is made of.
+TINY_VOCABULARY, TINY_ROWS, TINY_CHARACTERS = 4096, 2000, 100_000
 FOUND_FAULTS = 1
 
 
@@ -94,25 +114,28 @@ def _check(options: argparse.Namespace, console: Console) -> int:
 
 
 def _show(options: argparse.Namespace, console: Console) -> int:
-    from chatrlhf.data.stage_rows import demonstrations, prompts
+    from chatrlhf.data.long_rows import announce_if_long
+    from chatrlhf.data.stage_rows import demonstrations, prompts, texts_of
     from chatrlhf.tools.inspect.statistics import records_in
 
     encoder = _encoder(options, console)
     records = (item for item in records_in(options.file, options.dataset) if isinstance(item[1], Conversation))
     for row, record in islice(records, options.row - 1, options.row - 1 + options.number):
         console.print(f"{row.place}", style="bold", highlight=False)
+        announce_if_long(row.place, texts_of(record))
         for each in demonstrations(record):
-            console.print(f"({measure(each, encoder, options.loss_on)})", highlight=False)
-            console.print(marked(each, encoder, options.loss_on, console.is_terminal), soft_wrap=True)
+            ids, labels = encoder.actor_row(each, options.loss_on)
+            console.print(f"({measure(ids, labels, encoder)})", highlight=False)
+            console.print(marked(ids, labels, encoder, console.is_terminal), soft_wrap=True)
         if not demonstrations(record):
             for prompt in prompts(record):
-                console.print(encoder.tokenizer.decode(encoder.prompt(prompt)), markup=False, highlight=False)
+                console.print(shortened(encoder.prompt(prompt), encoder), markup=False, highlight=False)
         for answer in record.scored:
-            console.print(f"score {answer.score}: {answer.completion!r}", markup=False, highlight=False)
+            console.print(f"score {answer.score}: {quoted(answer.completion)}", markup=False, highlight=False)
         for place in record.ranked:
-            console.print(f"rank {place.rank}: {place.completion!r}", markup=False, highlight=False)
+            console.print(f"rank {place.rank}: {quoted(place.completion)}", markup=False, highlight=False)
         if record.pair is not None:
-            console.print(f"rejected: {record.pair.rejected!r}", markup=False, highlight=False)
+            console.print(f"rejected: {quoted(record.pair.rejected)}", markup=False, highlight=False)
         console.print()
     return 0
 
@@ -130,7 +153,8 @@ def _encoder(options: argparse.Namespace, console: Console) -> Encoder:
     else:
         records = (item[1] for item in records_in(options.file, options.dataset))
         kept = (record for record in records if isinstance(record, Conversation))
-        texts = (text for record in islice(kept, TINY_ROWS) for text in texts_of(record))
+        # Of a row of megabytes the beginning is enough: it is a vocabulary for counting.
+        texts = (text[:TINY_CHARACTERS] for record in islice(kept, TINY_ROWS) for text in texts_of(record))
         tokenizer = train_tokenizer(texts, TINY_VOCABULARY)
         console.print(
             f"tokens are those of a vocabulary of {len(tokenizer):,} made from the first {TINY_ROWS:,} records; "

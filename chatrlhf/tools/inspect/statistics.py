@@ -14,9 +14,11 @@ from chatrlhf.conversation import Conversation
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.files import read_rows
 from chatrlhf.data.json_row import Row, digest
+from chatrlhf.data.long_rows import announce_if_long
 from chatrlhf.data.records import from_json, to_json
 from chatrlhf.data.sources import LeftOut
 from chatrlhf.data.sources.catalogue import SOURCES
+from chatrlhf.data.stage_rows import texts_of
 from chatrlhf.tools.inspect.token_lengths import Lengths, lengths_of
 
 
@@ -148,6 +150,7 @@ def _added(records: Iterable[tuple[Row, Conversation | LeftOut]], statistics: St
         if isinstance(record, LeftOut):
             statistics.left_out[record.reason] += 1
         else:
+            announce_if_long(row.place, texts_of(record))
             statistics.add(record)
             yield record
 

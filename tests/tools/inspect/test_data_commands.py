@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
 
 from chatrlhf import cli
 from chatrlhf.conversation import Conversation, Pair, Prompt, Provenance, Ranked, Scored, Turn
+from chatrlhf.data import long_rows
 from chatrlhf.data.encoder import Encoder
 from chatrlhf.data.json_row import Row
 from chatrlhf.data.sources import LeftOut
@@ -221,10 +223,23 @@ def test_what_is_marked_is_what_has_labels():
     from chatrlhf.data.stage_rows import Demonstration
 
     row = Demonstration(Prompt.of("the cat"), "sat on")
-    assert marked(row, made, "completion", in_colour=False).plain == (
+    assert marked(*made.actor_row(row, "completion"), made, in_colour=False).plain == (
         f"\n\nHuman: the cat\n\nAssistant:⟦ sat on{made.tokenizer.eos_token}⟧"
     )
-    assert marked(row, made, "all", in_colour=False).plain.startswith("⟦")
+    assert marked(*made.actor_row(row, "all"), made, in_colour=False).plain.startswith("⟦")
+
+
+@pytest.mark.parametrize("text", ["x" * 150_000, " " * 150_000 + "x"], ids=["a letter", "blanks"])
+def test_a_long_row_is_named_and_shown_in_part(write, capsys, monkeypatch, text):
+    monkeypatch.setattr(long_rows, "LONG", 100_000)
+    path = write([{"user_input": "the cat", "completion": text}])
+    for words in (("stats", path), ("show", path)):
+        start = time.process_time()
+        assert cli.main(["data", *map(str, words)]) == 0
+        assert time.process_time() - start < 8  # 15 s and more, where the tokenizer is made of all of it
+        out, err = capsys.readouterr()
+        assert "row 1: a row of 150,0" in err and len(out) < 100_000
+    assert "tokens is not shown" in out
 
 
 def test_a_public_dataset_by_its_name(write, capsys):
