@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
@@ -24,7 +25,7 @@ from chatrlhf.runtime.collectives import gather_results, is_main, rank, start
 from chatrlhf.runtime.device import pick_device
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.manifest import FILE_NAME, Manifest
-from chatrlhf.runtime.output_dir import check_output_dir
+from chatrlhf.runtime.output_dir import TRIES, check_output_dir, key_of_folder
 from chatrlhf.runtime.run_lock import RunLock
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
 from chatrlhf.runtime.signals import limited, listening, stop_if_asked
@@ -92,7 +93,7 @@ def run(
     """
     if type not in ("ALL", *STAGES):
         raise ConfigError(f"type: expected ALL, {', '.join(STAGES)}, got {type!r}")
-    lock = RunLock(config.run_dir)
+    lock = RunLock(config.run_dir, key_of_folder(config))
     try:
         with listening(), limited(time_limit), doing("the run in", config.run_dir):
             return _run(config, type, reward_fn, resume, lock)
@@ -175,8 +176,13 @@ def _claim(config: Config, lock: RunLock) -> None:
 def _claim_for_writing(manifest: Manifest, lock: RunLock) -> None:
     """Make the run's folder and lock it, where that was not done at the start."""
     if not lock.is_held:
-        manifest.run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        for _ in range(TRIES):
+            manifest.run_dir.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another start that only tried the folder has removed it again
+                lock.acquire()
+                break
+        else:
+            lock.acquire()
         manifest.refuse_changes()
 
 
