@@ -15,7 +15,7 @@ import torch
 
 from chatrlhf.config.on_resume import flat
 from chatrlhf.config.schema import STAGES, Config
-from chatrlhf.data.inputs import read_inputs
+from chatrlhf.data.inputs import Inputs, read_inputs
 from chatrlhf.errors import ConfigError, Interrupted, OutsideError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
@@ -117,6 +117,7 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
     preflight(config, stages, inputs, reward is not None, config.run_dir)
+    _try_reward(reward, inputs, stages)
     if isinstance(reward, DialogueReward) and inputs.prompts is not None:
         reward.function.check([*inputs.prompts.train, *inputs.prompts.held_out])
     sources = Sources(config, manifest, inputs, reward, RunLog(config.run_dir).note)
@@ -221,13 +222,21 @@ def _stage_function(stage: str) -> Callable[[RunContext], dict[str, Any]]:
     return getattr(import_module(module), name)
 
 
+def _try_reward(reward: FunctionReward | None, inputs: Inputs, stages: list[str]) -> None:
+    """See what a user's function gives before models are read; a classifier's weights are not read for that."""
+    if reward is None or isinstance(reward, DialogueReward) or "RL" not in stages:
+        return
+    prompts = [prompt.text for prompt in inputs.prompts.train[:2]] if inputs.prompts is not None else []
+    gather_results(lambda: reward.try_out(prompts) if is_main() else None)
+
+
 def _reward_function(config: Config, reward_fn: Callable[..., Any] | None, stages: list[str]) -> FunctionReward | None:
     """What scores texts where no reward model of this package does."""
     keys = config.reward_config
     if reward_fn is not None:
-        return FunctionReward(reward_fn, getattr(reward_fn, "__name__", "reward_fn"))
+        return FunctionReward(reward_fn, getattr(reward_fn, "__name__", "reward_fn"), keys.reward_timeout)
     if keys.reward_fn is not None:
-        return resolve_reward_fn(keys.reward_fn)
+        return resolve_reward_fn(keys.reward_fn, keys.reward_timeout)
     if is_used_as_it_is(keys, stages, config.run_dir / "reward"):
         return DialogueReward(LazyClassifier(keys), str(keys.model))
     return None
