@@ -95,15 +95,13 @@ def kill_everywhere(command: Command, tmp_path: Path, step: int) -> int:
     command(whole)
     expected = left(whole)
     assert len(expected) >= 3 and not any(name.startswith(".") for name in expected)
-    kills = 0
-    for number in range(1, MOST_CALLS, step):
+    for kills, number in enumerate(range(1, MOST_CALLS, step)):
         folder = tmp_path / f"killed-{number}"
         status = killed_at(number, command, folder)
         if status == FINISHED:
             assert kills and left(folder) == expected
             return kills
         assert status == -signal.SIGKILL, f"the command has failed by itself ({number})"
-        kills += 1
         killed_at(max(number // 2, 1), command, folder)  # its second try is killed, too
         before = left(folder) if folder.exists() else {}
         is_complete = expected.items() <= before.items() and not any(PUBLISHING in name for name in before)
@@ -115,7 +113,7 @@ def kill_everywhere(command: Command, tmp_path: Path, step: int) -> int:
     raise AssertionError("the command never came to its end")
 
 
-@pytest.mark.parametrize("name, step", [("download", 5), ("make_data", 5), ("synth", 5), ("init", 211)])
+@pytest.mark.parametrize("name, step", [("download", 5), ("make_data", 5), ("synth", 5), ("init", 131)])
 def test_killed_and_run_again(commands, tmp_path, name, step):
     assert kill_everywhere(commands[name], tmp_path, step) >= 3
 

@@ -154,11 +154,10 @@ def test_no_answer_as_long_as_it_says(servers, length):
     line_about(lambda: http_reward(f"http://{named.place}/scores")(["a"], ["b"]))
 
 
-def test_no_slow_answer(servers, monkeypatch):
+def test_no_slow_answer(servers):
     named, _ = servers
-    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 0.2)
     named["/scores"] = 200, {}, slow
-    line = line_about(lambda: http_reward(f"http://{named.place}/scores")(["a"], ["b"]))
+    line = line_about(lambda: http_reward(f"http://{named.place}/scores", 0.2)(["a"], ["b"]))
     assert "was not complete after 0.2 seconds" in line
 
 
