@@ -21,10 +21,12 @@ DESCRIPTION = """Train an assistant with RLHF: PRETRAIN (language modeling on lo
 fine-tuning), REWARD (a model that scores completions), RL (PPO with KL control), or ALL of them (PRETRAIN where
 pretrain_config names data)."""
 EPILOG = """`chatrlhf init DIR` copies scripts, configurations, templates and sample data into DIR;
+`chatrlhf check CONFIG` measures what could go wrong in a run, before it is paid for;
 `chatrlhf data stats|check|show FILE` looks into a file of rows;
 `chatrlhf eval perplexity TEXT` compares models over contexts of several lengths;
 `chatrlhf export merge|delta|apply-delta|quantize|push` does what is done with finished weights;
-`chatrlhf plan --compare A,B,C --gpu 24GB` says which models can be trained on which hardware."""
+`chatrlhf plan --compare A,B,C --gpu 24GB` says which models can be trained on which hardware;
+`chatrlhf reproduce RUN` makes a run again beside it, and compares."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +63,10 @@ def _status(words: Sequence[str]) -> int:
 def _run(words: Sequence[str]) -> int:
     if words[:1] == ["init"]:
         return _init(words[1:])
+    if words[:1] == ["check"]:
+        from chatrlhf.tools.check.cli import main as check
+
+        return check(words[1:])
     if words[:1] == ["data"]:
         from chatrlhf.tools.inspect.cli import main as data
 
@@ -77,6 +83,10 @@ def _run(words: Sequence[str]) -> int:
         from chatrlhf.tools.plan.cli import main as plan
 
         return plan(words[1:])
+    if words[:1] == ["reproduce"]:
+        from chatrlhf.tools.reproduce.cli import main as reproduce
+
+        return reproduce(words[1:])
     return _train(words)
 
 

@@ -76,6 +76,7 @@ def run(
     reward_fn: RewardFunction | None = None,
     resume: bool = False,
     time_limit: float | None = None,
+    day: date | None = None,
 ) -> RunResult:
     """Train one stage or all of them.
 
@@ -85,6 +86,7 @@ def run(
         reward_fn: ``(prompts, completions) -> one float each``; no reward model is needed then.
         resume: go on with the run in the output folder from its newest checkpoints.
         time_limit: seconds from now within which the run stops by itself; --resume continues with it.
+        day: that templates show which ask for the date; None: today, or of a resumed run the day it had.
 
     Raises:
         UserError: one line that says what was received, what was expected and what to change; an OutsideError, whose
@@ -96,7 +98,7 @@ def run(
     lock = RunLock(config.run_dir, key_of_folder(config))
     try:
         with listening(), limited(time_limit), doing("the run in", config.run_dir):
-            return _run(config, type, reward_fn, resume, lock)
+            return _run(config, type, reward_fn, resume, lock, day)
     except Interrupted as stopped:
         raise stopped.or_else("no stage had begun; start it again") from None
     except OutsideError as error:
@@ -106,14 +108,16 @@ def run(
         lock.release()
 
 
-def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bool, lock: RunLock) -> RunResult:
+def _run(
+    config: Config, type: str, reward_fn: RewardFunction | None, resume: bool, lock: RunLock, day: date | None
+) -> RunResult:
     start()
     stages = config.stages(type)
     # Checks come first: nothing is written before everything that will be read has been read once.
-    reward = _reward_function(config, reward_fn, stages)
+    reward = reward_function(config, reward_fn, stages)
     gather_results(lambda: _claim(config, lock) if is_main() else None)
     manifest = Manifest.open(config.run_dir, resume)
-    config.fix_day(date.fromisoformat(manifest.facts[DAY]) if DAY in manifest.facts else date.today())
+    config.fix_day(date.fromisoformat(manifest.facts[DAY]) if DAY in manifest.facts else day or date.today())
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
     preflight(config, stages, inputs, reward is not None, config.run_dir)
@@ -124,7 +128,7 @@ def _run(config: Config, type: str, reward_fn: RewardFunction | None, resume: bo
     resumption = _resumption(sources, stages) if resume else None
     differences = resumption.check() if resumption else []
     gather_results(lambda: _claim_for_writing(manifest, lock) if is_main() else None)
-    manifest.begin(config, stages)
+    manifest.begin(config, stages, reward.name if reward_fn is not None and reward is not None else None)
     manifest.fact(DAY, config.day.isoformat)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -230,7 +234,7 @@ def _try_reward(reward: FunctionReward | None, inputs: Inputs, stages: list[str]
     gather_results(lambda: reward.try_out(prompts) if is_main() else None)
 
 
-def _reward_function(config: Config, reward_fn: Callable[..., Any] | None, stages: list[str]) -> FunctionReward | None:
+def reward_function(config: Config, reward_fn: Callable[..., Any] | None, stages: list[str]) -> FunctionReward | None:
     """What scores texts where no reward model of this package does."""
     keys = config.reward_config
     if reward_fn is not None:

@@ -15,6 +15,7 @@ from chatrlhf.config.schema import ActorConfig, Config, RewardConfig
 from chatrlhf.data.encoder import Encoder, fitting
 from chatrlhf.data.encoder_seq2seq import refuse_row
 from chatrlhf.data.inputs import Inputs, Rows, corpus
+from chatrlhf.data.row_checks import check_lengths, sampled
 from chatrlhf.data.stage_rows import Preference, ScoredCompletion
 from chatrlhf.data.templates import actor_template, is_own, reward_template
 from chatrlhf.errors import ConfigError, MissingError
@@ -33,8 +34,10 @@ from chatrlhf.models.trained_heads import has_head
 from chatrlhf.rl.experience import ALGORITHMS
 from chatrlhf.rl.user_functions import load_function
 from chatrlhf.rollout.vllm import require_vllm
+from chatrlhf.runtime.check_result import CheckResult
 from chatrlhf.runtime.device import pick_device, resolve_precision, resolve_rl_precision
 from chatrlhf.sharding.launch import check_launch, microbatching
+from chatrlhf.stages.data_checks import check_data, check_template, check_tokenizers
 
 
 def check_keys_of_pairs(config: Config, stages: list[str], settings: Any) -> None:
@@ -144,8 +147,15 @@ def check_settings(
         _refuse_damaged(config, stages, has_reward_fn)
 
 
-def check_rows(config: Config, stages: list[str], inputs: Inputs) -> None:
-    """What needs the actor's tokenizer, and the rows that are there."""
+def check_rows(config: Config, stages: list[str], inputs: Inputs) -> list[CheckResult]:
+    """What needs the actor's tokenizer, and the rows that are there.
+
+    Returns:
+        What was measured, line by line; what is not well is among the warnings of ``inputs``, too.
+
+    Raises:
+        ConfigError, DataError: a stage could not begin.
+    """
     actor = config.actor_config
     tokenizer, settings = tokenizer_and_settings(actor, corpus(config))
     if is_encoder_decoder(settings) and inputs.actor is not None:
@@ -168,7 +178,14 @@ def check_rows(config: Config, stages: list[str], inputs: Inputs) -> None:
     encoder = encoder_class(settings).of(tokenizer, template, longest)
     if "RL" in stages:
         _check_sampled_ids(config, tokenizer, settings.get_text_config().vocab_size)
-    _check_lengths(config, inputs, encoder)
+    results = [
+        *check_data(inputs),
+        *_check_lengths(config, inputs, encoder),
+        *check_template(inputs, encoder),
+        *check_tokenizers(config, stages, inputs, tokenizer),
+    ]
+    inputs.warnings += [result.line for result in results if result.status != "pass"]
+    return results
 
 
 def _check_sampled_ids(config: Config, tokenizer: Any, rows: int) -> None:
@@ -291,20 +308,34 @@ def _precision(config: Config, stage: str) -> str:
     return resolve_precision(section.precision, pick_device())
 
 
-def _check_lengths(config: Config, inputs: Inputs, encoder: Encoder) -> None:
+def _check_lengths(config: Config, inputs: Inputs, encoder: Encoder) -> list[CheckResult]:
     """At least one row of each file fits the context, counted with the actor's tokenizer, or is cut to it."""
-    reward_limit = min(config.reward_config.max_sequence_length, encoder.max_length)
-    if inputs.actor is not None and config.actor_config.over_length == "drop":
-        rows = inputs.actor.train
-        lengths = [encoder.row_length(*encoder.actor_row(row, "completion")) for row in rows]
-        _some_fit(inputs.actor, lengths, encoder.max_length)
-    if inputs.reward is not None and config.reward_config.over_length == "drop":
-        rows = inputs.reward.train
-        lengths = [len(encoder.judged(row.prompt, _longer_reply(row))) for row in rows]
-        _some_fit(inputs.reward, lengths, reward_limit)
-    if inputs.prompts is not None:
-        lengths = [len(encoder.prompt(prompt)) + 1 for prompt in inputs.prompts.train]
-        _some_fit(inputs.prompts, lengths, encoder.max_length)
+    actor, reward = config.actor_config, config.reward_config
+    results = []
+
+    def look(stage: str, rows: Rows | None, length: Callable[[Any], int], limit: int, over_length: str) -> None:
+        if rows is None:
+            return
+        drops = over_length == "drop"
+        # All rows that may be dropped are measured, to know that one is left; of those that are cut a sample will do.
+        lengths = [length(row) for row in (rows.train if drops else sampled(rows.train))]
+        if drops:
+            _some_fit(rows, lengths, limit)
+        results.append(check_lengths(stage, lengths, len(rows.train), limit, over_length))
+
+    def of_actor(row: Any) -> int:
+        return encoder.row_length(*encoder.actor_row(row, "completion"))
+
+    def of_judged(row: Any) -> int:
+        return len(encoder.judged(row.prompt, _longer_reply(row)))
+
+    look("ACTOR", inputs.actor, of_actor, encoder.max_length, actor.over_length)
+    # A template of its own may show what the actor's refuses.
+    is_read_alike = reward.over_length == "drop" or reward.template is None
+    judgements = inputs.reward if is_read_alike else None
+    look("REWARD", judgements, of_judged, min(reward.max_sequence_length, encoder.max_length), reward.over_length)
+    look("RL", inputs.prompts, lambda prompt: len(encoder.prompt(prompt)) + 1, encoder.max_length, "drop")
+    return results
 
 
 def _some_fit(rows: Rows, lengths: list[int], limit: int) -> None:

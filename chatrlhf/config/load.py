@@ -30,7 +30,9 @@ MOST_VALUES = 100_000  # in a YAML file
 
 
 def load_config(
-    source: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | Sequence[str] | None = None
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    base_dir: Path | None = None,
 ) -> Config:
     """Read, translate, override and validate a configuration.
 
@@ -38,6 +40,7 @@ def load_config(
         source: path of a YAML file, or its content as a dictionary, or a finished `Config`.
         overrides: ``{"section.key": value}``, or command-line words ``["section.key=value"]`` whose values are
             read as YAML.
+        base_dir: of a dictionary, the folder that its relative paths are tried from first.
 
     Returns:
         The validated configuration. Relative paths in it are tried from the YAML file's folder, then from
@@ -46,7 +49,6 @@ def load_config(
     Raises:
         ConfigError: file missing, not YAML, unknown key (the nearest known one is named), wrong value.
     """
-    base_dir: Path | None = None
     where = "configuration"
     if isinstance(source, Config):
         # What was written continues; values derived from it, such as a batch size, are derived anew.

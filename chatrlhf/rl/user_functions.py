@@ -68,7 +68,7 @@ def check_signature(function: Callable[..., Any], name: str) -> None:
         raise ConfigError(f"{name} is no function but {_kind(function)}; give a function of {CALL}")
     if isinstance(function, type):
         raise ConfigError(f"{name} is a class; give an instance of it that can be called, or a function of {CALL}")
-    called = (function, getattr(type(function), "__call__", None))  # of an object its method
+    called = (function, type(function).__call__)  # of an object its method
     if any(map(inspect.iscoroutinefunction, called)) or any(map(inspect.isasyncgenfunction, called)):
         raise ConfigError(f"{name} is a coroutine function, which is not supported; define it by 'def'")
     try:
@@ -107,8 +107,8 @@ def call_function(
             code it came from, and the row where one row alone brings it about.
     """
     late = (
-        f"{name} has not answered within {seconds or 0:g} seconds ({len(completions)} rows, since: {newest_phase()}); {then}, "
-        "or raise reward_config.reward_timeout"
+        f"{name} has not answered within {seconds or 0:g} seconds ({len(completions)} rows, since: {newest_phase()}); "
+        f"{then}, or raise reward_config.reward_timeout"
     )
     try:
         return _called(function, prompts, completions, seconds, late)

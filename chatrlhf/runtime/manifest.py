@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +17,13 @@ from chatrlhf.errors.redaction import redacted_tree
 from chatrlhf.runtime.atomic_files import WRITING, write_atomically
 from chatrlhf.runtime.collectives import barrier, gather_objects, is_main
 from chatrlhf.runtime.fault_points import reached
+from chatrlhf.runtime.provenance import code, hardware, versions
 from chatrlhf.runtime.run_log import METRICS, SAMPLES
 
 FILE_NAME, PREVIOUS = "manifest.json", "previous"
+CALLS = "calls"  # that trained a stage, by their numbers
+KEPT = ("made_from", "settings", CALLS)  # of a stage, from its beginning
 _RESTORE = "restore it, or use another output_dir"
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 # Where each stage leaves its results.
 OUTPUTS = {"PRETRAIN": ("pretrained",), "ACTOR": ("actor",), "REWARD": ("reward",), "RL": ("actor_rl", "critic")}
 
@@ -35,6 +36,8 @@ class Manifest:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    # Of each call of the command that stages were trained by, under a number that counts up: settings, code, hardware.
+    calls: dict[str, dict[str, Any]] = field(default_factory=dict)
     moving: dict[str, str] = field(default_factory=dict)  # stages that are being set aside, and their folders' names
     as_read: bytes | None = None  # the file, when it was opened
 
@@ -59,7 +62,7 @@ class Manifest:
             raise CheckpointError(f"{path}: it is JSON, but no record of a run; {_RESTORE}")
         facts = stored.get("facts", {}) if resume else {}
         parts = (stored.get(part, {}) for part in ("stages", "config"))
-        return Manifest(run_dir, *parts, facts, stored.get("moving", {}), content)
+        return Manifest(run_dir, *parts, facts, stored.get("calls", {}), stored.get("moving", {}), content)
 
     def refuse_changes(self) -> None:
         """A LockedError where another process has written the manifest since it was opened."""
@@ -70,9 +73,29 @@ class Manifest:
                 "has left, then start this one again"
             )
 
-    def begin(self, config: Config, stages: list[str]) -> None:
-        """Write the settings of this run down."""
+    def begin(self, config: Config, stages: list[str], reward: str | None = None) -> None:
+        """Write the settings of this run down, and what it is run by; of earlier calls those that left a stage.
+
+        Args:
+            reward: the name of a reward function that Python code has given.
+        """
         self.config = config.model_dump(mode="json")
+        needed = {number for stage in self.stages.values() for number in stage.get(CALLS, [])}
+        number = 1 + max(map(int, self.calls), default=0)
+        self.calls = {name: call for name, call in self.calls.items() if name in needed} | {
+            str(number): {
+                "asked": stages,
+                "started_at": _now(),
+                "code": code(),
+                "versions": versions(),
+                "hardware": hardware(config.num_threads),
+                "config_folder": None if config.base_dir is None else str(config.base_dir),
+                "working_directory": os.getcwd(),
+                "reward_given": reward,
+                # As it was written: what is left out has this version's defaults.
+                "config": config.model_dump(mode="json", exclude_unset=True),
+            }
+        }
         self._save(asked=stages)
 
     def fact(self, name: str, make: Callable[[], Any]) -> Any:
@@ -104,12 +127,14 @@ class Manifest:
             settings: the keys that the stage reads, dotted.
         """
         known = self.stages.get(stage, {}) | {"made_from": made_from, "settings": settings}
+        if self.calls:
+            known[CALLS] = [*known.get(CALLS, []), max(self.calls, key=int)]
         self.stages[stage] = {"status": "begun"} | {name: each for name, each in known.items() if name != "status"}
         self._save()
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Mark a stage as done; its outputs are in place. Every rank continues with rank 0's record."""
-        begun = {name: each for name, each in self.stages.get(stage, {}).items() if name in ("made_from", "settings")}
+        begun = {name: each for name, each in self.stages.get(stage, {}).items() if name in KEPT}
         self.stages[stage] = {"status": "done", "finished_at": _now(), **record, **begun}
         self._save()
         barrier()
@@ -178,9 +203,9 @@ class Manifest:
             "config": self.config,
             "facts": self.facts,
             "seed": self.config.get("seed"),
-            "versions": {name: _version(name) for name in ("chatrlhf", *PACKAGES)}
-            | {"python": platform.python_version()},
+            "versions": versions(),
             "updated_at": _now(),
+            "calls": self.calls,
             **({"moving": self.moving} if self.moving else {}),
             **extra,
         }
@@ -191,14 +216,19 @@ class Manifest:
 
 def _is_record(stored: Any) -> bool:
     """Whether JSON has the shape that `_save` writes, as far as it is read again."""
-    parts = ("config", "stages", "facts", "moving")
+    parts = ("config", "stages", "facts", "moving", "calls")
     if not isinstance(stored, dict) or not all(isinstance(stored.get(part, {}), dict) for part in parts):
         return False
     if not all(stage in OUTPUTS and _is_place_of(stage, name) for stage, name in stored.get("moving", {}).items()):
         return False
+    calls = stored.get("calls", {})
+    if not all(number.isdecimal() and isinstance(call, dict) for number, call in calls.items()):
+        return False
     return all(
         isinstance(stage, dict)
         and stage.get("output", "") in ("", *OUTPUTS.get(name, ()))  # no path to somewhere else
+        and isinstance(stage.get(CALLS, []), list)
+        and all(isinstance(number, str) and number in calls for number in stage.get(CALLS, []))
         and isinstance(stage.get("metrics", {}), dict)
         and (stage.get("status") != "done" or {"output", "metrics"} <= stage.keys())
         for name, stage in stored.get("stages", {}).items()
@@ -207,13 +237,6 @@ def _is_record(stored: Any) -> bool:
 
 def _is_place_of(stage: str, name: Any) -> bool:
     return isinstance(name, str) and name.removeprefix(f"{stage}-").isdecimal() and name.startswith(stage)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _now() -> str:

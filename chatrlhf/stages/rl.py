@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from chatrlhf.models.for_stages import load_actor, load_policy, trained_reward_m
 from chatrlhf.models.loading.lora import add_adapters, base_of, has_adapters, where
 from chatrlhf.models.loading.model_info import trained_count
 from chatrlhf.models.loading.quantization import ready_for_adapters
-from chatrlhf.models.reward_model import scorer_of_critic
+from chatrlhf.models.reward_model import RewardScorer, scorer_of_critic
 from chatrlhf.models.stop_tokens import stop_tokens, write_stop_tokens
 from chatrlhf.models.weight_sharing import Base, share_weights
 from chatrlhf.rl.comparison import show_comparison
@@ -24,6 +25,7 @@ from chatrlhf.rl.progress import Progress
 from chatrlhf.rl.rewards import ModelReward, RewardSource
 from chatrlhf.rl.verdict import judge
 from chatrlhf.runtime.atomic_files import publish_folder
+from chatrlhf.runtime.checkpoints import StageFiles
 from chatrlhf.runtime.collectives import broadcast, rank
 from chatrlhf.runtime.device import resolve_rl_precision
 from chatrlhf.sharding.accelerate_env import Sharding, environment_for, shards_params
@@ -40,7 +42,7 @@ def run_rl(ctx: RunContext) -> dict[str, Any]:
 
 
 def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
-    config, trainer_config, rows = ctx.config, ctx.config.trainer_config, require(ctx.inputs.prompts)
+    config, trainer_config = ctx.config, ctx.config.trainer_config
     files = ctx.files("RL", trainer_config.n_checkpoints_to_keep)
     _, checkpoint = files.newest or (0, None)
     done = Progress.of(checkpoint, trainer_config)
@@ -49,13 +51,32 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
         ctx.log.note("RL: no checkpoint was published yet, so it starts at its beginning")
     # What will be sharded need not fit on one device first.
     place = torch.device("cpu") if shards_params(sharding) else ctx.device
-    policy, encoder, base = _starting_policy(ctx, place)
-    shared = Base(policy, base) if has_adapters(policy) else None
-    reward_scorer = None
-    if ctx.reward is None:
+
+    def trained_reward(shared: Base | None) -> RewardScorer | None:
+        if ctx.reward is not None:
+            return None
         # A critic that is trained by adapters trains those of the reward model further: on the base that is saved.
         apart = config.critic_config.peft_enable
-        reward_scorer = trained_reward_model(ctx.dir / "reward", config.reward_config, ctx.device, shared, apart)
+        return trained_reward_model(ctx.dir / "reward", config.reward_config, ctx.device, shared, apart)
+
+    models = starting_models(ctx, place, trained_reward)
+    return _train(ctx, models, files, sharding, done, checkpoint)
+
+
+def starting_models(
+    ctx: RunContext, place: torch.device, reward_model: Callable[[Base | None], RewardScorer | None]
+) -> PPOModels:
+    """What PPO begins with.
+
+    Args:
+        place: where the policy is made.
+        reward_model: gives the reward model, which may be built on the weights it is given; None where a function
+            gives the reward.
+    """
+    config, trainer_config = ctx.config, ctx.config.trainer_config
+    policy, encoder, base = _starting_policy(ctx, place)
+    shared = Base(policy, base) if has_adapters(policy) else None
+    reward_scorer = reward_model(shared)
     reward: RewardSource = ctx.reward or ModelReward(reward_scorer, encoder)
     distribution = sampling_distribution(config, encoder, policy, ctx.log.note)
     # What gen_kwargs names besides ends the replies of the policy that is left behind, too.
@@ -84,9 +105,19 @@ def _run_rl(ctx: RunContext, sharding: Sharding) -> dict[str, Any]:
     ctx.log.note(
         f"RL: {trainer_config.algorithm}, {trained_count(actor_critic):,} parameters in training; {critic_line}"
     )
+    return PPOModels(actor_critic, reference, encoder, reward)
+
+
+def _train(
+    ctx: RunContext, models: PPOModels, files: StageFiles, sharding: Sharding, done: Progress, checkpoint: Path | None
+) -> dict[str, Any]:
+    """PPO from its beginning or from a checkpoint, and what it leaves."""
+    config, trainer_config, rows = ctx.config, ctx.config.trainer_config, require(ctx.inputs.prompts)
+    actor_critic, encoder = models.actor_critic, models.encoder
+    policy = actor_critic.policy
     shown = ctx.inputs.actor.held_out if ctx.inputs.actor is not None else ()
     builder = PPOBuilder(config, ctx.device, ctx.log, sharding, done, shown)
-    trainer = builder.build(PPOModels(actor_critic, reference, encoder, reward), rows, files.store)
+    trainer = builder.build(models, rows, files.store)
     files.begin(actor_critic)
     if rank() > 0:
         from transformers import set_seed

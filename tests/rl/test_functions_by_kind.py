@@ -14,6 +14,8 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -243,7 +245,7 @@ REFUSED: dict[str, tuple[Any, type[UserError], str]] = {
     "a KeyError": (lambda p, c: {}["k"], FunctionError, "raised KeyError: 'k'"),
     "a ZeroDivisionError": (lambda p, c: 1 / 0, FunctionError, "raised ZeroDivisionError"),
     "an AssertionError": (raises(AssertionError()), FunctionError, r"raised AssertionError \("),
-    "an OSError": (lambda p, c: open("/no/such/file"), FunctionError, "raised FileNotFoundError"),
+    "an OSError": (lambda p, c: Path("/no/such/file").read_text(), FunctionError, "raised FileNotFoundError"),
     "an ImportError": (lambda p, c: __import__("no_such_module"), FunctionError, "raised ModuleNotFoundError"),
     "a MemoryError": (raises(MemoryError()), FunctionError, "raised MemoryError"),
     "a StopIteration": (raises(StopIteration()), FunctionError, "raised StopIteration"),
@@ -288,7 +290,8 @@ def test_the_row_that_brings_an_exception_about_is_named(bad):
             raise ValueError("not this")
         return lengths(prompts, completions)
 
-    said = rf"raised ValueError: not this .* at row {bad} \(prompt 'question {bad}', completion 'reply {bad}.*\.\.\.'\); corr"
+    row = rf"at row {bad} \(prompt 'question {bad}', completion 'reply {bad}.*\.\.\.'\); correct it"
+    said = rf"raised ValueError: not this .* {row}"
     with pytest.raises(FunctionError, match=said) as caught:
         FunctionReward(picky, "picky").texts([f"question {i}" for i in range(8)], completions)
     assert "in picky" in caught.value.details and len(str(caught.value)) < 400
@@ -319,10 +322,8 @@ def test_a_function_that_hangs_is_named_with_its_time(kind):
 
     def swallows():
         while True:
-            try:
+            with suppress(Exception):
                 time.sleep(30)
-            except Exception:
-                pass
 
     def waits():
         threading.Event().wait(30)

@@ -14,7 +14,6 @@ from hostile import line_about
 from standins.chat_server import Answer, ChatServer
 
 from chatrlhf.errors import RewardError
-from chatrlhf.rl import http_reward as module
 from chatrlhf.rl.http_reward import http_reward
 from chatrlhf.rl.rewards import resolve_reward_fn
 from chatrlhf.rollout.vllm import server_settings, wait_for_server

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,20 @@ LANGUAGE_HEADS = re.compile(
     r"|generator_lm_head|discriminator_predictions|vocab_(transform|layer_norm|projector)|head|decoder|lm_loss)(\.|$)"
 )
 
+# Where `fresh_weights` collects names.
+FRESH: ContextVar[list[str] | None] = ContextVar("fresh", default=None)
+
+
+@contextmanager
+def fresh_weights() -> Iterator[list[str]]:
+    """Inside, each tensor that a file lacks and that is drawn instead is added to the list, as "key: name"."""
+    names: list[str] = []
+    token = FRESH.set(names)
+    try:
+        yield names
+    finally:
+        FRESH.reset(token)
+
 
 def load_pretrained(auto: Any, name: str, key: str, fresh: tuple[str, ...] = (), **kwargs: Any) -> nn.Module:
     """A model by ``auto.from_pretrained``, every tensor of which is the file's; see `load_reported`."""
@@ -81,6 +96,8 @@ def load_reported(
     if loaded_adapters(model):
         raise ConfigError(f"{key}: {name!r} holds adapters on the hub; download them into a folder and name that")
     absent = _check_report(model, report, key, name, fresh)
+    if (noted := FRESH.get()) is not None:
+        noted += [f"{key}: {tensor}" for tensor in sorted(absent)]
     _check_values(model, key, name, kwargs.get("revision"))
     return model, absent
 

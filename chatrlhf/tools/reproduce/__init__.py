@@ -1,0 +1,1 @@
+"""`chatrlhf reproduce`: a run made again beside itself, and compared."""
