@@ -162,7 +162,7 @@ def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
         values = [_number(score) for score in _listed(scores)]
     except Exception:  # whatever classes of the user's raise
         if inspect.iscoroutine(scores):
-            scores.close()  # or Python would complain that nobody has awaited it
+            scores.close()  # or Python would complain that it was never awaited
         raise RewardError(f"{name}: expected a list of numbers, got {_shown(scores)}") from None
     if len(values) != len(completions):
         raise RewardError(f"{name}: returned {len(values)} scores for {len(completions)} completions; return one each")

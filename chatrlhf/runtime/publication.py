@@ -37,7 +37,7 @@ class Publication:
     finished or removed.
 
     Args:
-        folder: of the files, which may lie in folders of it.
+        folder: of the files, which may be in folders within it.
         name: the command's, so that others in the same folder keep their files.
         key: the option that names the folder, for errors.
         file: name of the one file that is locked; "": the whole folder.

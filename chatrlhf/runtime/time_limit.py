@@ -68,7 +68,7 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
         is_inside = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if others_handler is None else others_handler)
-        if others_rest:  # somebody else's timer goes on
+        if others_rest:  # somebody else's timer continues
             rest = max(others_rest - (time.monotonic() - began), 0.001)
             signal.setitimer(signal.ITIMER_REAL, rest, others_interval)
 
