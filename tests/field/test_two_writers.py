@@ -6,9 +6,10 @@ import random
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from small_run import differences, finish, left_behind, start, start_python, write_config, write_files
+from small_run import differences, finish, records, start, start_python, write_config, write_files
 
 from chatrlhf.samples.make_data import make_datasets, to_json
 
@@ -17,7 +18,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 SEEDS = (5, 6)
 REFUSALS = ("is in use by process", "another run has written into", "refused to overwrite")
 # The one that has begun is still there when the other comes.
-STAYS = "import time\nfrom chatrlhf.runtime import fault_points\nfault_points.at('run.stage', lambda *_: time.sleep(6))\n"
+STAYS = (
+    "import time\nfrom chatrlhf.runtime import fault_points\nfault_points.at('run.stage', lambda *_: time.sleep(6))\n"
+)
 API = (
     STAYS
     + """
@@ -47,6 +50,12 @@ def pairs() -> list[tuple[str, str, float]]:
     runs = [("CLI", "CLI"), ("CLI", "API"), ("API", "CLI"), ("API", "API")]
     kinds = [runs[i % len(runs)] for i in range(30)] + [("script", "script")] * 20
     return [(first, second, 0.0 if i % 5 == 0 else draw.uniform(0, 5)) for i, (first, second) in enumerate(kinds)]
+
+
+def left_behind(folder: Path) -> dict[str, Any]:
+    """What a run of ACTOR has made: its weights, and what it has measured."""
+    weights = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    return weights | {"metrics": records(folder, "metrics.jsonl")}
 
 
 @pytest.fixture(scope="module")
