@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _download(**words: Any) -> int:
-    lines = listing() if words.pop("list") else download(**words).lines()
-    print("\n".join(lines))
+    print("\n".join(listing() if words.pop("list") else download(**words).lines()))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
@@ -14,7 +15,7 @@ import torch
 
 from chatrlhf.config.on_resume import flat
 from chatrlhf.config.schema import STAGES, Config
-from chatrlhf.data.inputs import read_inputs
+from chatrlhf.data.inputs import Inputs, read_inputs
 from chatrlhf.errors import ConfigError, Interrupted, OutsideError, WeightsError
 from chatrlhf.errors.boundary import doing
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
@@ -24,7 +25,7 @@ from chatrlhf.runtime.collectives import gather_results, is_main, rank, start
 from chatrlhf.runtime.device import pick_device
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.manifest import FILE_NAME, Manifest
-from chatrlhf.runtime.output_dir import check_output_dir
+from chatrlhf.runtime.output_dir import TRIES, check_output_dir, key_of_folder
 from chatrlhf.runtime.run_lock import RunLock
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
 from chatrlhf.runtime.signals import limited, listening, stop_if_asked
@@ -95,7 +96,7 @@ def run(
     """
     if type not in ("ALL", *STAGES):
         raise ConfigError(f"type: expected ALL, {', '.join(STAGES)}, got {type!r}")
-    lock = RunLock(config.run_dir)
+    lock = RunLock(config.run_dir, key_of_folder(config))
     try:
         with listening(), limited(time_limit), doing("the run in", config.run_dir):
             return _run(config, type, reward_fn, resume, lock, day)
@@ -121,6 +122,7 @@ def _run(
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
     quiet_libraries()
     preflight(config, stages, inputs, reward is not None, config.run_dir)
+    _try_reward(reward, inputs, stages)
     if isinstance(reward, DialogueReward) and inputs.prompts is not None:
         reward.function.check([*inputs.prompts.train, *inputs.prompts.held_out])
     sources = Sources(config, manifest, inputs, reward, RunLog(config.run_dir).note)
@@ -181,8 +183,13 @@ def _claim(config: Config, lock: RunLock) -> None:
 def _claim_for_writing(manifest: Manifest, lock: RunLock) -> None:
     """Make the run's folder and lock it, where that was not done at the start."""
     if not lock.is_held:
-        manifest.run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        for _ in range(TRIES):
+            manifest.run_dir.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another start that only tried the folder has removed it again
+                lock.acquire()
+                break
+        else:
+            lock.acquire()
         manifest.refuse_changes()
 
 
@@ -237,13 +244,21 @@ def _stage_function(stage: str) -> Callable[[RunContext], dict[str, Any]]:
     return getattr(import_module(module), name)
 
 
+def _try_reward(reward: FunctionReward | None, inputs: Inputs, stages: list[str]) -> None:
+    """See what a user's function gives before models are read; a classifier's weights are not read for that."""
+    if reward is None or isinstance(reward, DialogueReward) or "RL" not in stages:
+        return
+    prompts = [prompt.text for prompt in inputs.prompts.train[:2]] if inputs.prompts is not None else []
+    gather_results(lambda: reward.try_out(prompts) if is_main() else None)
+
+
 def reward_function(config: Config, reward_fn: Callable[..., Any] | None, stages: list[str]) -> FunctionReward | None:
     """What scores texts where no reward model of this package does."""
     keys = config.reward_config
     if reward_fn is not None:
-        return FunctionReward(reward_fn, getattr(reward_fn, "__name__", "reward_fn"))
+        return FunctionReward(reward_fn, getattr(reward_fn, "__name__", "reward_fn"), keys.reward_timeout)
     if keys.reward_fn is not None:
-        return resolve_reward_fn(keys.reward_fn)
+        return resolve_reward_fn(keys.reward_fn, keys.reward_timeout)
     if is_used_as_it_is(keys, stages, config.run_dir / "reward"):
         return DialogueReward(LazyClassifier(keys), str(keys.model))
     return None

@@ -76,6 +76,7 @@ RULES = (
     Rule("reward_config", REFUSED, REWARD, "fresh_head chat_template_kwargs"),
     Rule("reward_config", REFUSED, REWARD + RL, f"{WEIGHTS} model max_sequence_length"),
     Rule("reward_config", REFUSED, RL, "reward_fn"),
+    Rule("reward_config", EFFECT, RL, "reward_timeout"),
     Rule("reward_config", CONTENT, REWARD, f"{LAUNCH_FILES} train_dataset_path validation_dataset_path template"),
     Rule("reward_config", CONTENT, REWARD + RL, "tokenizer_path"),
     Rule("reward_config", NONE, (), "model_folder iteration_per_print checkpoint_name"),

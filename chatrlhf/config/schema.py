@@ -196,6 +196,7 @@ class RewardConfig(OptimizerKeys, DataKeys, ModelKeys, QuantizationKeys, LaunchK
     )
     loss: Literal["regression", "pairwise"] | None = Field(None, description="null: chosen by the data")
     reward_fn: str | None = Field(None, description="'package.module:function' or an http(s) URL; no model needed")
+    reward_timeout: float = Field(300.0, gt=0, le=10**6, description="seconds that reward_fn may take for a batch")
     lr: float = Field(9e-6, ge=0, le=1, description="peak learning rate of AdamW")
     epochs: int = Field(1, ge=1, le=10**6, description="passes over the rows")
     batch_size: int = Field(8, ge=1, le=MAX_ROWS, description="rows (a pair is one row) per optimizer step")

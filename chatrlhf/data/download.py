@@ -5,7 +5,7 @@
     rlhf_training_data.json     {"user_input"}
 
 All three come from the same sampled rows, as with ChatLLaMA, and hold what repeats only once. A file for which the
-dataset has nothing is not written.
+dataset has nothing is not written. They are published together, so that a call that was killed can be made again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from chatrlhf.data.records import to_json
 from chatrlhf.data.sources import LeftOut, Source
 from chatrlhf.data.sources.catalogue import SOURCES
 from chatrlhf.errors import DataError
+from chatrlhf.runtime.publication import Publication
 
 ACTOR, REWARD, PROMPTS = "actor_training_data.json", "reward_training_data.json", "rlhf_training_data.json"
 KEYS = {
@@ -87,6 +89,7 @@ def download(
         force: overwrite files that are there.
 
     Raises:
+        LockedError: another process writes into the folder.
         DataError: files would be overwritten, nothing usable was found, a row is not of this dataset, the hub
             cannot be reached, or the folder cannot be written.
     """
@@ -98,9 +101,26 @@ def download(
     if subset is not None and not source.subsets:
         raise DataError(f"--subset: {source.hub_name} has none; leave it out")
     folder = path.expanduser()
-    existing = [str(folder / file) for file in KEYS if (folder / file).exists()]
-    if existing and not force:
-        raise DataError(f"refused to overwrite {', '.join(existing)}; give another --path, or --force")
+    with Publication(folder, "download", "--path") as publication:
+        existing = [str(file) for file in publication.in_the_way(folder / file for file in KEYS)]
+        if existing and not force:
+            raise DataError(f"refused to overwrite {', '.join(existing)}; give another --path, or --force")
+        rows, report = _rows(source, folder, number_of_samples, source_dir, subset, split, lang, seed)
+        publication.publish({file: partial(write_rows, rows=of_file) for file, of_file in rows.items()}, force)
+    return report
+
+
+def _rows(
+    source: Source,
+    folder: Path,
+    number_of_samples: int,
+    source_dir: Path | None,
+    subset: str | None,
+    split: str,
+    lang: str | None,
+    seed: int,
+) -> tuple[dict[Path, list[dict[str, Any]]], Download]:
+    """What the files are to hold, and the report of it; as `download` has the arguments."""
     notes: list[str] = []
     if source_dir is None:
         streams = from_hub(source, subset, split, seed)
@@ -118,8 +138,8 @@ def download(
         ),
     }
     rows = {file: of_file for file, of_file in rows.items() if of_file}
-    _write(rows)
-    return Download(source, {file: len(r) for file, r in rows.items()}, taken, number_of_samples, left_out, notes)
+    counts = {file: len(of_file) for file, of_file in rows.items()}
+    return rows, Download(source, counts, taken, number_of_samples, left_out, notes)
 
 
 def _draw(
@@ -181,11 +201,3 @@ def _once(records: Iterable[Conversation | None]) -> list[dict[str, Any]]:
         if record is not None:
             first.setdefault(replace(record, provenance=Provenance()), record)
     return [to_json(record) for record in first.values()]
-
-
-def _write(files: dict[Path, list[dict[str, Any]]]) -> None:
-    for file, rows in files.items():
-        try:
-            write_rows(file, rows)
-        except OSError as error:
-            raise DataError(f"{file.parent}: it cannot be written ({error}); give another --path") from None

@@ -76,6 +76,10 @@ class OutsideError(UserError):
         self.run_dir: Path | None = None
 
 
+class FunctionError(OutsideError, RewardError):
+    """A user's function has raised; its error is the cause."""
+
+
 TIME_IS_UP = 255  # beside signals' numbers: the time limit was reached
 TIMED_OUT = 124  # exit status, as timeout(1) has it
 

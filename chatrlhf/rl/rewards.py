@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from chatrlhf.rl.http_reward import http_reward
 from chatrlhf.rl.user_functions import call_function, check_signature, load_function
 from chatrlhf.types import Rollout
 
+TRIED_PROMPTS, TRIED_REPLIES = ("Is it far?", "What does it cost?"), ("Yes, it is far.", "No.")
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
@@ -31,12 +34,16 @@ class RewardSource(Protocol):
 class FunctionReward:
     """A Python function ``(prompts, completions) -> scores``; prompts are texts, untemplated.
 
+    Args:
+        seconds: that it may take for a batch; None: any time.
+
     Raises:
-        ConfigError: the function takes other arguments.
+        ConfigError: it is no function, or takes other arguments.
     """
 
     function: RewardFunction
     name: str
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         check_signature(self.function, f"the reward function {self.name}")
@@ -46,8 +53,24 @@ class FunctionReward:
 
     def texts(self, prompts: list[Any], completions: list[str]) -> Tensor:
         """Scores of texts. Raises RewardError where they are not one finite number each, or the function raises."""
-        scores = call_function(self.function, f"the reward function {self.name}", prompts, completions)
+        scores = call_function(self.function, f"the reward function {self.name}", prompts, completions, self.seconds)
         return checked_scores(scores, completions, self.name)
+
+    def try_out(self, prompts: list[str]) -> None:
+        """Ask for the scores of two replies, before models are read: what it gives or raises is seen at once.
+
+        Args:
+            prompts: the first two of them are taken, where there are any.
+
+        Raises:
+            RewardError: as `texts`, said of the trial.
+        """
+        pairs = list(zip([*prompts, *TRIED_PROMPTS], TRIED_REPLIES, strict=False))
+        shown, replies = [prompt for prompt, _ in pairs], [reply for _, reply in pairs]
+        name = f"the reward function {self.name}"
+        then = "it was tried with two replies before anything is trained, correct it and start again"
+        scores = call_function(self.function, name, shown, replies, self.seconds, then)
+        checked_scores(scores, replies, f"{name}, tried with two replies before anything is trained")
 
 
 @dataclass
@@ -97,17 +120,35 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def resolve_reward_fn(name: str) -> FunctionReward:
-    """`reward_config.reward_fn` as a reward source."""
+def resolve_reward_fn(name: str, seconds: float | None = None) -> FunctionReward:
+    """`reward_config.reward_fn` as a reward source that may take so many seconds for a batch."""
     if is_url(name):
-        return FunctionReward(http_reward(name), redacted(name))
-    return FunctionReward(load_function(name, "reward_config.reward_fn"), name)
+        return FunctionReward(http_reward(name, seconds), redacted(name), seconds)
+    return FunctionReward(load_function(name, "reward_config.reward_fn"), name, seconds)
 
 
 def _number(score: Any) -> float:
-    if isinstance(score, str):  # float() would take "1.5", and "12" would be two scores
-        raise TypeError
+    if isinstance(score, (str, bytes, Tensor)) and not (isinstance(score, Tensor) and score.numel() == 1):
+        raise TypeError  # float() would take "1.5", and "12" would be two scores
     return float(score)
+
+
+def _listed(scores: Any) -> Any:
+    """What can be gone through in the order of the rows. Raises TypeError."""
+    if isinstance(scores, (str, bytes, bytearray, Mapping, Set)):
+        raise TypeError
+    if isinstance(scores, Tensor):
+        if scores.is_complex():
+            raise TypeError
+        return scores.detach().float().cpu().reshape(-1).tolist()
+    return scores.reshape(-1).tolist() if isinstance(scores, np.ndarray) else scores
+
+
+def _shown(scores: Any) -> str:
+    try:
+        return f"{type(scores).__name__} {str(scores)[:60]}"
+    except Exception:  # a class of the user's that has no text
+        return type(scores).__name__
 
 
 def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
@@ -117,14 +158,12 @@ def checked_scores(scores: Any, completions: list[str], name: str) -> Tensor:
         RewardError: it names the first completion whose score is missing or is no number; a NonFiniteRewardError
             where each is one.
     """
-    if isinstance(scores, Tensor):
-        scores = scores.detach().float().cpu().reshape(-1).tolist()
     try:
-        values = [_number(score) for score in scores]
-    except (TypeError, ValueError, OverflowError):
-        raise RewardError(
-            f"{name}: expected a list of numbers, got {type(scores).__name__} {str(scores)[:60]}"
-        ) from None
+        values = [_number(score) for score in _listed(scores)]
+    except Exception:  # whatever classes of the user's raise
+        if inspect.iscoroutine(scores):
+            scores.close()  # or Python would complain that it was never awaited
+        raise RewardError(f"{name}: expected a list of numbers, got {_shown(scores)}") from None
     if len(values) != len(completions):
         raise RewardError(f"{name}: returned {len(values)} scores for {len(completions)} completions; return one each")
     checked = torch.tensor(values, dtype=torch.float32)  # a number beyond float32 is inf here

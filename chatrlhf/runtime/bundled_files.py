@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from chatrlhf.errors import UserError
 from chatrlhf.runtime.links import leads_out
+from chatrlhf.runtime.publication import Publication
 
 TOP_LEVEL = ("main.py", "config.yaml", "ds_config.json", "templates.json", "artifacts")
 
@@ -28,14 +29,12 @@ def copy_artifacts(folder: str | Path) -> list[Path]:
     target, root = Path(folder), artifacts_root()
     sources = [path for name in TOP_LEVEL for path in _files(root / name)]
     wanted = {source: target / source.relative_to(root) for source in sources}
-    there = [path for path in wanted.values() if os.path.lexists(path)]
-    if there:
-        raise UserError(f"{there[0]} is there already ({len(there)} files in all); name a new folder")
-    if links := [path for path in wanted.values() if leads_out(path, target)]:
+    if links := [path for path in wanted.values() if leads_out(path.parent, target)]:
         raise UserError(f"{links[0].parent} is a link out of {target}; name a new folder")
-    for source, copy in wanted.items():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, copy)
+    with Publication(target, "init", "folder") as publication:
+        if there := publication.in_the_way(wanted.values()):
+            raise UserError(f"{there[0]} is there already ({len(there)} files in all); name a new folder")
+        publication.publish({copy: partial(shutil.copy2, source) for source, copy in wanted.items()})
     return list(wanted.values())
 
 

@@ -13,7 +13,13 @@ from chatrlhf.runtime.manifest import FILE_NAME
 from chatrlhf.runtime.run_log import METRICS, SAMPLES
 
 FOLDERS, FILES = ("checkpoints", "previous"), (FILE_NAME, METRICS, SAMPLES)
+TRIES = 100  # while other runs try the same path
 MODEL_FOLDER = "actor_config.model_folder"  # ChatLLaMA's name
+
+
+def key_of_folder(config: Config) -> str:
+    """The key that names the run's folder."""
+    return "output_dir" if config.output_dir is not None or config.actor_config.model_folder is None else MODEL_FOLDER
 
 
 def check_output_dir(config: Config) -> None:
@@ -22,8 +28,7 @@ def check_output_dir(config: Config) -> None:
     Raises:
         ConfigError: it cannot, something in it is in the way, or it is the folder of a model; the key is named.
     """
-    folder = config.run_dir
-    key = "output_dir" if config.output_dir is not None or config.actor_config.model_folder is None else MODEL_FOLDER
+    folder, key = config.run_dir, key_of_folder(config)
     try:
         _try_to_write(folder)
     except (OSError, ValueError) as error:  # ValueError: a null character
@@ -42,11 +47,24 @@ def check_output_dir(config: Config) -> None:
 
 
 def _try_to_write(folder: Path) -> None:
+    for _ in range(TRIES):
+        with suppress(FileNotFoundError):  # another first start has made a part of the path, and removed it again
+            _try_once(folder)
+            return
+    _try_once(folder)
+
+
+def _try_once(folder: Path) -> None:
     made: list[Path] = []
     try:
         for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
-            missing.mkdir()
-            made.append(missing)
+            try:
+                missing.mkdir()
+            except FileExistsError:
+                if not missing.is_dir():
+                    raise
+            else:
+                made.append(missing)
         with tempfile.TemporaryFile(dir=folder):
             pass
     finally:

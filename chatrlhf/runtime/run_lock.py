@@ -1,4 +1,4 @@
-"""A lock on a run's folder: one process at a time may write there.
+"""A lock on a run's folder, or on a file that a script writes: one process at a time may write there.
 
 The lock is the kernel's (flock), so that it ends with its process however that ends, and nothing is left to be cleared
 away after a crash. A file system without such locks (some network mounts) is noticed, and there the file's own words
@@ -30,10 +30,18 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class RunLock:
-    """The lock of one folder. It can be taken again where it is held."""
+    """The lock of one folder, or of one file in it. It can be taken again where it is held.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
+    Args:
+        folder: where the lock lies; it has to be there when the lock is taken.
+        key: the configuration's key or the option that names the folder or file, for the error.
+        file: name of the one file that is locked; "": the whole folder.
+    """
+
+    def __init__(self, folder: Path, key: str = "output_dir", file: str = "") -> None:
+        self.path = folder / (f".{file}{LOCK}" if file else LOCK)
+        self._of = f"{key}: {folder / file}"
+        self._other = "file" if file else "folder"
         self._file: int | None = None
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)  # or a child that outlives us would hold it
@@ -73,6 +81,13 @@ class RunLock:
             os.close(self._file)
             self._file = None
 
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
     def _forget(self) -> None:
         if self._file is not None:
             os.close(self._file)
@@ -99,7 +114,12 @@ class RunLock:
         who = "another process"
         if holder:
             who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
-        return f"output_dir: {self.path.parent} is in use by {who}; wait until it has ended, or name another folder"
+        return f"{self._of} is in use by {who}; wait until it has ended, or name another {self._other}"
+
+
+def lock_beside(file: Path, key: str) -> RunLock:
+    """The lock of a file that a script writes, whether or not that is there yet; the others in its folder are free."""
+    return RunLock(file.parent, key, file.name)
 
 
 def _lock(file: int) -> bool:

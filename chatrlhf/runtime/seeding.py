@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -43,3 +45,26 @@ def set_generator_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(words.tolist()), gauss))
     keys, *numpy_rest = states["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *numpy_rest))
+
+
+@contextmanager
+def generators_apart() -> Iterator[None]:
+    """Inside, Python's, NumPy's and torch's generators are another stream than outside.
+
+    It follows from a single draw of Python's generator, so that it is another one each time, and the same after a
+    resumption. However much is drawn inside, and whatever seed is set there, what is drawn outside stays the same.
+    """
+    seed = random.getrandbits(63)
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)

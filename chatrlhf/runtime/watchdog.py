@@ -35,6 +35,11 @@ def beat(phase: str) -> None:
     _progress.at, _progress.phase = time.monotonic(), phase
 
 
+def newest_phase() -> str:
+    """What this process does, as it said last."""
+    return _progress.phase
+
+
 @contextmanager
 def watched(run_dir: Path, limits: Limits, rank: int) -> Iterator[None]:
     """Inside, a thread looks for progress.

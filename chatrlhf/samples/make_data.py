@@ -12,8 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from functools import partial
 from pathlib import Path
 
+from chatrlhf.errors import DataError, UserError
+from chatrlhf.runtime.atomic_files import replace_file
+from chatrlhf.runtime.publication import Publication
 from chatrlhf.samples import visitor_desk
 
 DEFAULT_SEED = 0
@@ -174,14 +178,17 @@ def to_json(rows: list[Row]) -> str:
 
 
 def write_datasets(path: Path, seed: int, *, force: bool = False) -> list[Path]:
-    """Write the four files into `path`; refuses to overwrite any of them without `force`, before writing one."""
-    files = {path / name: to_json(rows) for name, rows in make_datasets(seed).items()}
-    existing = [str(file) for file in files if file.exists()]
-    if existing and not force:
-        raise FileExistsError(f"refused to overwrite {', '.join(existing)}: give --force, or another --path")
-    path.mkdir(parents=True, exist_ok=True)
-    for file, text in files.items():
-        file.write_text(text, encoding="utf-8", newline="\n")
+    """Write the four files into `path`, together; one that is there is not overwritten without `force`.
+
+    Raises:
+        UserError: files would be overwritten, another process writes there, or the folder cannot be written.
+    """
+    files = {path / name: partial(replace_file, text=to_json(rows)) for name, rows in make_datasets(seed).items()}
+    with Publication(path, "make_data", "--path") as publication:
+        existing = [str(file) for file in publication.in_the_way(files)]
+        if existing and not force:
+            raise DataError(f"refused to overwrite {', '.join(existing)}: give --force, or another --path")
+        publication.publish(files, force)
     return list(files)
 
 
@@ -200,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         files = write_datasets(args.path, args.seed, force=args.force)
-    except OSError as error:
+    except UserError as error:
         parser.error(str(error))
     for file in files:
         print(file)

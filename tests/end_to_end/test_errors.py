@@ -138,7 +138,7 @@ def test_no_reward_model(capsys, folder):
 
 
 @pytest.mark.parametrize(
-    "body, said", [("[1.0]", "returned 1 scores for 8"), ("[float('nan')] * len(c)", "score 0 is nan")]
+    "body, said", [("[1.0]", "returned 1 scores for 2"), ("[float('nan')] * len(c)", "score 0 is nan")]
 )
 def test_a_reward_function_that_misbehaves(capsys, folder, body, said):
     name = f"rewards_{abs(hash(body))}"

@@ -187,7 +187,7 @@ def test_a_reward_that_is_no_number_now_and_then_costs_a_step_and_always_the_run
     def sometimes(prompts: list[str], completions: list[str]) -> list[float]:
         asked[0] += 1
         scores = length(prompts, completions)
-        return [float("nan"), *scores[1:]] if asked[0] == 3 else scores  # 1: the held-out prompts
+        return [float("nan"), *scores[1:]] if asked[0] == 4 else scores  # 1: the trial, 2: the held-out prompts
 
     config = configured(tmp_path)
     run(config, type="RL", reward_fn=sometimes)
@@ -195,7 +195,7 @@ def test_a_reward_that_is_no_number_now_and_then_costs_a_step_and_always_the_run
 
     def from_then_on(prompts: list[str], completions: list[str]) -> list[float]:
         asked[0] += 1
-        return [float("nan") if asked[0] > 3 else 1.0 for _ in completions]
+        return [float("nan") if asked[0] > 4 else 1.0 for _ in completions]
 
     asked[0] = 0
     config = configured(tmp_path, "always")

@@ -14,7 +14,6 @@ from hostile import line_about
 from standins.chat_server import Answer, ChatServer
 
 from chatrlhf.errors import RewardError
-from chatrlhf.rl import http_reward as module
 from chatrlhf.rl.http_reward import http_reward
 from chatrlhf.rl.rewards import resolve_reward_fn
 from chatrlhf.rollout.vllm import server_settings, wait_for_server
@@ -158,11 +157,10 @@ def test_no_answer_as_long_as_it_says(servers, length):
     line_about(lambda: http_reward(f"http://{named.place}/scores")(["a"], ["b"]))
 
 
-def test_no_slow_answer(servers, monkeypatch):
+def test_no_slow_answer(servers):
     named, _ = servers
-    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 0.2)
     named["/scores"] = 200, {}, slow
-    line = line_about(lambda: http_reward(f"http://{named.place}/scores")(["a"], ["b"]))
+    line = line_about(lambda: http_reward(f"http://{named.place}/scores", 0.2)(["a"], ["b"]))
     assert "was not complete after 0.2 seconds" in line
 
 

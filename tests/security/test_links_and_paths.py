@@ -203,7 +203,9 @@ def test_conversations_are_their_owners_alone(tmp_path):
         log.step("RL", 1, {"reward/mean": 1.0})
         with Journal(tmp_path / "rows.journal.jsonl") as journal:
             journal.add("key", Reply("well"))
-        Output(tmp_path / "rows.json").write([{"user_input": "a"}], [{"reply": "b"}], {})
+        output = Output(tmp_path / "rows.json")
+        with output.held() as publication:
+            output.write(publication, [{"user_input": "a"}], [{"reply": "b"}], {})
         SkippedSteps("ACTOR", tmp_path, 9, print, "").skip(7, "it is not finite", None, [{"row": 1, "text": "hello"}])
         assert permissions(tmp_path / "metrics.jsonl") == 0o644
         for name in ("samples.jsonl", "rows.journal.jsonl", "rows.quarantine.jsonl", "skipped/step-000007.json"):

@@ -28,8 +28,8 @@ def test_figures_are_those_of_the_code():
     assert "10 s of computing, 1 GiB of memory, output of 4 times the conversation and a million characters" in text
     assert gzip_reader.MOST_RATIO == 200 and safe_config.MOST_BYTES == 256 * 2**20
     assert "200 times its size" in text and "texts have 256 MiB" in text
-    assert (http_reward.BYTES_BESIDE, http_reward.BYTES_A_SCORE, http_reward.TIMEOUT_SECONDS) == (2**20, 2**12, 120)
-    assert "1 MiB and 4 KiB a score, 120 s" in text
+    assert (http_reward.BYTES_BESIDE, http_reward.BYTES_A_SCORE, http_reward.USUAL_SECONDS) == (2**20, 2**12, 300)
+    assert "1 MiB and 4 KiB a score, 300 s" in text
     assert redaction.SHORTEST == 8 and "from 8 characters on" in text
 
 

@@ -24,7 +24,8 @@ def check_reward_function(session: Session) -> Iterator[CheckResult]:
     if name is None or "RL" not in session.stages:
         return
     texts = [prompt.text for prompt in few_prompts(session.inputs)] or ["Hello"]
-    yield from answers(resolve_reward_fn(name).texts, [texts[0], texts[-1]])
+    seconds = session.config.reward_config.reward_timeout
+    yield from answers(resolve_reward_fn(name, seconds).texts, [texts[0], texts[-1]])
 
 
 def answers(scores: Scores, prompts: list[str]) -> Iterator[CheckResult]:

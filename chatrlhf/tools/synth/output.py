@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from chatrlhf.data.files import write_rows
 from chatrlhf.errors import DataError
 from chatrlhf.runtime.atomic_files import PRIVATE, replace_file
 from chatrlhf.runtime.file_hash import sha256_of
+from chatrlhf.runtime.publication import Publication, Write
 
 
 @dataclass(frozen=True)
@@ -42,31 +44,48 @@ class Output:
         """Every answer."""
         return self._beside("journal.jsonl")
 
-    def check(self, force: bool) -> None:
+    def held(self) -> Publication:
+        """The files' lock, and their publication together. Raises as that does."""
+        return Publication(self.path.parent, self.path.stem, "--output", self.path.name)
+
+    def check(self, force: bool, publication: Publication | None = None) -> None:
         """Before anything is asked.
 
         A file of this name that an earlier run of ours has left unfinished, and no one has changed since, is continued
         with; any other is not overwritten without ``force``.
+
+        Args:
+            publication: knows what a killed call has left; None where nothing will be written.
 
         Raises:
             DataError: it is a user's, it is finished, or rows cannot be written by that name.
         """
         if self.path.suffix not in (".json", ".jsonl"):
             raise DataError(f"--output: {self.path} has to end with .json or .jsonl")
-        if self.path.exists() and not force and not self._is_unfinished():
+        if not self._is_free(publication) and not force and not self._is_unfinished():
             raise DataError(f"refused to overwrite {self.path}; give another --output, or --force")
 
-    def write(self, rows: list[dict[str, Any]], aside: list[dict[str, Any]], about: dict[str, Any]) -> None:
-        """Write all of it. Raises DataError where that is not possible."""
-        try:
-            write_rows(self.path, rows)
-            if aside or self.quarantine.exists():
-                write_rows(self.quarantine, aside, PRIVATE)
-            about = {**about, "rows": len(rows), "quarantined": len(aside), "sha256": sha256_of(self.path)}
-            text = json.dumps(about, indent=2, ensure_ascii=False)
-            replace_file(self.meta, f"{text}\n")
-        except OSError as error:
-            raise DataError(f"{self.path}: it cannot be written ({error}); what was answered is kept") from None
+    def write(
+        self, publication: Publication, rows: list[dict[str, Any]], aside: list[dict[str, Any]], about: dict[str, Any]
+    ) -> None:
+        """Write all of it, together. Raises DataError where that is not possible; what was answered is kept."""
+
+        def write_meta(path: Path) -> None:
+            sha256 = sha256_of(path.with_name(self.path.name))
+            text = json.dumps(
+                {**about, "rows": len(rows), "quarantined": len(aside), "sha256": sha256}, indent=2, ensure_ascii=False
+            )
+            replace_file(path, f"{text}\n")
+
+        files: dict[Path, Write] = {self.path: partial(write_rows, rows=rows)}
+        if aside or self.quarantine.exists():
+            files[self.quarantine] = partial(write_rows, rows=aside, mode=PRIVATE)
+        files[self.meta] = write_meta
+        # Whether a file of rows is ours is seen by what lies beside it, which is moved before it is.
+        publication.publish(files, force=True, order=[*files][::-1])
+
+    def _is_free(self, publication: Publication | None) -> bool:
+        return not (publication.in_the_way([self.path]) if publication else self.path.exists())
 
     def _is_unfinished(self) -> bool:
         try:

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from chatrlhf import __version__
 from chatrlhf.errors.boundary import exit_status
 from chatrlhf.errors.redaction import redacted, redacted_tree
+from chatrlhf.runtime.publication import Publication
 from chatrlhf.runtime.signals import listening
 from chatrlhf.tools.synth.client import LLMClient
 from chatrlhf.tools.synth.journal import Journal
@@ -81,14 +82,26 @@ def run(options: argparse.Namespace, output: Output, plan: Plan, work: Work, nex
     Raises:
         UserError: before anything is asked, or where nothing more can be.
     """
+    with nullcontext() if options.dry_run else output.held() as publication:
+        return _run(options, output, publication, plan, work, next_step)
+
+
+def _run(
+    options: argparse.Namespace,
+    output: Output,
+    publication: Publication | None,
+    plan: Plan,
+    work: Work,
+    next_step: str,
+) -> int:
     console = Console(highlight=False, soft_wrap=True)
     limits, price = limits_of(options), price_of(options)
     generator = None if is_local(options) else open_generator(options)
     model = str(model_of(options)) if generator is None else generator.model
-    output.check(options.force)
+    output.check(options.force, publication)
     for line in _estimate(options, plan, model):
         console.print(line, markup=False)
-    if options.dry_run:
+    if publication is None:  # a dry run
         return 0
     generator = generator or open_generator(options)  # a model on this machine takes its time
     console.print(f"note: {LICENCE}", markup=False, style="yellow")
@@ -100,7 +113,7 @@ def run(options: argparse.Namespace, output: Output, plan: Plan, work: Work, nex
         result = asyncio.run(_ask(generator, work, client, bar))
     complete = not result.stopped and not result.unanswered
     aside = [each for made in result.made for each in made.aside]
-    output.write(result.rows, aside, _about(options, model, complete, client, result))
+    output.write(publication, result.rows, aside, _about(options, model, complete, client, result))
     for line in _report(output, client, result, aside, complete):
         console.print(line, markup=False)
     console.print(next_step.replace("{path}", str(output.path)), markup=False)
