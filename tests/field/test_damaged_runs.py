@@ -104,6 +104,7 @@ def test_a_damaged_file_is_named(finished, tmp_path, work, name, damage, capsys)
     check(finished, tmp_path / "run", work, name, damage, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("work", WORKS)
