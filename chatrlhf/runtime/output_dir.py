@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +62,8 @@ def _try_once(folder: Path) -> None:
             try:
                 missing.mkdir()
             except FileExistsError:
-                if not missing.is_dir():
+                # One look, which is FileNotFoundError where another start has removed it in between.
+                if not stat.S_ISDIR(missing.stat().st_mode):
                     raise
             else:
                 made.append(missing)

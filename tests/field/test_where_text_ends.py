@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,10 @@ def test_adapters_and_what_is_merged_of_them_know_the_eos(base, tmp_path, capsys
     assert_generate_stops(merged, *ends)
     given = AutoModelForCausalLM.from_pretrained(adapters, generation_config=GenerationConfig.from_pretrained(adapters))
     assert given.generation_config.eos_token_id == ends
-    (adapters / "generation_config.json").unlink()  # as peft leaves adapters behind
-    words_of_old = ["--model", str(adapters), "--output", str(tmp_path / "old"), "--dtype", "float32"]
+    old = tmp_path / "adapters"
+    files = shutil.ignore_patterns("contents.json", "generation_config.json")
+    shutil.copytree(adapters, old, ignore=files)  # as peft leaves them behind
+    words_of_old = ["--model", str(old), "--output", str(tmp_path / "old"), "--dtype", "float32"]
     assert main(["export", "merge", *words_of_old]) == 0
     assert GenerationConfig.from_pretrained(tmp_path / "old").eos_token_id == ends
     assert "50 ('" in (said := capsys.readouterr().out) and "9999 (the model has the ids" in said

@@ -55,7 +55,7 @@ def test_tags_of_yaml(tmp_path, proof, name, place):
 
 def test_a_bomb_of_aliases(tmp_path):
     (tmp_path / "config.yaml").write_text(BOMB)
-    assert "its aliases (*name) repeat more than" in line_about(lambda: load_config(tmp_path / "config.yaml"))
+    assert "its aliases (*name) repeat" in line_about(lambda: load_config(tmp_path / "config.yaml"))
 
 
 # ----- a reward function
