@@ -157,6 +157,12 @@ ANSWERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Between two tries of an endpoint."""
+    monkeypatch.setattr("chatrlhf.rl.http_reward.PAUSES", (0.0, 0.0))
+
+
 @pytest.fixture
 def endpoint(monkeypatch):
     """The address of a server on this machine, and the requests it got."""
@@ -210,6 +216,35 @@ def test_a_bad_answer_is_a_reward_error_that_names_the_address(endpoint, path, c
     url, _ = endpoint
     with pytest.raises(RewardError, match=f"{url}{path}.*{complaint}"):
         resolve_reward_fn(url + path)(said(POLICY, USERS, REPLIES))
+
+
+def test_an_endpoint_that_was_busy_is_asked_again(monkeypatch):
+    answers = [503, 429, 200]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(answers.pop(0))
+            self.end_headers()
+            self.wfile.write(b'{"scores": [1, 2, 3]}')
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        source = resolve_reward_fn(f"http://127.0.0.1:{server.server_port}")
+        assert source(said(POLICY, USERS, REPLIES)).tolist() == [1, 2, 3] and answers == []
+        answers[:] = [404, 200]  # what it will say again
+        with pytest.raises(RewardError, match="404"):
+            source(said(POLICY, USERS, REPLIES))
+        assert answers == [200]
+        answers[:] = [500] * 4
+        with pytest.raises(RewardError, match="500"):
+            source(said(POLICY, USERS, REPLIES))
+        assert answers == [500]
+        server.shutdown()
 
 
 def test_an_endpoint_that_is_not_there_is_a_reward_error(endpoint):

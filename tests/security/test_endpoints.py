@@ -66,6 +66,12 @@ class Server:
         self.server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Between two tries of an endpoint."""
+    monkeypatch.setattr("chatrlhf.rl.http_reward.PAUSES", (0.0, 0.0))
+
+
 @pytest.fixture
 def servers(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
