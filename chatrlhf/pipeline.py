@@ -21,7 +21,7 @@ from chatrlhf.errors.boundary import doing
 from chatrlhf.models.classifier import LazyClassifier, is_used_as_it_is
 from chatrlhf.preflight import preflight
 from chatrlhf.rl.rewards import DialogueReward, FunctionReward, RewardFunction, resolve_reward_fn
-from chatrlhf.runtime.collectives import gather_results, is_main, rank, start
+from chatrlhf.runtime.collectives import gather_results, is_main, rank, start, world_size
 from chatrlhf.runtime.device import pick_device
 from chatrlhf.runtime.fault_points import reached
 from chatrlhf.runtime.manifest import FILE_NAME, Manifest
@@ -29,6 +29,7 @@ from chatrlhf.runtime.output_dir import TRIES, check_output_dir, key_of_folder
 from chatrlhf.runtime.run_lock import RunLock
 from chatrlhf.runtime.run_log import METRICS, RunLog, quiet_libraries
 from chatrlhf.runtime.signals import limited, listening, stop_if_asked
+from chatrlhf.runtime.start_room import check_start
 from chatrlhf.runtime.watchdog import beat, watched
 from chatrlhf.runtime.whole_folders import RECORDED, require_whole
 from chatrlhf.sharding.launch import sharding_of
@@ -36,6 +37,7 @@ from chatrlhf.stages.context import RunContext
 from chatrlhf.stages.readiness import check_readiness
 from chatrlhf.stages.resume import Resumption
 from chatrlhf.stages.sources import Sources
+from chatrlhf.stages.trained_weights import trained_weights
 
 # Imported when their stage runs: transformers' Trainer and what it brings take seconds.
 STAGE_FUNCTIONS = {
@@ -117,6 +119,8 @@ def _run(
     # Checks come first: nothing is written before everything that will be read has been read once.
     reward = reward_function(config, reward_fn, stages)
     gather_results(lambda: _claim(config, lock) if is_main() else None)
+    if not resume:  # what a resumed run writes may take the place of what is there
+        gather_results(lambda: _check_start(config, stages, reward is not None) if is_main() else None)
     manifest = Manifest.open(config.run_dir, resume)
     config.fix_day(date.fromisoformat(manifest.facts[DAY]) if DAY in manifest.facts else day or date.today())
     inputs = read_inputs(config, stages, needs_judgements=reward is None)
@@ -178,6 +182,15 @@ def _claim(config: Config, lock: RunLock) -> None:
         lock.acquire()
         if (config.run_dir / FILE_NAME).exists():
             Manifest.open(config.run_dir, resume=True).finish_moves()
+
+
+def _check_start(config: Config, stages: list[str], has_reward_fn: bool) -> None:
+    """See that the disk has room for what the run will leave."""
+    weights = trained_weights(config, stages, has_reward_fn)
+    sections = (config.actor_config, config.reward_config)
+    is_sharded = world_size() > 1 or any(section.deepspeed_enable for section in sections)
+    if weights:
+        check_start(config.run_dir, key_of_folder(config), weights, is_sharded)
 
 
 def _claim_for_writing(manifest: Manifest, lock: RunLock) -> None:

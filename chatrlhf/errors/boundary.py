@@ -25,6 +25,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from chatrlhf.errors import Interrupted, OutsideError, UserError
+from chatrlhf.errors.disks import disk_of
 from chatrlhf.errors.redaction import redacted
 
 OUR_FAULT, USER_ERROR, STOPPED = 1, 2, 130  # exit statuses
@@ -67,6 +68,7 @@ MORE_ROOM = "make room there; training then continues with --resume"
 REMEDIES = {
     errno.ENOSPC: MORE_ROOM,
     errno.EDQUOT: MORE_ROOM,
+    errno.EIO: "the disk, or the way to it, fails: see the system's log, and name another disk",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f); training then continues with --resume",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EACCES: "change its permissions, or name another place",
@@ -93,7 +95,8 @@ OUT_OF_MEMORY = Reason(
 # PyTorch and pathlib raise bare RuntimeErrors and ValueErrors for these.
 MESSAGES = {
     r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|size calculation overflowed": OUT_OF_MEMORY,
-    r"PytorchStream(Reader|Writer)|inline_container": Reason("a file of PyTorch's cannot be read or written"),
+    r"PytorchStreamWriter|unexpected pos \d+ vs": Reason("a file of PyTorch's cannot be written", MORE_ROOM),
+    r"PytorchStreamReader|inline_container": Reason("a file of PyTorch's cannot be read"),
     r"Connection (closed|reset|refused)|gloo|NCCL": Reason(
         "another process of this launch is gone", "see why that one has ended"
     ),
@@ -125,7 +128,8 @@ def doing(what: str, path: object = None, untrusted: bool = False) -> Iterator[N
         if reason is None:
             raise
         subject = what if path is None else f"{what} {_shortened(path)!r}"
-        line = f"{subject}: {reason.text}{_users_line(calls)}" + (f"; {reason.remedy}" if reason.remedy else "")
+        disk = f" ({facts})" if _is_of_disk(error) and path is not None and (facts := disk_of(path)) else ""
+        line = f"{subject}: {reason.text}{_users_line(calls)}" + (f"; {reason.remedy}" if reason.remedy else "") + disk
         raise OutsideError(line, "".join(traceback.format_exception(error))) from error
 
 
@@ -153,6 +157,14 @@ def _reason(error: BaseException, calls: Calls, untrusted: bool) -> Reason | Non
     is_too_deep = isinstance(error, RecursionError) and _package(calls[-1]) in PARSERS
     is_outside = isinstance(error, TYPES) or bool(_names(error) & NAMES)
     return Reason(_first_line(error)) if is_input or is_too_deep or is_outside else None
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    """Whether a disk may be full, as far as an error of Python's, Rust's or PyTorch's says so."""
+    known = OS_ERROR.search(str(error))
+    number = int(known[1]) if known else getattr(error, "errno", None)
+    is_torch = isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|unexpected pos \d+ vs", str(error))
+    return number in (errno.ENOSPC, errno.EDQUOT) or bool(is_torch)
 
 
 def _is_of_input(calls: Calls) -> bool:

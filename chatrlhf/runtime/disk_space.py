@@ -33,15 +33,16 @@ def check_room(
     free = shutil.disk_usage(folder).free
     if free < least and not resume:
         raise UserError(
-            f"{stage}: {folder} has {_gigabytes(free)} free, and a checkpoint with the trained model needs at least "
-            f"{_gigabytes(least)}; make room there, or set output_dir to another disk"
+            f"{stage}: {folder} has {gigabytes(free)} free, and a checkpoint with the trained model needs at least "
+            f"{gigabytes(least)}; make room there, or set output_dir to another disk"
         )
     if free < most:
         warn(
-            f"{stage}: {folder} has {_gigabytes(free)} free, and {keep} checkpoints with the trained model need up to "
-            f"{_gigabytes(most)}; make room there, or lower n_checkpoints_to_keep"
+            f"{stage}: {folder} has {gigabytes(free)} free, and {keep} checkpoints with the trained model need up to "
+            f"{gigabytes(most)}; make room there, or lower n_checkpoints_to_keep"
         )
 
 
-def _gigabytes(number: int) -> str:
+def gigabytes(number: int) -> str:
+    """A number of bytes, for people."""
     return f"{number / 1e9:.3g} GB"

@@ -18,6 +18,7 @@ from chatrlhf.config import load_config
 from chatrlhf.errors import UserError
 from chatrlhf.models.reward_model import load_reward_model
 from chatrlhf.pipeline import run
+from chatrlhf.tools.export.weights import Weights
 
 
 def flip(path: Path) -> None:
@@ -60,12 +61,17 @@ def judged(files: Path, run_dir: Path) -> None:
     load_reward_model(run_dir / "critic")
 
 
-WORKS = {"resumed": resumed, "RL again": rl_again, "judged": judged}
+def exported(files: Path, run_dir: Path) -> None:
+    Weights(run_dir / "actor_rl", "--model").sha256()
+
+
+WORKS = {"resumed": resumed, "RL again": rl_again, "judged": judged, "exported": exported}
 # What each work reads of a finished run, by the first part of a path; of all else the end does not depend.
 READ = {
     "resumed": {"actor", "reward", "actor_rl", "critic", "manifest.json"},
     "RL again": {"actor", "reward", "manifest.json"},
     "judged": {"reward", "critic"},
+    "exported": {"actor_rl"},
 }
 LOGS = {"metrics.jsonl", "samples.jsonl"}
 IN_CI = [
@@ -74,6 +80,7 @@ IN_CI = [
     ("RL again", "reward/tokenizer.json", "cut"),
     ("RL again", "manifest.json", "a bit"),
     ("judged", "critic/reward_model.json", "emptied"),
+    ("exported", "actor_rl/generation_config.json", "a bit"),
 ]
 
 
@@ -110,7 +117,11 @@ def test_a_damaged_file_is_named(finished, tmp_path, work, name, damage, capsys)
 @pytest.mark.parametrize("work", WORKS)
 def test_every_file_in_every_way(finished, tmp_path, work, capsys):
     wrong = []
-    names = [name for name in files_of(finished / "run") if work != "judged" or name.split("/")[0] in READ[work]]
+    names = [
+        name
+        for name in files_of(finished / "run")
+        if work not in ("judged", "exported") or name.split("/")[0] in READ[work]
+    ]
     for number, (name, damage) in enumerate((name, damage) for name in names for damage in DAMAGES):
         try:
             check(finished, tmp_path / str(number), work, name, damage, capsys)

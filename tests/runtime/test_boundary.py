@@ -32,6 +32,7 @@ OUTSIDE = [
     (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999), "xxx; shorten the path"),
     (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
     (SafetensorError("header too large"), "SafetensorError: header too large"),
+    (RuntimeError("unexpected pos 64 vs 0"), "continues with --resume (the disk at "),
     (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), "a file of PyTorch's cannot"),
     (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), "a file of PyTorch's cannot"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), "out of memory"),

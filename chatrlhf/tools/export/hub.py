@@ -11,6 +11,7 @@ from typing import Any
 from chatrlhf.errors import ConfigError, UserError
 from chatrlhf.models.loading.lora import ADAPTER_CONFIG
 from chatrlhf.runtime.atomic_files import CONTENTS
+from chatrlhf.runtime.whole_folders import require_whole
 from chatrlhf.tools.export.model_card import model_card
 from chatrlhf.tools.export.provenance import origin_of
 from chatrlhf.tools.export.weights import refuse_link_out
@@ -66,10 +67,12 @@ class Repository:
 
         Raises:
             ConfigError: there are no weights in it, or a link out of it; or as `check`.
+            WeightsError: a run has left the folder, and it is not what it was.
             UserError: the hub refuses, or cannot be reached.
         """
         from huggingface_hub import CommitOperationAdd
 
+        require_whole(folder)
         files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         files = {name: path for name, path in files.items() if name != CONTENTS and not path.name.startswith(".")}
         if not any("/" not in name and name.endswith((".safetensors", ".bin")) for name in files):

@@ -18,6 +18,7 @@ from chatrlhf.errors.boundary import doing
 from chatrlhf.models.loading.weight_files import folder_damage, headers
 from chatrlhf.runtime.atomic_files import CONTENTS
 from chatrlhf.runtime.links import leads_out
+from chatrlhf.runtime.whole_folders import require_whole
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".index.json")
@@ -33,8 +34,10 @@ class Weights:
 
         Raises:
             ConfigError: there are no weights in it, or a file is damaged.
+            WeightsError: a run has left the folder, and it is not what it was.
         """
         self.folder = folder
+        require_whole(folder)
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
         if not files:
             why = "it is no folder" if not folder.is_dir() else "it holds neither *.safetensors nor pytorch_model*.bin"

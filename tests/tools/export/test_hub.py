@@ -13,6 +13,7 @@ from tiny import llama
 
 from chatrlhf.cli import main
 from chatrlhf.models.loading.tokenizer import train_tokenizer
+from chatrlhf.runtime.atomic_files import publish_folder
 from chatrlhf.tools.export.model_card import model_card
 from chatrlhf.tools.export.provenance import ORIGIN, origin_of
 
@@ -28,14 +29,17 @@ def hub(monkeypatch):
         yield server
 
 
+def write_model(folder):
+    llama(vocab=258).save_pretrained(folder)
+    train_tokenizer(["a"], 258).save_pretrained(folder)
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     """What a run of two stages leaves: an actor, its RL version, a manifest."""
     run = tmp_path / "run"
     for name in ("actor", "actor_rl"):
-        llama(vocab=258).save_pretrained(run / name)
-        train_tokenizer(["a"], 258).save_pretrained(run / name)
-        (run / name / "contents.json").write_text("{}")
+        publish_folder(run / name, write_model)
     done = {"status": "done", "finished_at": "2026-11-22T00:00:00+00:00", "model": "facebook/opt-1.3b"}
     actor = done | {"inputs": {"/home/me/secret/actor.json": "ab" * 32}, "rows": {"train": 1234, "held_out": 10}}
     actor |= {"metrics": {"loss/eval": 1.98765}}
@@ -45,6 +49,13 @@ def run_dir(tmp_path):
     manifest = {"stages": {"ACTOR": actor, "RL": rl, "REWARD": {"status": "begun"}}, "config": settings, "seed": 5}
     (run / "manifest.json").write_text(json.dumps(manifest | {"versions": {"torch": "2.13.0", "trl": None}}))
     return run
+
+
+def test_a_damaged_folder_is_not_pushed(hub, run_dir, capsys):
+    (run_dir / "actor" / "generation_config.json").write_text("{}")
+    assert main(["export", "push", str(run_dir / "actor"), "me/mine"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "generation_config.json has" in said and not hub.files
 
 
 def test_a_run_is_pushed_private_and_whole_with_a_card_of_its_manifest(hub, run_dir, capsys):
