@@ -9,7 +9,7 @@ from contextlib import suppress
 
 def disk_of(path: object) -> str:
     """Mount point and free room of the disk that a path is on, or would be; "" where that cannot be asked."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):  # Windows has no statvfs
         place = os.path.abspath(str(path))
         while not os.path.isdir(place):
             place = os.path.dirname(place)
