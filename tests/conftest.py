@@ -17,6 +17,7 @@ import torch  # noqa: E402
 
 # Files of long tests, which workers are to begin with, so that none is left with one at the end.
 LONG = (
+    "test_resume_keys.py",
     "test_default_run.py",
     "test_random_walks.py",
     "test_exact_optimum.py",

@@ -155,7 +155,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> tuple[int, s
 def read_manifest(run_dir: Path) -> dict[str, Any]:
     """A run's manifest without its checksum, as of an earlier version: so it may be written with changes."""
     stored = json.loads((run_dir / "manifest.json").read_text())
-    del stored["sha256"]
+    stored.pop("sha256", None)
     return stored
 
 

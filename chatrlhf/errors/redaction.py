@@ -26,19 +26,26 @@ def redacted(text: str) -> str:
     Hidden are user and password of URLs, parameters of URLs that are named as keys are (``?token=``), and the values of
     environment variables that are named so (``OPENAI_API_KEY``, ``HF_TOKEN``, ...).
     """
-    if ":/" in text:
-        text = QUERY.sub(rf"\g<1>{HIDDEN}", USER_INFO.sub(rf"\g<1>{HIDDEN}@", text))
-    keys = _environment_keys()
-    return _any_of(keys).sub(HIDDEN, text) if keys else text
+    return _hidden(text, _environment_keys())
 
 
 def redacted_tree(value: Any) -> Any:
     """Dictionaries and lists, as JSON has them, with every text redacted."""
+    return _tree(value, _environment_keys())  # which is asked once: it takes longer than a text
+
+
+def _tree(value: Any, keys: tuple[str, ...]) -> Any:
     if isinstance(value, str):
-        return redacted(value)
+        return _hidden(value, keys)
     if isinstance(value, dict):
-        return {redacted_tree(key): redacted_tree(each) for key, each in value.items()}
-    return [redacted_tree(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {_tree(key, keys): _tree(each, keys) for key, each in value.items()}
+    return [_tree(each, keys) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _hidden(text: str, keys: tuple[str, ...]) -> str:
+    if ":/" in text:
+        text = QUERY.sub(rf"\g<1>{HIDDEN}", USER_INFO.sub(rf"\g<1>{HIDDEN}@", text))
+    return _any_of(keys).sub(HIDDEN, text) if keys else text
 
 
 def _environment_keys() -> tuple[str, ...]:

@@ -144,9 +144,10 @@ class Resumption:
     def _differences(self) -> Iterator[tuple[str, tuple[Any, Any], str]]:
         """Each changed key, its values, and what becomes of the change."""
         of_run = flat(self.manifest.config)
+        changed_of = {stage: self._changed(stage) for stage in self._begun()}
         for key, rule in rules().items():
-            begun = [stage for stage in self._begun() if stage in rule.stages]
-            changed = [values for stage in begun if (values := self._changed(stage).get(key))]
+            begun = [stage for stage in changed_of if stage in rule.stages]
+            changed = [values for stage in begun if (values := changed_of[stage].get(key))]
             if not changed and not begun and of_run[key] != self.settings[key]:
                 changed = [(of_run[key], self.settings[key])]
             if changed:

@@ -265,9 +265,21 @@ def in_bfloat16(trainer: Any) -> str:
     return "fp32" if trainer.updater.backend.masters is None else "bf16"
 
 
+def of_guards(name: str) -> Callable[[Any], Any]:
+    def asked(trainer: Any) -> Any:
+        value = getattr(trainer.guards.keys, name)
+        return list(value) if isinstance(value, tuple) else value
+
+    return asked
+
+
+BANDS = (
+    "silence kl_per_token kl_per_reply entropy repetition distinct_2 length_change finished_drop clip_fraction "
+    "explained_variance flat_rewards forgotten"
+).split()
 IN_RL = {
     "trainer_config.lr_scheduler": ("linear", None),
-    "trainer_config.warmup_steps": (40, None),
+    "trainer_config.warmup_steps": (9, None),
     "trainer_config.weight_decay": (0.25, of_policy_group("weight_decay")),
     "trainer_config.betas": ([0.5, 0.75], lambda trainer: list(of_policy_group("betas")(trainer))),
     "trainer_config.max_grad_norm": (0.125, of_settings("max_grad_norm")),
@@ -315,6 +327,12 @@ IN_RL = {
     "trainer_config.vllm.server_base_url": ("http://there:1", of_vllm("server_base_url")),
     "trainer_config.vllm.server_timeout": (1.0, of_vllm("server_timeout")),
     "trainer_config.vllm.group_port": (99, of_vllm("group_port")),
+    "reward_config.reward_timeout": (40.0, lambda trainer: trainer.scorer.reward.seconds),
+    "guards_config.skipped_steps": (9, lambda trainer: trainer.skipped.limit),
+    "guards_config.window": (7, of_guards("window")),
+    "guards_config.allow_untrained_actor": (False, of_guards("allow_untrained_actor")),
+    "guards_config.stop_at_coin_flip": (True, of_guards("stop_at_coin_flip")),
+    **{f"guards_config.{name}": ([0.5, None], of_guards(name)) for name in BANDS},
     "actor_config.max_tokens": (5, engine("max_new_tokens")),
     "actor_config.min_tokens": (3, engine("min_new_tokens")),
     "actor_config.temperature": (0.75, distribution("temperature")),

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from hostile import line_about, torch_file
 from resuming import configured, stop, write_case
-from small_run import write_config, write_files
+from small_run import read_manifest, write_config, write_files
 from standins.hub_server import hub_server
 
 from chatrlhf import run
@@ -73,6 +73,13 @@ def fail(*_: object) -> None:
     raise RuntimeError(os.environ)
 
 
+def replace_everywhere(config: Path, run_dir: Path, old: str, new: str) -> None:
+    """In the configuration and in the record of the run, so that they agree."""
+    config.write_text(config.read_text().replace(old, new))
+    record = json.dumps(read_manifest(run_dir)).replace(old, new)
+    (run_dir / "manifest.json").write_text(record)
+
+
 def test_a_run_and_what_comes_of_it(tmp_path, endpoint, monkeypatch, capfd):
     write_files(tmp_path)
     more = {"reward_config__reward_fn": f"{endpoint}/scores?token={CANARY}", "trackers": ["tensorboard"]}
@@ -89,12 +96,10 @@ def test_a_run_and_what_comes_of_it(tmp_path, endpoint, monkeypatch, capfd):
 
     # It fails in the midst of the last stage: by the endpoint, and by a fault of ours whose text has all keys.
     resume = [str(config), "--output-dir", str(run_dir), "--resume", "--set", "trainer_config.total_episodes=64"]
-    for path in (config, run_dir / "manifest.json"):
-        path.write_text(path.read_text().replace("/scores", "/broken"))
+    replace_everywhere(config, run_dir, "/scores", "/broken")
     status, out, err = command(*resume)
     assert status == 2 and "http://***@127.0.0.1" in err and "401" in err, err
-    for path in (config, run_dir / "manifest.json"):
-        path.write_text(path.read_text().replace("/broken", "/scores"))
+    replace_everywhere(config, run_dir, "/broken", "/scores")
     undo = fault_points.at("rl.step", fail)
     status, out, err = command(*resume)
     undo()
