@@ -273,10 +273,20 @@ def of_guards(name: str) -> Callable[[Any], Any]:
     return asked
 
 
-BANDS = (
-    "silence kl_per_token kl_per_reply entropy repetition distinct_2 length_change finished_drop clip_fraction "
-    "explained_variance flat_rewards forgotten"
-).split()
+BANDS = [
+    "silence",
+    "kl_per_token",
+    "kl_per_reply",
+    "entropy",
+    "repetition",
+    "distinct_2",
+    "length_change",
+    "finished_drop",
+    "clip_fraction",
+    "explained_variance",
+    "flat_rewards",
+    "forgotten",
+]
 IN_RL = {
     "trainer_config.lr_scheduler": ("linear", None),
     "trainer_config.warmup_steps": (9, None),
