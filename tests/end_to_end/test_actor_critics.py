@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import differences, left_behind, length, settings, write_config
+from small_run import differences, left_behind, length, read_manifest, settings, write_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from chatrlhf import load_config, load_reward_model, run
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_another_cut_is_refused(files, sft, capsys, other):
     config = write_config(files, reward_config__reward_fn="small_run:length", critic_config__model="shared")
     improved(files, sft, {"trainer_config.num_layers_unfrozen": 1, "critic_config.model": "shared"})
     manifest = sft / "manifest.json"
-    state = json.loads(manifest.read_text())
+    state = read_manifest(sft)
     state["stages"]["RL"]["status"] = "open"
     manifest.write_text(json.dumps(state))
     capsys.readouterr()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import length, settings, write_config
+from small_run import length, read_manifest, settings, write_config
 from vllm_standin import installed, without_vllm
 
 from chatrlhf import load_config, run
@@ -93,7 +93,7 @@ def test_a_run_by_vllm_is_resumed(files, sft):
     with installed():
         improved(files, sft, BY_VLLM)
         manifest = sft / "manifest.json"
-        state = json.loads(manifest.read_text())
+        state = read_manifest(sft)
         state["stages"]["RL"]["status"] = "open"
         manifest.write_text(json.dumps(state))
         stage = improved(files, sft, BY_VLLM | {"trainer_config.total_episodes": 32}, resume=True)
