@@ -142,7 +142,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_replies(smoothing, files, confi
     tokenizer = AutoTokenizer.from_pretrained(base("flan_t5"))
     for each in (model, tokenizer):
         each.save_pretrained(tmp_path / "still")
-    changes = dict(lr=0.0, validation_fraction=0.0, batch_size=60, micro_batch_size=15)
+    changes = dict(lr=0.0, warmup_steps=0, validation_fraction=0.0, batch_size=60, micro_batch_size=15)
     changes |= dict(model=str(tmp_path / "still"), label_smoothing_factor=smoothing)
     run(config("run", **{f"actor_config__{name}": value for name, value in changes.items()}), type="ACTOR")
     encoder = Seq2SeqEncoder.of(tokenizer, FORMATS["raw"], 96)
