@@ -104,6 +104,7 @@ def test_all_begins_with_it_and_the_actor_starts_from_what_it_leaves(files, tmp_
 def test_the_loss_is_that_of_predicting_every_token(files, tmp_path, one_thread):
     """By hand: the mean over all tokens but the first of each row, of all rows of the first step."""
     changes = {"pretrain_config__steps": 1, "pretrain_config__lr": 0.0, "pretrain_config__validation_fraction": 0.0}
+    changes |= {"pretrain_config__warmup_steps": 0}
     config = load_config(made(files, **changes), {"output_dir": str(tmp_path / "run")})
     folder = run(config, type="PRETRAIN").stages["PRETRAIN"].checkpoint
     tokenizer = AutoTokenizer.from_pretrained(folder)
