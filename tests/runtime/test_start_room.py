@@ -41,7 +41,7 @@ def test_files(tmp_path, monkeypatch):
 
 
 def test_the_limit_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(start_room.resource, "getrlimit", lambda _: (7_000_000, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (7_000_000, resource.RLIM_INFINITY))
     with pytest.raises(ConfigError, match="at most 0.007 GB, and ACTOR and RL write one of at least 0.008 GB"):
         check(tmp_path)
     check(tmp_path, is_sharded=True)

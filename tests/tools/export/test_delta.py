@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from chatrlhf.cli import main
 from chatrlhf.errors import CheckpointError, ConfigError
+from chatrlhf.runtime.atomic_files import CONTENTS
 from chatrlhf.tools.export.delta import ABOUT, apply_delta, difference, make_delta, total
 from chatrlhf.tools.export.weights import Weights
 
@@ -96,6 +97,7 @@ def test_a_damaged_delta_is_found(models, tmp_path):
     base, target = models()
     make_delta(base, target, tmp_path / "delta")
     path = tmp_path / "delta" / "model.safetensors"
+    (tmp_path / "delta" / CONTENTS).unlink()  # the delta's own record names the tensor
     weights = load_file(path)
     weights["model.norm.weight"][0] += 1
     save_file(weights, path, {"format": "pt"})
@@ -107,7 +109,8 @@ def test_a_damaged_delta_is_found(models, tmp_path):
 def test_a_delta_of_others_is_added_with_a_warning(models, tmp_path):
     base, target = models()
     make_delta(base, target, tmp_path / "delta")
-    (tmp_path / "delta" / ABOUT).unlink()
+    for name in (ABOUT, CONTENTS):
+        (tmp_path / "delta" / name).unlink()
     said = []
     apply_delta(base, tmp_path / "delta", tmp_path / "again", said.append)
     assert len(said) == 1 and "does not say which base" in said[0]
